@@ -1,0 +1,48 @@
+"""kvembed: any frozen decoder-only language model as a text-embedding model, with no training."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import EmbedConfig
+    from .embedder import Embedder, Encoded, Explanation
+    from .errors import InputError, KvembedError, ModelNotFound, OutOfMemory, UnsupportedModel
+    from .methods import METHODS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "EmbedConfig",
+    "Embedder",
+    "Encoded",
+    "Explanation",
+    "InputError",
+    "KvembedError",
+    "ModelNotFound",
+    "OutOfMemory",
+    "UnsupportedModel",
+    "__version__",
+]
+
+_HOMES = {
+    "METHODS": "methods",
+    "EmbedConfig": "config",
+    "Embedder": "embedder",
+    "Encoded": "embedder",
+    "Explanation": "embedder",
+    **dict.fromkeys(["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"], "errors"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `kvembed --help` does not pay for importing torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvembed' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,350 @@
+"""THE METHOD: in chosen layers, the last token's key and value become a slot that every token attends to.
+
+KV-Embedding (Tang & Yang 2026, arXiv 2601.01046). With post-rotary queries, keys and values of one text of n tokens,
+
+    K~ = [k_n ; K]     V~ = [v_n ; V]
+    logit(i, slot) = scale * q_i . k_n + bias
+    logit(i, j)    = scale * q_i . k_j   for j <= i, else -inf
+
+The same thing is written three ways below, and tests hold them equal:
+
+    prepended   the definition: one more key, one more value, one more column in the mask
+    closed      softmax splits exactly, so with the log-sum-exp (lse) of the causal logits, which fused kernels return,
+                    out = (1 - beta) * out_causal + beta * v_n,   beta = sigmoid(scale * q . k_n + bias - lse)
+                no extra key, no mask; exact for full causal attention over right-padded texts with Dk = Dv
+    delegated   prepended, then the model's own eager function, for what changes the logits or their sum
+                (soft cap, sinks, position bias)
+
+It reaches any model through transformers' attention interface: while `attending(decoder, f)` is open, this thread's
+forwards of that decoder call `f` in place of the model's attention. Other threads that use the same model meanwhile get the
+model's own attention, and the model's configuration is put back when the last user leaves.
+
+Letters: B texts, Hq query heads, Hkv key-value heads, G = Hq / Hkv, n tokens, Dk and Dv head sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .config import SlotPosition
+from .errors import UnsupportedModel
+
+__all__ = ["LOGIT_CHANGES", "Attention", "Reroute", "attending", "is_causal", "stock_attention"]
+
+# The call of transformers' attention interface: (module, q (B,Hq,n,Dk), k (B,Hkv,n,Dk), v (B,Hkv,n,Dv), mask, **kwargs)
+# -> (out (B,n,Hq,Dv), weights or None); q, k and v are after rotary embedding, k and v before they are repeated for G.
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+# Arguments that change the logits or their normalisation; only the model's own eager function knows how.
+LOGIT_CHANGES = ("softcap", "s_aux", "sinks", "position_bias")
+
+
+@dataclasses.dataclass
+class Reroute:
+    """One forward pass's re-routing; call it as an attention function. Not shared between forwards.
+
+    Attributes:
+        layers: decoder layers whose attention gets the slot.
+        layer_calls: attention module -> the decoder layer of its first, second, ... call in a forward (see `Backbone`).
+        last: (B,) int64, index of each text's last real token.
+        bias, slot_position, slot_self: see `EmbedConfig`.
+        rotations: layer type (None if the model has but one) -> (cos, sin), each (B or 1, n, Dk), of this forward.
+            Needed for `slot_position="first"` only.
+        betas: given a dict, it is filled with layer -> (B, Hq, n) float32, the share of each token's attention that the
+            slot takes.
+        prefer_closed: use the closed form where it is exact; off, the prepended form everywhere (for tests).
+    """
+
+    layers: frozenset[int]
+    layer_calls: Mapping[nn.Module, tuple[int, ...]]
+    last: Tensor
+    bias: float = 1.0
+    slot_position: SlotPosition = "last"
+    slot_self: bool = True
+    rotations: Mapping[Any, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    betas: dict[int, Tensor] | None = None
+    prefer_closed: bool = True
+    _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = self.layer_calls[module][self._calls[module]]
+        self._calls[module] += 1
+        if layer not in self.layers:
+            return stock_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        last = self.last.to(key.device)
+        slot_key, slot_value = self._slot(module, layer, key, value, last)  # (B,Hkv,Dk), (B,Hkv,Dv)
+        delegate = _changes_logits(kwargs)
+        causal = is_causal(module, kwargs)
+        if self.prefer_closed and not delegate and _closed_is_exact(query, key, value, attention_mask, causal):
+            out, beta = closed(query, key, value, slot_key, slot_value, scale, self.bias, None if self.slot_self else last)
+        else:
+            mask = _float_mask(query, key, attention_mask, causal)  # (B or 1, 1 or Hq, n, n)
+            slot_mask = mask.new_full((len(last), mask.shape[1], mask.shape[2]), self.bias)  # (B, 1 or Hq, n)
+            if not self.slot_self:
+                slot_mask[torch.arange(len(last)), :, last] = torch.finfo(mask.dtype).min
+            form = functools.partial(delegated, module, kwargs) if delegate else prepended
+            out, beta = form(query, key, value, slot_key, slot_value, mask, slot_mask, scale, self.betas is not None)
+        if self.betas is not None and beta is not None:
+            self.betas[layer] = beta
+        return out.transpose(1, 2).contiguous(), None  # (B,n,Hq,Dv)
+
+    def _slot(self, module: nn.Module, layer: int, key: Tensor, value: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(last), device=key.device)
+        slot_key, slot_value = key[rows, :, last], value[rows, :, last]  # (B,Hkv,Dk), (B,Hkv,Dv)
+        if self.slot_position == "first":
+            types = getattr(getattr(module, "config", None), "layer_types", None)
+            cos, sin = self.rotations.get(types[layer] if types else None, self.rotations.get(None, (None, None)))
+            slot_key = _turn_back(module, slot_key, cos, sin, last)
+        return slot_key, slot_value
+
+
+def prepended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_key: Tensor,
+    slot_value: Tensor,
+    mask: Tensor,
+    slot_mask: Tensor,
+    scale: float,
+    want_beta: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The definition: the slot is one more key and value in front.
+
+    Args:
+        query, key, value: (B,Hq,n,Dk), (B,Hkv,n,Dk), (B,Hkv,n,Dv).
+        slot_key, slot_value: (B,Hkv,Dk), (B,Hkv,Dv).
+        mask: (B or 1, 1 or Hq, n, n), additive, the model's own.
+        slot_mask: (B, 1 or Hq, n), additive: the bias.
+        scale: factor of the logits.
+        want_beta: also return beta; costs an explicit (B,Hq,n,n+1) of logits.
+
+    Returns:
+        out (B,Hq,n,Dv); beta (B,Hq,n) float32 or None.
+    """
+    key, value, mask = _with_slot(key, value, slot_key, slot_value, mask, slot_mask)  # n+1 keys
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # (B,Hq,n+1,Dk), (B,Hq,n+1,Dv)
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)  # (B,Hq,n,Dv)
+    if not want_beta:
+        return out, None
+    logits = query.float() @ key.float().transpose(-1, -2) * scale + mask  # (B,Hq,n,n+1)
+    return out, logits.softmax(-1)[..., 0]
+
+
+def closed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_key: Tensor,
+    slot_value: Tensor,
+    scale: float,
+    bias: float,
+    blind: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same as `prepended` for full causal attention: plain attention, then a blend with the slot's value.
+
+    Args:
+        query, key, value, slot_key, slot_value, scale: as in `prepended`, with Dk = Dv.
+        bias: added to the slot's logit.
+        blind: (B,) position of each text's token that must not see the slot, if any.
+
+    Returns:
+        out (B,Hq,n,Dv); beta (B,Hq,n) float32.
+    """
+    out, lse = _causal_with_lse(query, key, value, scale)  # (B,Hq,n,Dv), (B,Hq,n) natural log
+    grouped = query.unflatten(1, (key.shape[1], -1))  # (B,Hkv,G,n,Dk)
+    logit = torch.einsum("bhgnd,bhd->bhgn", grouped, slot_key).flatten(1, 2).float() * scale + bias  # (B,Hq,n)
+    beta = torch.sigmoid(logit - lse)
+    if blind is not None:
+        beta[torch.arange(len(blind)), :, blind] = 0.0
+    slot_value = slot_value.repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, None]  # (B,Hq,1,Dv)
+    return torch.lerp(out, slot_value, beta[..., None].to(out.dtype)), beta
+
+
+def delegated(
+    module: nn.Module,
+    kwargs: Mapping[str, Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_key: Tensor,
+    slot_value: Tensor,
+    mask: Tensor,
+    slot_mask: Tensor,
+    scale: float,
+    want_beta: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `prepended`, but the model's own eager function does the attention, with its soft cap, sinks or position bias.
+
+    The bias is added after the soft cap, since the mask is.
+    """
+    key, value, mask = _with_slot(key, value, slot_key, slot_value, mask, slot_mask)
+    kwargs = dict(kwargs)
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (1, 0))  # the slot has no relative position
+    out, weights = _eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)  # (B,n,Hq,Dv)
+    beta = weights[..., 0].float() if want_beta and weights is not None else None
+    return out.transpose(1, 2), beta
+
+
+def stock_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Plain attention for a layer that is not re-routed, given a mask of the sdpa kind (None, bool or additive)."""
+    if _changes_logits(kwargs):
+        mask = _float_mask(query, key, attention_mask, is_causal(module, kwargs))
+        return _eager_function(module)(module, query, key, value, mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _with_slot(
+    key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, mask: Tensor, slot_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    key = torch.cat([slot_key[:, :, None], key], 2)  # (B,Hkv,n+1,Dk)
+    value = torch.cat([slot_value[:, :, None], value], 2)  # (B,Hkv,n+1,Dv)
+    mask = mask.expand(len(key), *mask.shape[1:])
+    return key, value, torch.cat([slot_mask[..., None], mask], -1)  # (B, 1 or Hq, n, n+1)
+
+
+def _float_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Any mask of the sdpa kind as an additive one: (B or 1, 1 or Hq, n, n), 0 or the dtype's lowest number."""
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = (mask.tril() if causal else mask)[None, None]
+    if mask.dtype == torch.bool:
+        # Not -inf: a padding row with no visible key must not become NaN.
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
+    return mask.to(query.dtype)
+
+
+def _closed_is_exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    return mask is None and causal and key.shape[-1] == value.shape[-1] and query.device.type == "cpu"
+
+
+def _causal_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Plain causal attention and its log-sum-exp. The one place where a private operator is called."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
+    return out, lse
+
+
+def _changes_logits(kwargs: Mapping[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in LOGIT_CHANGES)
+
+
+def is_causal(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an attention call without a mask means causal attention, as transformers decides it."""
+    stated = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if stated is None else stated)
+
+
+def _eager_function(module: nn.Module) -> Attention:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedModel(f"{type(module).__name__} changes its attention logits and has no eager function to ask")
+    return eager  # type: ignore[no-any-return]
+
+
+def _turn_back(module: nn.Module, slot_key: Tensor, cos: Tensor | None, sin: Tensor | None, last: Tensor) -> Tensor:
+    """Undo the rotary embedding of position `last`: the slot's key as if it stood at position 0. (B,Hkv,Dk) -> same."""
+    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None or cos is None or sin is None or cos.shape[-1] != slot_key.shape[-1]:
+        raise UnsupportedModel(f'{type(module).__name__} has no plain rotary embedding, so slot_position="first" is not possible')
+    rows = torch.arange(len(last), device=slot_key.device)
+    cos, sin = (part.expand(len(last), -1, -1)[rows, last][:, None].to(slot_key.dtype) for part in (cos, sin))  # (B,1,Dk)
+    turned, _ = rotate(slot_key[:, :, None], slot_key[:, :, None], cos, -sin)  # (B,Hkv,1,Dk)
+    # cos and sin may carry a common factor (YaRN), which is in the key already and came in again: divide it out twice.
+    return (turned / (cos**2 + sin**2)[:, None])[:, :, 0]  # type: ignore[no-any-return]
+
+
+# --- the door: transformers' attention interface ------------------------------------------------------------------------
+
+_ACTIVE: ContextVar[Attention | None] = ContextVar("kvembed_attention", default=None)
+_SWITCHED: dict[int, tuple[int, str | None]] = {}  # id(config) -> users now, the model's own implementation
+_SWITCH_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def attending(decoder: nn.Module, attend: Attention) -> Iterator[None]:
+    """While open, this thread's forwards of `decoder` call `attend` for every attention.
+
+    Masks come as for sdpa: None (plain causal), bool (True = attend) or additive. The decoder's configuration is put back
+    on the way out, also after an exception; with several users, when the last one leaves.
+
+    Args:
+        decoder: a transformers model.
+        attend: an attention function, called as `Attention` says.
+    """
+    held = (getattr(module, "config", None) for module in decoder.modules())
+    configs: dict[int, Any] = {id(config): config for config in held if hasattr(config, "_attn_implementation")}
+    with _SWITCH_LOCK:
+        for key, config in configs.items():
+            users, stock = _SWITCHED.get(key, (0, config._attn_implementation))
+            _SWITCHED[key] = users + 1, stock
+            if users == 0:
+                config._attn_implementation = {"": _hook(stock or "eager")}  # {"": name} leaves sub-configs alone
+    token = _ACTIVE.set(attend)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+        with _SWITCH_LOCK:
+            for key, config in configs.items():
+                users, stock = _SWITCHED[key]
+                if users > 1:
+                    _SWITCHED[key] = users - 1, stock
+                else:
+                    del _SWITCHED[key]
+                    config._attn_implementation = {"": stock}
+
+
+@functools.cache
+def _hook(stock: str) -> str:
+    """Register, once, an attention and its mask that stand in for `stock`; returns their name.
+
+    Both must be registered under one name: with the attention alone, transformers silently drops the padding mask.
+    Threads without an open `attending` are sent on to `stock`, so a model can be used by others at the same time.
+    """
+    name = f"kvembed_{_hook.cache_info().currsize}"  # words like "flash" or "sdpa" in a name would switch other code paths
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        attend = _ACTIVE.get()
+        if attend is None:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(stock, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
+        return attend(module, *args, **kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return (ALL_MASK_ATTENTION_FUNCTIONS[stock] if _ACTIVE.get() is None else sdpa_mask)(*args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return name

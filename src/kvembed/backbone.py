@@ -1,0 +1,237 @@
+"""Backbone: a frozen decoder as the rest of kvembed sees it. Found out by one short forward; refused by name if unfit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention import LOGIT_CHANGES, Reroute, attending, is_causal, stock_attention
+from .config import EmbedConfig
+from .errors import InputError, UnsupportedModel
+
+__all__ = ["Backbone"]
+
+# What models pass to their attention besides q, k, v and mask, and that leaves the logits alone (a window is in the mask).
+_HARMLESS = frozenset(
+    "scaling dropout is_causal sliding_window position_ids output_attentions use_cache cache_position past_key_values "
+    "past_key_value layer_idx output_router_logits return_dict".split()
+)
+
+
+class Backbone:
+    """A decoder, its layers, and which of them have an attention that can be re-routed.
+
+    Args:
+        model: a transformers model, with or without a language-modelling head; it stays exactly as it is.
+
+    Attributes:
+        decoder: the part that turns token ids into states (no head).
+        layers: its decoder layers, bottom first.
+        attention_layers: indices of those with attention; others (state-space, convolution) can't be re-routed.
+        dim: width of a state.
+        max_tokens: the longest input by its configuration, or None if that says nothing.
+
+    Raises:
+        UnsupportedModel: with the model's type and the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        config = model.config.get_text_config(decoder=True)
+        self.model_type: str = config.model_type
+        if model.config.is_encoder_decoder:
+            raise UnsupportedModel(f"{self.model_type} is an encoder-decoder; kvembed takes decoder-only language models")
+        self.decoder: nn.Module = model.get_decoder()
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.max_tokens: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value]
+
+    def _probe(self) -> None:
+        """One short forward with an attention function that only looks."""
+        modules: dict[nn.Module, list[int]] = defaultdict(list)
+        names = {module: name for name, module in self.decoder.named_modules()}
+        current = [-1]
+
+        def look(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            if not is_causal(module, kwargs):
+                self._refuse("its attention is not causal, so there is nothing to re-route around")
+            if key.shape[2] != query.shape[2]:
+                self._refuse(f"its attention sees {key.shape[2]} keys for {query.shape[2]} tokens (compressed or shared keys)")
+            given = {name for name, argument in kwargs.items() if argument is not None}
+            if unknown := sorted(given - _HARMLESS - set(LOGIT_CHANGES)):
+                self._refuse(f"its attention takes {', '.join(unknown)} (a sparse or special attention) that re-routing would ignore")
+            modules[module].append(current[0])
+            return stock_attention(module, query, key, value, mask, **kwargs)
+
+        self.layers = self._find_layers()
+        with contextlib.ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                enter = _in_this_thread(functools.partial(_set, current, index))
+                stack.callback(layer.register_forward_pre_hook(enter).remove)
+            stack.enter_context(attending(self.decoder, look))
+            stack.enter_context(torch.inference_mode())
+            # 16 tokens: enough for a compressed attention to show itself.
+            output = self.decoder(input_ids=torch.arange(16, device=self.device)[None] + 1, use_cache=False)
+        if not modules:
+            self._refuse(
+                "its attention does not go through transformers' attention interface"
+                if any("attention" in type(module).__name__.lower() for module in names)
+                else "it has no attention"
+            )
+        self.layer_calls = {module: tuple(calls) for module, calls in modules.items()}
+        if any(layer < 0 for calls in self.layer_calls.values() for layer in calls):
+            self._refuse("its attention is called outside its decoder layers")
+        self.attention_layers = tuple(sorted({layer for calls in self.layer_calls.values() for layer in calls}))
+        self.dim = int(output.last_hidden_state.shape[-1])
+
+    def _find_layers(self) -> list[nn.Module]:
+        """The longest list of modules that is not inside another list: `layers`, `h`, `blocks`..."""
+        lists = {name: module for name, module in self.decoder.named_modules() if isinstance(module, nn.ModuleList)}
+        outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        if not outer:
+            self._refuse("it has no list of decoder layers")
+        return list(max(outer, key=len))
+
+    def _refuse(self, reason: str) -> None:
+        raise UnsupportedModel(f"{self.model_type} ({type(self.model).__name__}) can't be re-routed: {reason}")
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises `InputError` for a layer out of range or without attention."""
+        for layer in layers:
+            if not 0 <= layer < len(self.layers):
+                raise InputError(f"layer {layer} is out of range: {self.model_type} has layers 0 to {len(self.layers) - 1}")
+            if layer not in self.attention_layers:
+                raise InputError(
+                    f"layer {layer} of {self.model_type} has no attention; choose among {_ranges(self.attention_layers)}"
+                )
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Right-pad: (B,n) int64 ids and (B,) int64 lengths, on the model's device.
+
+        What the padding holds does not matter: causal attention never lets a real token see it.
+        """
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+        for row, tokens in zip(padded, ids, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        return padded.to(self.device), lengths.to(self.device)
+
+    @torch.inference_mode()
+    def states(
+        self, ids: Tensor, lengths: Tensor, config: EmbedConfig, betas: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """One forward of the decoder: no head, no cache, no stack of hidden states.
+
+        Args:
+            ids: (B,n) int64, right-padded.
+            lengths: (B,) int64, real tokens.
+            config: what to re-route (layers, bias, slot) and where to read (output_layer).
+            betas: if given, filled as in `Reroute`.
+
+        Returns:
+            (B,n,D) in the model's dtype; the padding's rows are meaningless.
+        """
+        kept: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            if config.output_layer is not None:
+                stack.enter_context(self.observing({config.output_layer: kept.append}))
+            if config.layers:
+                stack.enter_context(self._rerouting(lengths, config, betas))
+            # No mask: with padding on the right, causality already hides it, and no (n,n) mask need be made.
+            output = self.decoder(input_ids=ids, use_cache=False)
+        return kept[0] if kept else output.last_hidden_state  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _rerouting(self, lengths: Tensor, config: EmbedConfig, betas: dict[int, Tensor] | None) -> Iterator[None]:
+        rotations: dict[Any, tuple[Tensor, Tensor]] = {}
+        reroute = Reroute(
+            layers=frozenset(config.layers or ()),
+            layer_calls=self.layer_calls,
+            last=lengths - 1,
+            bias=config.bias,
+            slot_position=config.slot_position,
+            slot_self=config.slot_self,
+            rotations=rotations,
+            betas=betas,
+        )
+        with contextlib.ExitStack() as stack:
+            if config.slot_position == "first":
+                for name, module in self.decoder.named_modules():
+                    if name.endswith("rotary_emb"):
+                        keep = _in_this_thread(functools.partial(_keep_rotation, rotations))
+                        stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+            stack.enter_context(attending(self.decoder, reroute))
+            yield
+
+    @contextlib.contextmanager
+    def observing(self, readers: dict[int, Callable[[Tensor], None]]) -> Iterator[None]:
+        """While open, `readers[k]` is given the output (B,n,D) of decoder layer `k` at each forward of this thread."""
+        with contextlib.ExitStack() as stack:
+            for index, reader in readers.items():
+                read = _in_this_thread(functools.partial(_read_output, reader))
+                stack.callback(self.layers[index].register_forward_hook(read).remove)
+            yield
+
+    def fingerprint(self) -> str:
+        """16 hex digits that tell weights apart: a few values of every tensor, in bfloat16, with names and shapes.
+
+        The same whether the weights were loaded as float32 or bfloat16, and on any device.
+        """
+        digest = hashlib.sha256(self.model_type.encode())
+        for name, tensor in self.decoder.named_parameters():
+            flat = tensor.detach().flatten()
+            few = flat[:: max(1, flat.numel() // 64)]
+            few = few.to(torch.bfloat16) if few.is_floating_point() else few.to(torch.int64)
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """A module hook is seen by every thread that uses the model; this one acts only in the thread that made it."""
+    owner = threading.get_ident()
+
+    def act(*args: Any) -> None:
+        if threading.get_ident() == owner:
+            hook(*args)
+
+    return act
+
+
+def _set(cell: list[int], value: int, *_: Any) -> None:
+    cell[0] = value
+
+
+def _read_output(reader: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:
+    reader(output[0] if isinstance(output, tuple) else output)
+
+
+def _keep_rotation(rotations: dict[Any, Any], _module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
+    if isinstance(output, tuple) and len(output) == 2:
+        rotations[layer_type] = output
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3, 7, 9-11"""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)

@@ -1,0 +1,81 @@
+"""Batches by tokens, not by rows: length-sorted, within a token budget, halved when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from .errors import OutOfMemory
+
+__all__ = ["run_batches", "token_batches"]
+
+logger = logging.getLogger(__name__)
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group texts of similar length; a batch's padded size (rows x longest) stays within the budget.
+
+    Args:
+        lengths: tokens of each text.
+        batch_tokens: the budget in tokens; a single longer text still gets a batch of its own.
+
+    Returns:
+        Lists of indices into `lengths`; every index once, longest texts first, so that memory runs out early or never.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            longest = lengths[index]
+    return batches
+
+
+def run_batches(
+    lengths: Sequence[int], batch_tokens: int, run: Callable[[list[int]], torch.Tensor]
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Run every batch; one that does not fit in memory is halved, with a warning, and so are the batches after it.
+
+    Args:
+        lengths: tokens of each text.
+        batch_tokens: the budget in tokens.
+        run: takes indices, returns one row each.
+
+    Yields:
+        `(indices, rows)`, every index once.
+
+    Raises:
+        OutOfMemory: a single text does not fit.
+    """
+    todo = token_batches(lengths, batch_tokens)[::-1]
+    while todo:
+        batch = todo.pop()
+        try:
+            rows = run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            tokens = max(lengths[i] for i in batch)
+            if len(batch) == 1:
+                raise OutOfMemory(f"a text of {tokens:,} tokens does not fit in memory; set max_tokens lower") from error
+            rows = None
+        # Outside the handler: the traceback would keep the failed batch's tensors alive.
+        if rows is None:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            half = (len(batch) + 1) // 2
+            logger.warning("out of memory: batches halved to %d texts of up to %d tokens", half, tokens)
+            left = [index for waiting in (batch, *todo[::-1]) for index in waiting]
+            smaller = token_batches([lengths[index] for index in left], half * tokens)
+            todo = [[left[i] for i in part] for part in smaller][::-1]
+            continue
+        yield batch, rows
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU allocator raises a plain RuntimeError with this text.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,333 @@
+"""Embedder: texts in, unit vectors out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import models
+from .backbone import Backbone
+from .batching import run_batches
+from .config import EmbedConfig, Role
+from .errors import InputError, KvembedError
+from .layers import choose_layers
+from .methods import preset
+from .pooling import pool
+from .prompts import Prompt, Prompter
+
+__all__ = ["Embedder", "Encoded", "Explanation"]
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "kvembed.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What `Embedder.encode_with_report` gives.
+
+    Attributes:
+        vectors: (n, dim) float32, rows of norm 1.
+        token_counts: (n,) int64, tokens of each prompt as it was embedded, template included.
+        tokens_cut: (n,) int64, tokens of each text that were left out to fit `max_tokens`.
+        truncated: how many texts lost any.
+    """
+
+    vectors: NDArray[np.float32]
+    token_counts: NDArray[np.int64]
+    tokens_cut: NDArray[np.int64]
+
+    @property
+    def truncated(self) -> int:
+        return int((self.tokens_cut > 0).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `Embedder.explain` gives.
+
+    Attributes:
+        prompt: the rendered prompt.
+        tokens: the piece of the prompt that each token stands for; an added special token by its name.
+        token_ids: their ids.
+        span: first token of the text's own and one past its last.
+        tokens_cut: tokens of the text that were left out.
+        config: the embedder's, layers spelled out.
+        beta: layer -> for each token the share of its attention that goes to the slot, mean over heads, 0 to 1.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    span: tuple[int, int]
+    tokens_cut: int
+    config: EmbedConfig
+    beta: dict[int, tuple[float, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {
+            "tokens": list(self.tokens),
+            "token_ids": list(self.token_ids),
+            "span": list(self.span),
+            "config": self.config.to_dict(),
+            "beta": {str(layer): list(values) for layer, values in self.beta.items()},
+        }
+
+
+class Embedder:
+    """A frozen language model as an embedding model. Make one with `from_pretrained` or `from_model`.
+
+    Safe to use from several threads, also when several embedders share a model.
+
+    Attributes:
+        model: the language model, as it was given.
+        tokenizer: its tokenizer, likewise.
+        config: what is done to a text; layers spelled out.
+        dim: length of a vector.
+        max_tokens: the longest prompt in tokens: the config's, or else the model's own limit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EmbedConfig,
+        *,
+        batch_tokens: int | None = None,
+        texts: Sequence[str] | None = None,
+        name: str = "",
+        revision: str | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Prefer `from_pretrained` or `from_model`, which say what the arguments mean."""
+        if batch_tokens is not None and batch_tokens < 1:
+            raise InputError(f"batch_tokens must be a whole number from 1, not {batch_tokens!r}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self._backbone = Backbone(model)
+        self._prompter = Prompter(tokenizer)
+        if config.layers is None:
+            profile = choose_layers(
+                self._backbone, tokenizer, config.document, texts=texts, model=name, revision=revision, progress=progress
+            )
+            config = config.replace(layers=profile.layers)
+        self._backbone.check_layers(config.layers or ())
+        if config.output_layer is not None and config.output_layer >= len(self._backbone.layers):
+            raise InputError(f"output_layer is {config.output_layer}; the last layer is {len(self._backbone.layers) - 1}")
+        self.config = config
+        self.dim = self._backbone.dim
+        limit = self._backbone.max_tokens
+        if limit is None and tokenizer.model_max_length < 1e9:  # 1e30 stands for "not known"
+            limit = tokenizer.model_max_length
+        if config.max_tokens and limit and config.max_tokens > limit:
+            raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
+        self.max_tokens = config.max_tokens or limit or 2**31
+        self.batch_tokens = batch_tokens or (2048 if self._backbone.device.type == "cpu" else 16384)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        method: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        batch_tokens: int | None = None,
+        texts: Sequence[str] | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Embedder:
+        """Load a model and make it an embedder.
+
+        Args:
+            name: a bundled name (`"smollm2"`), a hub id, a folder (one of `save_pretrained` too) or a `.gguf` file.
+            method: a preset, see `kvembed.METHODS`. Default: the one saved in the folder, or else `"kv"`.
+            dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`: float32 on a CPU, bfloat16 elsewhere.
+            device: a torch device, or `"auto"`.
+            revision: of a hub id.
+            batch_tokens: padded tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
+            texts: calibration texts for choosing layers. Default: a stored profile, or text the model writes itself.
+            progress: show bars on a terminal while layers are chosen.
+            options: fields of `EmbedConfig` to change, for example `layers=[20, 21, 22]`, `bias=1.0`, `max_tokens=512`.
+
+        Raises:
+            ModelNotFound: no such model, or it can't be read.
+            UnsupportedModel: it can't be re-routed; the message says why.
+            InputError: bad option.
+        """
+        source = os.fspath(name)
+        saved = Path(source).expanduser() / CONFIG_FILE
+        if method is None and saved.is_file():
+            config = _read_config(saved).replace(**options)
+        else:
+            config = preset(method or "kv", **options)
+        model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
+        return cls(
+            model,
+            tokenizer,
+            config,
+            batch_tokens=batch_tokens,
+            texts=texts,
+            name=source if source in models.BUNDLED else Path(source).name if Path(source).exists() else source,
+            revision=revision,
+            progress=progress,
+        )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        method: str = "kv",
+        batch_tokens: int | None = None,
+        texts: Sequence[str] | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Embedder:
+        """Embed with a model that is already in memory. Its weights, configuration and hooks stay as they are.
+
+        Args and errors as in `from_pretrained`; dtype and device are the model's own. The model should be in evaluation mode.
+        """
+        config = preset(method, **options)
+        return cls(model, tokenizer, config, batch_tokens=batch_tokens, texts=texts, progress=progress)
+
+    def encode(
+        self, texts: str | Iterable[str], *, role: Role = "document", progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed texts.
+
+        Args:
+            texts: strings; or one string.
+            role: `"document"` or `"query"`: which template.
+            progress: show a bar on a terminal.
+
+        Returns:
+            (n, dim) float32, rows of norm 1, in the order of `texts`; (dim,) for one string. A text's vector does not depend on
+            the others. Texts longer than `max_tokens` are cut, and a warning says how many.
+
+        Raises:
+            InputError: something that is not a string, a lone surrogate, or no room for the text beside the template.
+            OutOfMemory: a single text does not fit.
+        """
+        vectors = self.encode_with_report([texts] if isinstance(texts, str) else texts, role=role, progress=progress).vectors
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def encode_query(self, texts: str | Iterable[str], *, progress: bool = False) -> NDArray[np.float32]:
+        """`encode` with the query template."""
+        return self.encode(texts, role="query", progress=progress)
+
+    def encode_document(self, texts: str | Iterable[str], *, progress: bool = False) -> NDArray[np.float32]:
+        """`encode` with the document template."""
+        return self.encode(texts, role="document", progress=progress)
+
+    def encode_with_report(
+        self, texts: Iterable[str], *, role: Role = "document", progress: bool = False
+    ) -> Encoded:
+        """`encode`, with the token counts and what was cut."""
+        prompts = self._prompts(texts, role)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        vectors = np.empty((len(prompts), self.dim), np.float32)
+
+        def run(batch: list[int]) -> torch.Tensor:
+            return self._forward([prompts[i] for i in batch]).cpu()
+
+        with tqdm(total=sum(lengths), desc="embedding", unit="tok", unit_scale=True, disable=None if progress else True) as bar:
+            for batch, rows in run_batches(lengths, self.batch_tokens, run):
+                vectors[batch] = rows.numpy()
+                bar.update(sum(lengths[i] for i in batch))
+        if not np.isfinite(vectors).all():
+            raise KvembedError(f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32")
+        encoded = Encoded(vectors, np.array(lengths, np.int64), np.array([p.tokens_cut for p in prompts], np.int64))
+        if encoded.truncated:
+            logger.warning("%d of %d texts were cut to %d tokens", encoded.truncated, len(prompts), self.max_tokens)
+        return encoded
+
+    def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
+        unit_a, unit_b = (x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in map(np.atleast_2d, (a, b)))
+        return (unit_a @ unit_b.T).clip(-1, 1).astype(np.float32)
+
+    def explain(self, text: str, *, role: Role = "document") -> Explanation:
+        """What happens to a text: its prompt and tokens, which are its own, and how much each reads the slot, layer by layer."""
+        (prompt,) = self._prompts([text], role)
+        betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
+        ids, lengths = self._backbone.pad([prompt.ids])
+        self._backbone.states(ids, lengths, self.config, betas)
+        names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
+        return Explanation(
+            prompt=prompt.text,
+            tokens=tuple(
+                prompt.text[a:b] if b > a else name for (a, b), name in zip(prompt.offsets, names, strict=True)
+            ),
+            token_ids=prompt.ids,
+            span=prompt.span,
+            tokens_cut=prompt.tokens_cut,
+            config=self.config,
+            beta={layer: tuple(betas[layer][0].mean(0).tolist()) for layer in sorted(betas)},
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save model, tokenizer and config to a folder that `from_pretrained` opens and that gives the same vectors.
+
+        Each file appears whole or not at all, the config last.
+
+        Raises:
+            InputError: `folder` is a file.
+        """
+        target = Path(folder)
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{target} is a file, not a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
+            self.model.save_pretrained(scratch)
+            self.tokenizer.save_pretrained(scratch)
+            target.mkdir(exist_ok=True)
+            for path in Path(scratch).iterdir():
+                if path.is_dir():
+                    shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+                else:
+                    os.replace(path, target / path.name)
+            text = json.dumps(self.config.to_dict(), indent=1) + "\n"
+            (Path(scratch) / CONFIG_FILE).write_text(text)
+            os.replace(Path(scratch) / CONFIG_FILE, target / CONFIG_FILE)
+
+    def _prompts(self, texts: Iterable[str], role: Role) -> list[Prompt]:
+        if isinstance(texts, str | bytes):
+            raise InputError("texts must be a list of strings, not one string")
+        texts = list(texts)
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"text {index} is a {type(text).__name__}, not a string")
+        return self._prompter(texts, self.config.template(role), self.max_tokens)
+
+    @torch.inference_mode()
+    def _forward(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """One forward of the decoder: (B, dim) float32 on the model's device."""
+        ids, lengths = self._backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
+        states = self._backbone.states(ids, lengths, self.config)  # (B,n,D)
+        spans = torch.tensor([prompt.span for prompt in prompts], device=states.device)  # (B,2)
+        return pool(states, lengths.to(states.device), spans, self.config.pooling, self.config.mean_tokens)
+
+
+def _read_config(path: Path) -> EmbedConfig:
+    try:
+        return EmbedConfig.from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a kvembed config: {error}") from None

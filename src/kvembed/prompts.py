@@ -1,0 +1,142 @@
+"""Prompts: a text in its template -> token ids, with the span of tokens that are the text's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .errors import InputError, UnsupportedModel
+
+__all__ = ["Prompt", "Prompter"]
+
+# A fast tokenizer is one mutable object that "special strings are text" is set on; two threads must not set it at once.
+_TOKENIZER_LOCK = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One rendered and tokenised text.
+
+    Attributes:
+        text: the rendered prompt, after any cutting.
+        ids: token ids, special tokens that the tokenizer adds (BOS) included; at least one.
+        offsets: per token the `(start, end)` characters of `text` it stands for; `(0, 0)` for added special tokens.
+        span: first token of the text's own and one past its last. A token that straddles template and text is the text's.
+        tokens_cut: tokens of the text that were left out to fit `max_tokens`; 0 if it is whole.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    span: tuple[int, int]
+    tokens_cut: int = 0
+
+
+class Prompter:
+    """Renders and tokenises texts with one tokenizer; leaves the tokenizer as it was.
+
+    Args:
+        tokenizer: a fast tokenizer (one that gives character offsets).
+
+    Raises:
+        UnsupportedModel: the tokenizer gives no offsets.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise UnsupportedModel(
+                f"{type(tokenizer).__name__} gives no character offsets; kvembed needs a fast tokenizer (tokenizer.json)"
+            )
+        self._tokenizer: Any = tokenizer
+
+    def __call__(self, texts: Sequence[str], template: str, max_tokens: int) -> list[Prompt]:
+        """Tokenise each text in the template.
+
+        The whole prompt is tokenised at once, as the model would see it typed, and spans are found by character offsets.
+        Special-token strings inside a text, such as `<|im_end|>`, are read as plain text. A text too long is cut at a
+        token border, never the template, and `tokens_cut` says by how much. An empty text in an empty template becomes
+        the tokenizer's BOS (or EOS) token.
+
+        Args:
+            texts: any strings.
+            template: holds `{text}` exactly once.
+            max_tokens: longest prompt, template and special tokens included.
+
+        Raises:
+            InputError: a text holds a lone surrogate, or `max_tokens` leaves no room for any text.
+        """
+        for index, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"text {index} holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
+                    "not valid Unicode"
+                ) from None
+        prompts = self._tokenize(texts, template)
+        return [
+            prompt if len(prompt.ids) <= max_tokens else self._cut(text, prompt, template, max_tokens)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+
+    def _tokenize(self, texts: Sequence[str], template: str) -> list[Prompt]:
+        if not texts:
+            return []
+        prefix, _, suffix = template.partition("{text}")
+        rendered = [f"{prefix}{text}{suffix}" for text in texts]
+        backend = self._tokenizer.backend_tokenizer
+        with _TOKENIZER_LOCK:
+            before = backend.encode_special_tokens
+            try:
+                encoded = self._tokenizer(
+                    rendered,
+                    return_offsets_mapping=True,
+                    return_attention_mask=False,
+                    split_special_tokens=True,
+                    padding=False,
+                    truncation=False,
+                    verbose=False,
+                )
+            finally:
+                backend.encode_special_tokens = before
+        prompts = []
+        for text, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if not ids:
+                ids, offsets = [self._start_token()], [(0, 0)]
+            span = _span(offsets, len(prefix), len(text) - len(suffix))
+            prompts.append(Prompt(text, tuple(ids), tuple(map(tuple, offsets)), span))
+        return prompts
+
+    def _start_token(self) -> int:
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise InputError("an empty text needs a template: the tokenizer has neither a BOS nor an EOS token")
+
+    def _cut(self, text: str, prompt: Prompt, template: str, max_tokens: int) -> Prompt:
+        prefix = template.partition("{text}")[0]
+        start, end = prompt.span
+        around = len(prompt.ids) - (end - start)
+        keep = max_tokens - around
+        while keep > 0:
+            last_character = min(prompt.offsets[start + keep - 1][1] - len(prefix), len(text))
+            (shorter,) = self._tokenize([text[:last_character]], template)
+            excess = len(shorter.ids) - max_tokens
+            if excess <= 0:
+                kept = shorter.span[1] - shorter.span[0]
+                return dataclasses.replace(shorter, tokens_cut=end - start - kept)
+            keep -= excess  # cutting can split a merge in two, so the shorter text may still be a token too long
+        raise InputError(f"max_tokens is {max_tokens}, but the template alone takes {around} tokens")
+
+
+def _span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """The tokens that overlap characters `[start, end)`; empty and in place if the text has none."""
+    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
+    if inside:
+        return inside[0], inside[-1] + 1
+    after = next((i for i, (a, b) in enumerate(offsets) if a >= start and b > a), len(offsets))
+    return after, after
