@@ -16,8 +16,8 @@ The same thing is written three ways below, and tests hold them equal:
                 (soft cap, sinks, position bias)
 
 It reaches any model through transformers' attention interface: while `attending(decoder, f)` is open, this thread's
-forwards of that decoder call `f` in place of the model's attention. Other threads that use the same model meanwhile get the
-model's own attention, and the model's configuration is put back when the last user leaves.
+forwards of that decoder call `f` in place of the model's attention. Other threads that use the same model meanwhile get
+the model's own attention, and the model's configuration is put back when the last user leaves.
 
 Letters: B texts, Hq query heads, Hkv key-value heads, G = Hq / Hkv, n tokens, Dk and Dv head sizes.
 """
@@ -91,6 +91,7 @@ class Reroute:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attend as the interface asks, `Attention` says how; the slot goes into the layers that want it."""
         layer = self.layer_calls[module][self._calls[module]]
         self._calls[module] += 1
         if layer not in self.layers:
@@ -101,7 +102,9 @@ class Reroute:
         delegate = _changes_logits(kwargs)
         causal = is_causal(module, kwargs)
         if self.prefer_closed and not delegate and _closed_is_exact(query, key, value, attention_mask, causal):
-            out, beta = closed(query, key, value, slot_key, slot_value, scale, self.bias, None if self.slot_self else last)
+            blind = None if self.slot_self else last
+            out, share = closed(query, key, value, slot_key, slot_value, scale, self.bias, blind)
+            beta: Tensor | None = share
         else:
             mask = _float_mask(query, key, attention_mask, causal)  # (B or 1, 1 or Hq, n, n)
             slot_mask = mask.new_full((len(last), mask.shape[1], mask.shape[2]), self.bias)  # (B, 1 or Hq, n)
@@ -178,7 +181,7 @@ def closed(
         out (B,Hq,n,Dv); beta (B,Hq,n) float32.
     """
     out, lse = _causal_with_lse(query, key, value, scale)  # (B,Hq,n,Dv), (B,Hq,n) natural log
-    grouped = query.unflatten(1, (key.shape[1], -1))  # (B,Hkv,G,n,Dk)
+    grouped = query.view(len(query), key.shape[1], -1, *query.shape[2:])  # (B,Hkv,G,n,Dk)
     logit = torch.einsum("bhgnd,bhd->bhgn", grouped, slot_key).flatten(1, 2).float() * scale + bias  # (B,Hq,n)
     beta = torch.sigmoid(logit - lse)
     if blind is not None:
@@ -207,7 +210,9 @@ def delegated(
     key, value, mask = _with_slot(key, value, slot_key, slot_value, mask, slot_mask)
     kwargs = dict(kwargs)
     if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (1, 0))  # the slot has no relative position
+        kwargs["position_bias"] = nn.functional.pad(
+            kwargs["position_bias"], (1, 0)
+        )  # the slot has no relative position
     out, weights = _eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)  # (B,n,Hq,Dv)
     beta = weights[..., 0].float() if want_beta and weights is not None else None
     return out.transpose(1, 2), beta
@@ -220,7 +225,8 @@ def stock_attention(
     if _changes_logits(kwargs):
         mask = _float_mask(query, key, attention_mask, is_causal(module, kwargs))
         return _eager_function(module)(module, query, key, value, mask, **kwargs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
+    return out, None
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -278,15 +284,16 @@ def _turn_back(module: nn.Module, slot_key: Tensor, cos: Tensor | None, sin: Ten
     """Undo the rotary embedding of position `last`: the slot's key as if it stood at position 0. (B,Hkv,Dk) -> same."""
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if rotate is None or cos is None or sin is None or cos.shape[-1] != slot_key.shape[-1]:
-        raise UnsupportedModel(f'{type(module).__name__} has no plain rotary embedding, so slot_position="first" is not possible')
+        raise UnsupportedModel(f"{type(module).__name__} has no plain rotary embedding; slot_position=first needs it")
     rows = torch.arange(len(last), device=slot_key.device)
-    cos, sin = (part.expand(len(last), -1, -1)[rows, last][:, None].to(slot_key.dtype) for part in (cos, sin))  # (B,1,Dk)
-    turned, _ = rotate(slot_key[:, :, None], slot_key[:, :, None], cos, -sin)  # (B,Hkv,1,Dk)
-    # cos and sin may carry a common factor (YaRN), which is in the key already and came in again: divide it out twice.
-    return (turned / (cos**2 + sin**2)[:, None])[:, :, 0]  # type: ignore[no-any-return]
+    cos = cos.expand(len(last), -1, -1)[rows, last][:, None].to(slot_key.dtype)  # (B,1,Dk)
+    sin = sin.expand(len(last), -1, -1)[rows, last][:, None].to(slot_key.dtype)
+    turned: Tensor = rotate(slot_key[:, :, None], slot_key[:, :, None], cos, -sin)[0]  # (B,Hkv,1,Dk)
+    # cos and sin may carry a common factor (YaRN) that was in the key already and has now come in twice.
+    return (turned / (cos**2 + sin**2).sqrt()[:, None])[:, :, 0]
 
 
-# --- the door: transformers' attention interface ------------------------------------------------------------------------
+# --- the door: transformers' attention interface ----------------------------------------------------------------------
 
 _ACTIVE: ContextVar[Attention | None] = ContextVar("kvembed_attention", default=None)
 _SWITCHED: dict[int, tuple[int, str | None]] = {}  # id(config) -> users now, the model's own implementation
@@ -297,8 +304,8 @@ _SWITCH_LOCK = threading.Lock()
 def attending(decoder: nn.Module, attend: Attention) -> Iterator[None]:
     """While open, this thread's forwards of `decoder` call `attend` for every attention.
 
-    Masks come as for sdpa: None (plain causal), bool (True = attend) or additive. The decoder's configuration is put back
-    on the way out, also after an exception; with several users, when the last one leaves.
+    Masks come as for sdpa: None (plain causal), bool (True = attend) or additive. The decoder's configuration is put
+    back on the way out, also after an exception; with several users, when the last one leaves.
 
     Args:
         decoder: a transformers model.
@@ -334,16 +341,20 @@ def _hook(stock: str) -> str:
     Both must be registered under one name: with the attention alone, transformers silently drops the padding mask.
     Threads without an open `attending` are sent on to `stock`, so a model can be used by others at the same time.
     """
-    name = f"kvembed_{_hook.cache_info().currsize}"  # words like "flash" or "sdpa" in a name would switch other code paths
+    # Not named after `stock`: words like "flash" or "sdpa" in a name switch other code paths in transformers.
+    name = f"kvembed_{_hook.cache_info().currsize}"
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         attend = _ACTIVE.get()
         if attend is None:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(stock, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+                stock, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+            )
         return attend(module, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        return (ALL_MASK_ATTENTION_FUNCTIONS[stock] if _ACTIVE.get() is None else sdpa_mask)(*args, **kwargs)
+        make = sdpa_mask if _ACTIVE.get() is not None else ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
+        return None if make is None else make(*args, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)

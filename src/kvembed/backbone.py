@@ -1,4 +1,4 @@
-"""Backbone: a frozen decoder as the rest of kvembed sees it. Found out by one short forward; refused by name if unfit."""
+"""Backbone: a frozen decoder as the rest of kvembed sees it. Probed by one short forward; refused by name if unfit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import functools
 import hashlib
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from .errors import InputError, UnsupportedModel
 
 __all__ = ["Backbone"]
 
-# What models pass to their attention besides q, k, v and mask, and that leaves the logits alone (a window is in the mask).
+# What models pass to their attention besides q, k, v and mask that leaves the logits alone (a window is in the mask).
 _HARMLESS = frozenset(
-    "scaling dropout is_causal sliding_window position_ids output_attentions use_cache cache_position past_key_values "
-    "past_key_value layer_idx output_router_logits return_dict".split()
+    """scaling dropout is_causal sliding_window position_ids output_attentions use_cache cache_position past_key_values
+    past_key_value layer_idx output_router_logits return_dict""".split()  # noqa: SIM905 (a list would take 13 lines)
 )
 
 
@@ -49,75 +49,98 @@ class Backbone:
         config = model.config.get_text_config(decoder=True)
         self.model_type: str = config.model_type
         if model.config.is_encoder_decoder:
-            raise UnsupportedModel(f"{self.model_type} is an encoder-decoder; kvembed takes decoder-only language models")
-        self.decoder: nn.Module = model.get_decoder()
+            raise UnsupportedModel(
+                f"{self.model_type} is an encoder-decoder; kvembed takes decoder-only language models"
+            )
+        self.decoder = _decoder(model)
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.max_tokens: int | None = limit if isinstance(limit, int) and limit > 0 else None
         self._probe()
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value]
+        """Where token ids go."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     def _probe(self) -> None:
-        """One short forward with an attention function that only looks."""
-        modules: dict[nn.Module, list[int]] = defaultdict(list)
-        names = {module: name for name, module in self.decoder.named_modules()}
-        current = [-1]
+        """One short forward with an attention function that only looks: which module is called where, and how."""
+        calls: dict[nn.Module, list[tuple[str, int]]] = defaultdict(list)
+        place = [("", -1)]  # the stack of layers, and the layer in it, that the forward is in
 
         def look(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
             if not is_causal(module, kwargs):
                 self._refuse("its attention is not causal, so there is nothing to re-route around")
             if key.shape[2] != query.shape[2]:
-                self._refuse(f"its attention sees {key.shape[2]} keys for {query.shape[2]} tokens (compressed or shared keys)")
+                self._refuse(
+                    f"its attention sees {key.shape[2]} keys for {query.shape[2]} tokens (compressed or shared keys)"
+                )
             given = {name for name, argument in kwargs.items() if argument is not None}
             if unknown := sorted(given - _HARMLESS - set(LOGIT_CHANGES)):
-                self._refuse(f"its attention takes {', '.join(unknown)} (a sparse or special attention) that re-routing would ignore")
-            modules[module].append(current[0])
-            return stock_attention(module, query, key, value, mask, **kwargs)
+                self._refuse(
+                    f"its attention takes {', '.join(unknown)} (sparse or special), which re-routing would ignore"
+                )
+            calls[module].append(place[0])
+            return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
-        self.layers = self._find_layers()
+        lists = {name: module for name, module in self.decoder.named_modules() if isinstance(module, nn.ModuleList)}
+        stacks = {
+            name: part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
+        }
         with contextlib.ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                enter = _in_this_thread(functools.partial(_set, current, index))
-                stack.callback(layer.register_forward_pre_hook(enter).remove)
+            for name, layers in stacks.items():
+                for index, layer in enumerate(layers):
+                    enter = _in_this_thread(functools.partial(_set, place, (name, index)))
+                    stack.callback(layer.register_forward_pre_hook(enter).remove)
             stack.enter_context(attending(self.decoder, look))
             stack.enter_context(torch.inference_mode())
-            # 16 tokens: enough for a compressed attention to show itself.
-            output = self.decoder(input_ids=torch.arange(16, device=self.device)[None] + 1, use_cache=False)
-        if not modules:
+            try:
+                # 16 tokens: enough for a compressed attention to show itself.
+                output = self.decoder(input_ids=torch.arange(16, device=self.device)[None] + 1, use_cache=False)
+            except UnsupportedModel:
+                raise
+            except Exception as error:
+                if calls:
+                    self._refuse(f"a plain forward of its decoder fails ({error})")
+                output = None
+        if not calls:
+            names = [type(module).__name__.lower() for module in self.decoder.modules()]
             self._refuse(
                 "its attention does not go through transformers' attention interface"
-                if any("attention" in type(module).__name__.lower() for module in names)
+                if any("attention" in name or name.endswith("attn") for name in names) and self.model_type != "rwkv"
                 else "it has no attention"
             )
-        self.layer_calls = {module: tuple(calls) for module, calls in modules.items()}
-        if any(layer < 0 for calls in self.layer_calls.values() for layer in calls):
+        used = {name for places in calls.values() for name, _ in places}
+        if "" in used:
             self._refuse("its attention is called outside its decoder layers")
-        self.attention_layers = tuple(sorted({layer for calls in self.layer_calls.values() for layer in calls}))
+        # Nearly always one stack; a model with several (hrm_text) has its layers numbered through.
+        first: dict[str, int] = {}
+        self.layers: list[nn.Module] = []
+        for name in stacks:
+            if name in used:
+                first[name] = len(self.layers)
+                self.layers += stacks[name]
+        self.layer_calls = {
+            module: tuple(first[name] + index for name, index in places) for module, places in calls.items()
+        }
+        self.attention_layers = tuple(sorted({index for places in self.layer_calls.values() for index in places}))
         self.dim = int(output.last_hidden_state.shape[-1])
 
-    def _find_layers(self) -> list[nn.Module]:
-        """The longest list of modules that is not inside another list: `layers`, `h`, `blocks`..."""
-        lists = {name: module for name, module in self.decoder.named_modules() if isinstance(module, nn.ModuleList)}
-        outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-        if not outer:
-            self._refuse("it has no list of decoder layers")
-        return list(max(outer, key=len))
-
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModel(f"{self.model_type} ({type(self.model).__name__}) can't be re-routed: {reason}")
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises `InputError` for a layer out of range or without attention."""
         for layer in layers:
             if not 0 <= layer < len(self.layers):
-                raise InputError(f"layer {layer} is out of range: {self.model_type} has layers 0 to {len(self.layers) - 1}")
+                raise InputError(
+                    f"layer {layer} is out of range: {self.model_type} has layers 0 to {len(self.layers) - 1}"
+                )
             if layer not in self.attention_layers:
                 raise InputError(
-                    f"layer {layer} of {self.model_type} has no attention; choose among {_ranges(self.attention_layers)}"
+                    f"layer {layer} of {self.model_type} has no attention; those with: {_ranges(self.attention_layers)}"
                 )
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -154,7 +177,7 @@ class Backbone:
                 stack.enter_context(self._rerouting(lengths, config, betas))
             # No mask: with padding on the right, causality already hides it, and no (n,n) mask need be made.
             output = self.decoder(input_ids=ids, use_cache=False)
-        return kept[0] if kept else output.last_hidden_state  # type: ignore[no-any-return]
+        return kept[0] if kept else output.last_hidden_state
 
     @contextlib.contextmanager
     def _rerouting(self, lengths: Tensor, config: EmbedConfig, betas: dict[int, Tensor] | None) -> Iterator[None]:
@@ -179,7 +202,7 @@ class Backbone:
             yield
 
     @contextlib.contextmanager
-    def observing(self, readers: dict[int, Callable[[Tensor], None]]) -> Iterator[None]:
+    def observing(self, readers: Mapping[int, Callable[[Tensor], None]]) -> Iterator[None]:
         """While open, `readers[k]` is given the output (B,n,D) of decoder layer `k` at each forward of this thread."""
         with contextlib.ExitStack() as stack:
             for index, reader in readers.items():
@@ -212,15 +235,32 @@ def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
     return act
 
 
-def _set(cell: list[int], value: int, *_: Any) -> None:
+def _set(cell: list[Any], value: Any, *_: Any) -> None:
     cell[0] = value
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model below all wrappers and heads that turns token ids into states."""
+    decoder: PreTrainedModel = model
+    for _ in range(4):  # wrappers within wrappers, as in multimodal models
+        inner: nn.Module = cast(Any, decoder).get_decoder()
+        if not isinstance(inner, PreTrainedModel):  # a head that happens to be called "decoder"
+            inner = cast(PreTrainedModel, decoder.base_model)
+        if inner is decoder and decoder.get_output_embeddings() is not None:  # a head above an unusually named model
+            inner = next((part for part in decoder.children() if isinstance(part, PreTrainedModel)), decoder)
+        if inner is decoder:
+            break
+        decoder = inner
+    return decoder
 
 
 def _read_output(reader: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:
     reader(output[0] if isinstance(output, tuple) else output)
 
 
-def _keep_rotation(rotations: dict[Any, Any], _module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+def _keep_rotation(
+    rotations: dict[Any, Any], _module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+) -> None:
     layer_type = kwargs.get("layer_type", args[2] if len(args) > 2 else None)
     if isinstance(output, tuple) and len(output) == 2:
         rotations[layer_type] = output

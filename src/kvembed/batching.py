@@ -61,7 +61,9 @@ def run_batches(
                 raise
             tokens = max(lengths[i] for i in batch)
             if len(batch) == 1:
-                raise OutOfMemory(f"a text of {tokens:,} tokens does not fit in memory; set max_tokens lower") from error
+                raise OutOfMemory(
+                    f"a text of {tokens:,} tokens does not fit in memory; set max_tokens lower"
+                ) from error
             rows = None
         # Outside the handler: the traceback would keep the failed batch's tensors alive.
         if rows is None:

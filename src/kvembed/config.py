@@ -39,7 +39,8 @@ class EmbedConfig:
             A text with no token of its own falls back on all.
         output_layer: `None`: the last layer's states after the final norm; `k`: the output of decoder layer `k`, before
             any final norm (the last layer's index gives the unnormed top).
-        max_tokens: longest input in tokens, template included; a longer text is cut and counted. `None`: the model's limit.
+        max_tokens: longest input in tokens, template included; a longer text is cut and counted. `None`: the model's
+            limit.
 
     Raises:
         InputError: a field does not have one of the values above.

@@ -43,7 +43,6 @@ class Encoded:
         vectors: (n, dim) float32, rows of norm 1.
         token_counts: (n,) int64, tokens of each prompt as it was embedded, template included.
         tokens_cut: (n,) int64, tokens of each text that were left out to fit `max_tokens`.
-        truncated: how many texts lost any.
     """
 
     vectors: NDArray[np.float32]
@@ -52,6 +51,7 @@ class Encoded:
 
     @property
     def truncated(self) -> int:
+        """How many texts lost any tokens."""
         return int((self.tokens_cut > 0).sum())
 
 
@@ -117,18 +117,28 @@ class Embedder:
         """Prefer `from_pretrained` or `from_model`, which say what the arguments mean."""
         if batch_tokens is not None and batch_tokens < 1:
             raise InputError(f"batch_tokens must be a whole number from 1, not {batch_tokens!r}")
+        if model.training:
+            raise InputError("the model is in training mode, so dropout would change its states: call model.eval()")
         self.model = model
         self.tokenizer = tokenizer
         self._backbone = Backbone(model)
         self._prompter = Prompter(tokenizer)
         if config.layers is None:
             profile = choose_layers(
-                self._backbone, tokenizer, config.document, texts=texts, model=name, revision=revision, progress=progress
+                self._backbone,
+                tokenizer,
+                config.document,
+                texts=texts,
+                model=name,
+                revision=revision,
+                progress=progress,
             )
             config = config.replace(layers=profile.layers)
         self._backbone.check_layers(config.layers or ())
         if config.output_layer is not None and config.output_layer >= len(self._backbone.layers):
-            raise InputError(f"output_layer is {config.output_layer}; the last layer is {len(self._backbone.layers) - 1}")
+            raise InputError(
+                f"output_layer is {config.output_layer}; the last layer is {len(self._backbone.layers) - 1}"
+            )
         self.config = config
         self.dim = self._backbone.dim
         limit = self._backbone.max_tokens
@@ -184,7 +194,7 @@ class Embedder:
             config,
             batch_tokens=batch_tokens,
             texts=texts,
-            name=source if source in models.BUNDLED else Path(source).name if Path(source).exists() else source,
+            name=models.label(source),
             revision=revision,
             progress=progress,
         )
@@ -203,7 +213,7 @@ class Embedder:
     ) -> Embedder:
         """Embed with a model that is already in memory. Its weights, configuration and hooks stay as they are.
 
-        Args and errors as in `from_pretrained`; dtype and device are the model's own. The model should be in evaluation mode.
+        Args and errors as in `from_pretrained`; dtype and device are the model's own.
         """
         config = preset(method, **options)
         return cls(model, tokenizer, config, batch_tokens=batch_tokens, texts=texts, progress=progress)
@@ -219,14 +229,16 @@ class Embedder:
             progress: show a bar on a terminal.
 
         Returns:
-            (n, dim) float32, rows of norm 1, in the order of `texts`; (dim,) for one string. A text's vector does not depend on
-            the others. Texts longer than `max_tokens` are cut, and a warning says how many.
+            (n, dim) float32, rows of norm 1, in the order of `texts`; (dim,) for one string. A text's vector does not
+            depend on the others. Texts longer than `max_tokens` are cut, and a warning says how many.
 
         Raises:
             InputError: something that is not a string, a lone surrogate, or no room for the text beside the template.
             OutOfMemory: a single text does not fit.
         """
-        vectors = self.encode_with_report([texts] if isinstance(texts, str) else texts, role=role, progress=progress).vectors
+        vectors = self.encode_with_report(
+            [texts] if isinstance(texts, str) else texts, role=role, progress=progress
+        ).vectors
         return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_query(self, texts: str | Iterable[str], *, progress: bool = False) -> NDArray[np.float32]:
@@ -237,9 +249,7 @@ class Embedder:
         """`encode` with the document template."""
         return self.encode(texts, role="document", progress=progress)
 
-    def encode_with_report(
-        self, texts: Iterable[str], *, role: Role = "document", progress: bool = False
-    ) -> Encoded:
+    def encode_with_report(self, texts: Iterable[str], *, role: Role = "document", progress: bool = False) -> Encoded:
         """`encode`, with the token counts and what was cut."""
         prompts = self._prompts(texts, role)
         lengths = [len(prompt.ids) for prompt in prompts]
@@ -248,12 +258,16 @@ class Embedder:
         def run(batch: list[int]) -> torch.Tensor:
             return self._forward([prompts[i] for i in batch]).cpu()
 
-        with tqdm(total=sum(lengths), desc="embedding", unit="tok", unit_scale=True, disable=None if progress else True) as bar:
+        with tqdm(
+            total=sum(lengths), desc="embedding", unit="tok", unit_scale=True, disable=None if progress else True
+        ) as bar:
             for batch, rows in run_batches(lengths, self.batch_tokens, run):
                 vectors[batch] = rows.numpy()
                 bar.update(sum(lengths[i] for i in batch))
         if not np.isfinite(vectors).all():
-            raise KvembedError(f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32")
+            raise KvembedError(
+                f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
+            )
         encoded = Encoded(vectors, np.array(lengths, np.int64), np.array([p.tokens_cut for p in prompts], np.int64))
         if encoded.truncated:
             logger.warning("%d of %d texts were cut to %d tokens", encoded.truncated, len(prompts), self.max_tokens)
@@ -262,10 +276,11 @@ class Embedder:
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
         unit_a, unit_b = (x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in map(np.atleast_2d, (a, b)))
-        return (unit_a @ unit_b.T).clip(-1, 1).astype(np.float32)
+        cosine: NDArray[np.float32] = (unit_a @ unit_b.T).clip(-1, 1).astype(np.float32)
+        return cosine
 
     def explain(self, text: str, *, role: Role = "document") -> Explanation:
-        """What happens to a text: its prompt and tokens, which are its own, and how much each reads the slot, layer by layer."""
+        """What happens to a text: its prompt, its tokens, and how much each reads the slot, layer by layer."""
         (prompt,) = self._prompts([text], role)
         betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
         ids, lengths = self._backbone.pad([prompt.ids])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -21,11 +23,11 @@ from .backbone import Backbone
 from .batching import token_batches
 from .config import EmbedConfig
 from .errors import InputError
-from .models import cache_folder
+from .models import cache_folder, label, load
 from .prompts import Prompter
 from .writing import write_atomically, write_texts
 
-__all__ = ["Profile", "choose_layers", "id_curve", "twonn", "window"]
+__all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "twonn", "window"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +70,16 @@ class Profile:
     @classmethod
     def from_json(cls, text: str) -> Profile:
         """The inverse of `to_json`. Raises `ValueError` or `TypeError` for anything else."""
-        fields = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        fields: Any = json.loads(text)
+        return cls(**fields | {name: tuple(fields[name]) for name in ("curve", "attention_layers", "layers")})
 
 
 def twonn(states: NDArray[Any]) -> float:
     """TwoNN intrinsic dimension (Facco et al. 2017, doi 10.1038/s41598-017-11873-y).
 
-    The ratio mu of the distances to a point's second and first neighbour is Pareto with the dimension as its exponent, so
-    -log(1 - F(mu)) is a line through the origin in log(mu), fitted by least squares. The largest tenth of the ratios is left out,
-    as in the paper. Duplicates, whose first distance is zero, are dropped first.
+    The ratio mu of the distances to a point's second and first neighbour is Pareto with the dimension as its exponent,
+    so -log(1 - F(mu)) is a line through the origin in log(mu), fitted by least squares. The largest tenth of the ratios
+    is left out, as in the paper. Duplicates, whose first distance is zero, are dropped first.
 
     Args:
         states: (N, D) any float dtype; distances are taken in float64.
@@ -94,7 +96,7 @@ def twonn(states: NDArray[Any]) -> float:
     if not torch.isfinite(points).all():
         raise InputError("the model's states are not finite (try another dtype)")
     nearest = []
-    for rows in points.split(256):  # never an (N, N) matrix
+    for rows in torch.tensor_split(points, range(256, len(points), 256)):  # never an (N, N) matrix
         distances = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")  # (256, N)
         nearest.append(distances.topk(3, largest=False).values[:, 1:])  # without the point itself
     first, second = torch.cat(nearest).T
@@ -108,8 +110,8 @@ def twonn(states: NDArray[Any]) -> float:
 def window(curve: Sequence[float], attention_layers: Sequence[int]) -> tuple[int, ...]:
     """The paper's rule: from the layer of least intrinsic dimension, a tenth of the depth upwards.
 
-    l* = argmin ID with the first 20 % of the layers left out; S = {l*, ..., l* + floor(0.1 L)}, cut at L - 1. In a model where
-    only some layers have attention, both l* and S are taken among those.
+    l* = argmin ID with the first 20 % of the layers left out; S = {l*, ..., l* + floor(0.1 L)}, cut at L - 1. In a
+    model where only some layers have attention, both l* and S are taken among those.
 
     Args:
         curve: intrinsic dimension by layer, bottom first; L values.
@@ -152,17 +154,17 @@ def id_curve(
     with tqdm(total=len(texts), desc="reading layers", unit="text", disable=None if progress else True) as bar:
         for batch in token_batches(lengths, batch_tokens):
             ids, real = backbone.pad([prompts[i].ids for i in batch])
-            rows = torch.arange(len(batch), device=ids.device)
-
-            def keep(layer: int, output: torch.Tensor, rows: torch.Tensor = rows, real: torch.Tensor = real) -> None:
-                last = output[rows.to(output.device), real.to(output.device) - 1]
-                states[layer, batch] = last.float().cpu().numpy()  # noqa: B023 (used within this turn of the loop)
-
-            readers = {layer: (lambda output, layer=layer: keep(layer, output)) for layer in range(len(backbone.layers))}
+            readers = {layer: partial(_keep_last, states[layer], batch, real) for layer in range(len(states))}
             with backbone.observing(readers):
                 backbone.states(ids, real, plain)
             bar.update(len(batch))
     return tuple(twonn(layer) for layer in states)
+
+
+def _keep_last(states: NDArray[np.float32], batch: list[int], lengths: Tensor, output: Tensor) -> None:
+    """Of one layer's output (B,n,D), each text's last token into its row of `states` (N, D)."""
+    last = output[torch.arange(len(batch)), lengths.to(output.device) - 1]
+    states[batch] = last.float().cpu().numpy()
 
 
 def choose_layers(
@@ -192,9 +194,9 @@ def choose_layers(
     source, digest = (SELF_WRITTEN, None) if texts is None else ("given", _digest(texts))
 
     def fits(profile: Profile) -> bool:
-        return (
-            (profile.fingerprint, profile.template, profile.texts) == (fingerprint, template, source)
-            and digest in (None, profile.texts_sha256)
+        return (profile.fingerprint, profile.template, profile.texts) == (fingerprint, template, source) and digest in (
+            None,
+            profile.texts_sha256,
         )
 
     name = hashlib.sha256(f"{fingerprint}\n{template}\n{source}\n{digest}".encode()).hexdigest()[:24]
@@ -226,12 +228,28 @@ def choose_layers(
     return profile
 
 
+def profile_of(
+    name: str,
+    template: str,
+    *,
+    texts: Sequence[str] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: bool = False,
+) -> Profile:
+    """`choose_layers` for a model by name (see `kvembed.models.load`)."""
+    model, tokenizer = load(name, dtype=dtype, device=device)
+    return choose_layers(Backbone(model), tokenizer, template, texts=texts, model=label(name), progress=progress)
+
+
 def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _shipped() -> list[Profile]:
-    return [Profile.from_json(entry.read_text()) for entry in (files("kvembed") / "profiles").iterdir() if entry.is_file()]
+    return [
+        Profile.from_json(entry.read_text()) for entry in (files("kvembed") / "profiles").iterdir() if entry.is_file()
+    ]
 
 
 def _read(path: Path) -> list[Profile]:

@@ -1,4 +1,4 @@
-"""The presets: method name -> EmbedConfig. Each reproduces its paper's definition; nothing else knows a method's name."""
+"""The presets: method name -> EmbedConfig, each as its paper defines it; nothing else knows a method's name."""
 
 from __future__ import annotations
 

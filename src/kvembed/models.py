@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from .errors import InputError, KvembedError, ModelNotFound
 
-__all__ = ["BUNDLED", "Bundled", "cache_folder", "load", "pull"]
+__all__ = ["BUNDLED", "Bundled", "cache_folder", "label", "load", "pull"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,22 +79,43 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES["float32" if place.type == "cpu" else "bfloat16"] if dtype == "auto" else DTYPES[dtype]
-    source = pull(name) or name
+    source = _local_folder(name) or _on_hub(name, revision)
     with _readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch_dtype)
     return model.eval().requires_grad_(False).to(place), tokenizer
 
 
-def pull(name: str) -> Path | None:
-    """Make a model ready to load without the network; a hub id is left to transformers.
+def pull(name: str, *, revision: str | None = None) -> Path:
+    """Make a model ready to load without the network.
+
+    Args:
+        name, revision: as in `load`.
 
     Returns:
-        A folder that transformers can load, or None for a hub id.
+        The folder it is in.
 
     Raises:
         ModelNotFound: as in `load`.
     """
+    folder = _local_folder(name)
+    if folder is None:
+        _on_hub(name, revision)
+        with _readable_errors(name):
+            # one copy of the weights: not the same again in other formats
+            others = ["*.gguf", "*.bin", "*.pth", "*.onnx", "*.h5", "*.msgpack", "original/*"]
+            folder = Path(snapshot_download(name, revision=revision, ignore_patterns=others))
+    return folder
+
+
+def label(name: str) -> str:
+    """A model's name for people: a path is told by its last part alone."""
+    path = Path(name).expanduser()
+    return path.name if name not in BUNDLED and path.exists() else name
+
+
+def _local_folder(name: str) -> Path | None:
+    """A folder that transformers can load, made now if need be; None for a hub id."""
     if name in BUNDLED:
         bundled = BUNDLED[name]
         return _convert_once(f"{name}-{bundled.sha256[:12]}", lambda folder: _download(bundled, folder))
@@ -104,9 +128,30 @@ def pull(name: str) -> Path | None:
         if not (path / "config.json").is_file():
             raise ModelNotFound(f"{name}: the folder holds no config.json, so it is not a model")
         return path
+    if path.exists():
+        raise ModelNotFound(f"{name}: neither a folder nor a .gguf file")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
         raise ModelNotFound(f"{name!r}: no such file or folder")
     return None
+
+
+def _on_hub(name: str, revision: str | None) -> str:
+    """The hub id, if it is cached or the hub has it; transformers itself would try for a minute before saying no."""
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        raise ModelNotFound(f"{name!r} is neither a file or folder here nor a possible hub id") from None
+    if not isinstance(cached, str):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise ModelNotFound(f"{name}: the hub has no such model, or it is private ({_first_line(error)})") from None
+        except Exception as error:  # whatever the HTTP library of the day raises
+            raise ModelNotFound(
+                f"{name} is neither {', '.join(BUNDLED)} nor a folder nor a .gguf file here, it is not in the hub's "
+                f"cache, and the hub can't be reached ({_first_line(error)})"
+            ) from None
+    return name
 
 
 def _device(device: str) -> torch.device:
@@ -136,7 +181,9 @@ def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:
             if not (target / "config.json").is_file():  # another process may have made it while this one waited
                 for stale in models.glob(f"{key}.tmp*"):  # left by a killed process; the lock says it is gone
                     shutil.rmtree(stale, ignore_errors=True)
-                with tempfile.TemporaryDirectory(prefix=f"{key}.tmp", dir=models, ignore_cleanup_errors=True) as scratch:
+                with tempfile.TemporaryDirectory(
+                    prefix=f"{key}.tmp", dir=models, ignore_cleanup_errors=True
+                ) as scratch:
                     source = gguf(Path(scratch))
                     _convert(source, Path(scratch) / "model")
                     os.replace(Path(scratch) / "model", target)
@@ -193,7 +240,9 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
-    """Whatever goes wrong while reading a model, in one line that names it."""
+    """Whatever goes wrong while reading a model, in one line that names it; without transformers' own progress bars."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             # transformers and gguf warn of their own internals here; nothing a caller could act on.
@@ -203,6 +252,9 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, gguf, safetensors and the hub raise what they like
         raise ModelNotFound(f"can't load {name}: {_first_line(error)}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

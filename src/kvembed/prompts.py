@@ -25,7 +25,8 @@ class Prompt:
         text: the rendered prompt, after any cutting.
         ids: token ids, special tokens that the tokenizer adds (BOS) included; at least one.
         offsets: per token the `(start, end)` characters of `text` it stands for; `(0, 0)` for added special tokens.
-        span: first token of the text's own and one past its last. A token that straddles template and text is the text's.
+        span: first token of the text's own and one past its last; a token that straddles template and text is the
+            text's.
         tokens_cut: tokens of the text that were left out to fit `max_tokens`; 0 if it is whole.
     """
 
@@ -49,14 +50,14 @@ class Prompter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
             raise UnsupportedModel(
-                f"{type(tokenizer).__name__} gives no character offsets; kvembed needs a fast tokenizer (tokenizer.json)"
+                f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer (tokenizer.json) is needed"
             )
         self._tokenizer: Any = tokenizer
 
     def __call__(self, texts: Sequence[str], template: str, max_tokens: int) -> list[Prompt]:
         """Tokenise each text in the template.
 
-        The whole prompt is tokenised at once, as the model would see it typed, and spans are found by character offsets.
+        The whole prompt is tokenised at once, as if it had been typed, and spans are found by character offsets.
         Special-token strings inside a text, such as `<|im_end|>`, are read as plain text. A text too long is cut at a
         token border, never the template, and `tokens_cut` says by how much. An empty text in an empty template becomes
         the tokenizer's BOS (or EOS) token.

@@ -50,12 +50,18 @@ def write_texts(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if model.get_output_embeddings() is None or start is None:
         raise InputError(
-            f"{type(model).__name__} can't write calibration texts itself (no language-modelling head or no BOS token); "
-            "give layers=..., or calibration texts"
+            f"{type(model).__name__} can't write calibration texts itself (no language-modelling head or no BOS "
+            "token); give layers=..., or calibration texts"
         )
     ends = [token for token in {tokenizer.eos_token_id, tokenizer.pad_token_id, start} if token is not None]
     sampling = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=tokens, eos_token_id=ends, pad_token_id=ends[0]
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        max_new_tokens=tokens,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
     )
     texts: dict[str, None] = {}
     prompt = torch.full((batch, 1), start, device=model.device)
@@ -76,7 +82,9 @@ def write_texts(
                 if cache is not None:
                     write_atomically(cache, json.dumps(written, indent=0, ensure_ascii=False))
                 return written
-    raise InputError(f"{type(model).__name__} wrote only {len(texts)} distinct texts; give layers=..., or calibration texts")
+    raise InputError(
+        f"{type(model).__name__} wrote only {len(texts)} distinct texts; give layers=..., or calibration texts"
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,40 @@
+# Everything runs in .venv, made from pyproject.toml and constraints.txt. `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test test-slow check families bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/kvembed pull smollm2
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/kvembed pull smollm2
+	$(BIN)/pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# docs/families.md: which decoder families work, from tiny random models of each
+families: $(INSTALLED)
+	$(BIN)/python tools/families.py
+
+# re-routed against plain forward time, ratios within one run
+bench: $(INSTALLED)
+	$(BIN)/python tools/overhead.py
+
+clean:
+	rm -rf .venv
+
+# torch first and pinned: unpinned, or as somebody's dependency, it would bring gigabytes of CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

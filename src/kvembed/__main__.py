@@ -1,0 +1,5 @@
+"""`python -m kvembed`."""
+
+from .cli import main
+
+main()
