@@ -50,7 +50,7 @@ _SMALL: dict[str, Any] = {
         "attention_heads decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts",
         2: "num_key_value_heads num_experts_per_tok moe_k n_group topk_group encoder_layers eos_token_id",
         16: "head_dim index_head_dim ssm_state_size linear_head_dim",
-        8: "sliding_window attention_chunk_size",
+        8: "sliding_window attention_chunk_size",  # shorter than the texts, so that it shows
         512: "max_position_embeddings n_positions",
         128: "vocab_size",
         0: "pad_token_id",
@@ -59,60 +59,32 @@ _SMALL: dict[str, Any] = {
     for name in names.split()
 }
 # Latent attention (MLA): one key and value head per query head, and Dk = 24 is not Dv = 16.
-_LATENT = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "head_dim": 8,
-}
+_LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "head_dim": 8}
+_LATENT |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 8}
 _INDEXER = {"index_topk": 4, "index_n_heads": 2}
-_ALTERNATING = ["linear_attention", "full_attention"] * 2
-_WINDOW_FIRST = ["sliding_attention", "full_attention"] * 2
-_GEMMA3N = {
-    "num_hidden_layers": 6,
-    "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "vocab_size_per_layer_input": 128,
-    "hidden_size_per_layer_input": 16,
-    "laurel_rank": 8,
-}
-_GEMMA4 = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "global_head_dim": 32}
-_GEMMA4_DRAFT = {"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0, "global_head_dim": 32}
-_DOTS3 = {
-    **_INDEXER,
-    "layer_types": ["indexed_attention", "sliding_attention"] * 2,
-    "head_dim": 24,
-    "shared_experts_intermediate_size": 32,
-    **{f"swa_{name}": value for name, value in _LATENT.items() if name != "qk_rope_head_dim"},
-    "swa_num_attention_heads": 4,
-    "swa_head_dim": 24,
-}
-_QWEN4 = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 16,
-    "indexer_budget": 4,
-    "indexer_compress_ratio": 2,
-    "hc_lowrank": 8,
-}
+_HASHED = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16}
+_GEMMA3N = {**_HASHED, "laurel_rank": 8, "num_hidden_layers": 6, "num_kv_shared_layers": 2}
+_GEMMA3N |= {"layer_types": ["sliding_attention", "full_attention"] * 3}
+_GEMMA4 = {**_HASHED, "global_head_dim": 32}
+_DOTS3 = {**_INDEXER, **{f"swa_{name}": value for name, value in _LATENT.items() if name != "qk_rope_head_dim"}}
+_DOTS3 |= {"swa_num_attention_heads": 4, "swa_head_dim": 24, "head_dim": 24, "shared_experts_intermediate_size": 32}
+_QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4}
+_QWEN4 |= {"indexer_compress_ratio": 2, "hc_lowrank": 8}
+_BYTES = {"vocab_size": 260, "hidden_size_global": 64}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
-# What the general rules can't guess. Not plain shrinking: hybrids get two attention layers, sparse ones their sparsity.
+# What the general rules can't guess. Hybrids get two attention layers, sparse models their sparsity.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA2, "attn_layer_indices": [1, 3]},
     "blt": {
-        "encoder_hash_byte_group_vocab": 100,
-        "local_attention_window_len": 8,
-        "patcher_config": {"vocab_size": 260},
-        "encoder_config": {"vocab_size": 260, "hidden_size_global": 64},
-        "decoder_config": {"vocab_size": 260, "hidden_size_global": 64},
+        **{"encoder_config": _BYTES, "decoder_config": _BYTES, "patcher_config": {"vocab_size": 260}},
+        **{"encoder_hash_byte_group_vocab": 100, "local_attention_window_len": 8},
     },
     "cohere_compass_text": {
-        "layer_types": _WINDOW_FIRST,
-        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None},
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": None},
     },
     "cpmant": {"dim_head": 16, "dim_ff": 96, "prompt_types": 2, "prompt_length": 4},
     "dbrx": {
@@ -121,23 +93,21 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v32": _INDEXER,
     "deepseek_v4": {"q_lora_rank": 24, "index_n_heads": 2, "o_lora_rank": 16, "num_key_value_heads": 1},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "max_window_layers": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note": _DOTS3,
     "dots3_note_text": _DOTS3,
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 128},
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
     "gemma4": {"text_config": _GEMMA4},
-    "gemma4_assistant": {"text_config": _GEMMA4_DRAFT},
     "gemma4_text": _GEMMA4,
-    "gemma4_unified_assistant": {"text_config": _GEMMA4_DRAFT},
     "glm_moe_dsa": _INDEXER,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granitemoehybrid": {**_MAMBA2, "layer_types": _ALTERNATING},
+    "granitemoehybrid": {**_MAMBA2, "layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 4, "head_dim": 32},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2, **_INDEXER},
+    "minimax_m3_vl_text": {**_INDEXER, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "nemotron_h": {"layer_types": ["full_attention", "linear_attention", "full_attention", "mlp", "moe"]},
     "qwen4_exp": _QWEN4,
     "qwen4_exp_text": _QWEN4,
@@ -148,12 +118,12 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 # The vision tower of gemma3n needs the timm package, which has nothing to do with re-routing: its text model stands in.
-_STAND_INS = {"gemma3n": "gemma3n_text"}
+STAND_INS = {"gemma3n": "gemma3n_text"}
 
 
 def build(model_type: str) -> PreTrainedModel:
     """A tiny random model of the type, in float32 and eval mode; always the same weights."""
-    known_as = _STAND_INS.get(model_type, model_type)
+    known_as = STAND_INS.get(model_type, model_type)
     model_class = getattr(transformers, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[known_as])
     config_class = CONFIG_MAPPING[known_as]
     if model_class.config_class in config_class.sub_configs.values():  # a language model that is part of a larger one

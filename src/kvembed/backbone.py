@@ -241,17 +241,17 @@ def _set(cell: list[Any], value: Any, *_: Any) -> None:
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model below all wrappers and heads that turns token ids into states."""
-    decoder: PreTrainedModel = model
+    decoder: Any = model
     for _ in range(4):  # wrappers within wrappers, as in multimodal models
-        inner: nn.Module = cast(Any, decoder).get_decoder()
+        inner = decoder.get_decoder()
         if not isinstance(inner, PreTrainedModel):  # a head that happens to be called "decoder"
-            inner = cast(PreTrainedModel, decoder.base_model)
+            inner = decoder.base_model
         if inner is decoder and decoder.get_output_embeddings() is not None:  # a head above an unusually named model
             inner = next((part for part in decoder.children() if isinstance(part, PreTrainedModel)), decoder)
         if inner is decoder:
             break
         decoder = inner
-    return decoder
+    return cast(PreTrainedModel, decoder)
 
 
 def _read_output(reader: Callable[[Tensor], None], _module: nn.Module, _args: Any, output: Any) -> None:

@@ -131,6 +131,9 @@ class Prompter:
                 kept = shorter.span[1] - shorter.span[0]
                 return dataclasses.replace(shorter, tokens_cut=end - start - kept)
             keep -= excess  # cutting can split a merge in two, so the shorter text may still be a token too long
+        if max_tokens > around:  # room, but not for the first character, which takes several tokens
+            (empty,) = self._tokenize([""], template)
+            return dataclasses.replace(empty, tokens_cut=end - start)
         raise InputError(f"max_tokens is {max_tokens}, but the template alone takes {around} tokens")
 
 

@@ -1,0 +1,121 @@
+"""One plain forward of the decoder, read where asked; unfit models are refused by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvembed import EmbedConfig, InputError, UnsupportedModel
+from kvembed.backbone import Backbone
+
+
+def test_what_the_probe_finds(llama):
+    backbone = Backbone(llama)
+    assert backbone.attention_layers == (0, 1, 2, 3, 4)
+    assert (len(backbone.layers), backbone.dim, backbone.max_tokens) == (5, 48, 512)
+    assert backbone.decoder is llama.model
+
+
+def test_a_hybrid_offers_only_its_attention_layers():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "qwen3_next",
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            num_experts=2,
+            num_experts_per_tok=1,
+            intermediate_size=32,
+        )
+    ).eval()
+    backbone = Backbone(model)
+    assert len(backbone.layers) == 4
+    assert backbone.attention_layers == (3,)
+    with pytest.raises(InputError, match="layer 1 of qwen3_next has no attention; those with: 3"):
+        backbone.check_layers([1])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("bloom", "does not go through transformers' attention interface"),
+        ("mamba", "it has no attention"),
+        ("bert", "not causal"),
+    ],
+)
+def test_refused_by_name_with_the_reason(model_type, reason):
+    config = AutoConfig.for_model(model_type, vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UnsupportedModel, match=f"^{model_type} .*can't be re-routed: .*{reason}"):
+        Backbone(model)
+
+
+def test_exactly_one_decoder_forward_without_cache_head_or_hidden_states(llama):
+    calls, heads = [], []
+    decoder_hook = llama.model.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((kwargs, output)), with_kwargs=True
+    )
+    head_hook = llama.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    backbone = Backbone(llama)
+    ids, lengths = backbone.pad([[5, 6, 7], [8]])
+    calls.clear()
+    try:
+        backbone.states(ids, lengths, EmbedConfig(layers=(1, 2), output_layer=3))
+    finally:
+        decoder_hook.remove()
+        head_hook.remove()
+    ((kwargs, output),) = calls
+    assert kwargs["use_cache"] is False
+    assert output.past_key_values is None
+    assert output.hidden_states is None
+    assert heads == []
+
+
+def test_output_layer_reads_before_the_final_norm(llama):
+    backbone = Backbone(llama)
+    ids, lengths = backbone.pad([[5, 6, 7]])
+    with torch.inference_mode():
+        hidden = llama(ids, output_hidden_states=True).hidden_states
+        below_norm = backbone.states(ids, lengths, EmbedConfig(output_layer=4))
+        assert torch.equal(backbone.states(ids, lengths, EmbedConfig(output_layer=1)), hidden[2])
+        assert torch.equal(backbone.states(ids, lengths, EmbedConfig()), hidden[-1])
+        assert torch.equal(llama.model.norm(below_norm), hidden[-1])
+
+
+@pytest.mark.parametrize("layers", [[5], [0, 99]])
+def test_layers_out_of_range(llama, layers):
+    with pytest.raises(InputError, match=f"layer {layers[-1]} is out of range: llama has layers 0 to 4"):
+        Backbone(llama).check_layers(layers)
+
+
+def test_fingerprint_knows_weights_not_dtypes(llama):
+    same = copy.deepcopy(llama).to(torch.bfloat16)
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        other.model.layers[3].mlp.up_proj.weight[0, 0] += 1
+    assert Backbone(llama).fingerprint() == Backbone(same).fingerprint()
+    assert Backbone(llama).fingerprint() != Backbone(other).fingerprint()
+    assert Backbone(llama).fingerprint() != Backbone(tiny(seed=1)).fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(llama, dtype):
+    config = EmbedConfig(layers=(1, 2))
+    full, half = Backbone(llama), Backbone(copy.deepcopy(llama).to(dtype))
+    ids, lengths = full.pad([list(range(2, 40))])
+    a, b = full.states(ids, lengths, config)[0], half.states(ids, lengths, config)[0]
+    assert b.dtype == dtype
+    assert torch.nn.functional.cosine_similarity(a, b.float()).mean() > 0.99

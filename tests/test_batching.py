@@ -1,0 +1,67 @@
+"""Token budgets, order, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvembed import OutOfMemory
+from kvembed.batching import run_batches, token_batches
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=60), budget=st.integers(1, 500))
+def test_every_text_once_within_the_budget(lengths, budget):
+    batches = token_batches(lengths, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_halves_and_says_so(error, caplog):
+    lengths = [10] * 13 + [4] * 9
+    ran = []
+
+    def run(batch):
+        if sum(lengths[i] for i in batch) > 45:
+            raise error
+        ran.append(batch)
+        return torch.tensor([[float(i)] for i in batch])
+
+    with caplog.at_level(logging.WARNING):
+        rows = {i: float(x) for batch, out in run_batches(lengths, 100, run) for i, x in zip(batch, out, strict=True)}
+    assert rows == {i: float(i) for i in range(len(lengths))}
+    assert caplog.messages == [
+        "out of memory: batches halved to 5 texts of up to 10 tokens",
+        "out of memory: batches halved to 3 texts of up to 10 tokens",
+    ]
+    assert all(sum(lengths[i] for i in batch) <= 45 for batch in ran)
+
+
+def test_a_single_text_too_big_is_a_clear_error():
+    def run(batch):
+        raise MemoryError
+
+    with pytest.raises(OutOfMemory, match="a text of 1,234 tokens does not fit in memory"):
+        list(run_batches([1234], 10, run))
+
+
+def test_other_errors_pass_through():
+    def run(batch):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        list(run_batches([5], 10, run))

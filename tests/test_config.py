@@ -1,0 +1,86 @@
+"""EmbedConfig: validated, JSON in and out, hashed; presets are nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvembed import METHODS, EmbedConfig, InputError
+from kvembed.methods import preset
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": float("nan")}, "bias must be a finite number"),
+        ({"bias": float("inf")}, "bias must be a finite number"),
+        ({"bias": "1"}, "bias must be a finite number"),
+        ({"bias": True}, "bias must be a finite number"),
+        ({"layers": (-1,)}, "layers must be whole numbers"),
+        ({"layers": "6-9"}, "layers must be whole numbers"),
+        ({"layers": (1.5,)}, "layers must be whole numbers"),
+        ({"document": "no slot"}, r"the document template must hold \{text\} exactly once"),
+        ({"query": "{text}{text}"}, r"the query template must hold \{text\} exactly once"),
+        ({"pooling": "max"}, "pooling must be one of last, mean, weighted-mean, hybrid"),
+        ({"mean_tokens": "some"}, "mean_tokens must be one of all, content"),
+        ({"slot_position": "middle"}, "slot_position must be one of last, first"),
+        ({"slot_self": 1}, "slot_self must be true or false"),
+        ({"output_layer": -1}, "output_layer must be a whole number"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
+        ({"max_tokens": 1.5}, "max_tokens must be a whole number from 1"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(InputError, match=message):
+        EmbedConfig(**options)
+
+
+def test_unknown_names():
+    with pytest.raises(InputError, match="unknown option 'layer'; known: bias, document, layers"):
+        preset("kv", layer=3)
+    with pytest.raises(InputError, match="unknown option 'x'"):
+        EmbedConfig.from_dict({"x": 1})
+    with pytest.raises(InputError, match="unknown method 'kvv'; choose from kv, last, mean, weighted-mean, prompt-eol"):
+        preset("kvv")
+    with pytest.raises(InputError, match="role must be document or query, not 'user'"):
+        EmbedConfig().template("user")
+
+
+@pytest.mark.parametrize("config", [*METHODS.values(), EmbedConfig(layers=(5, 3, 3), output_layer=2, max_tokens=9)])
+def test_json_round_trip_and_hash(config):
+    again = EmbedConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.hash() == config.hash()
+    assert len(config.hash()) == 16
+
+
+def test_the_hash_is_stable_and_tells_configs_apart():
+    # A change of this number makes every stored result and index of the old version a stranger: make it on purpose.
+    assert EmbedConfig().hash() == "5e6225a4d5bf6f5f"
+    configs = [*METHODS.values(), EmbedConfig(), EmbedConfig(bias=2), EmbedConfig(layers=(1,)), EmbedConfig(layers=None)]
+    assert len({config.hash() for config in configs}) == len(configs)
+
+
+def test_layers_are_a_sorted_set():
+    assert EmbedConfig(layers=(4, 2, 4)).layers == (2, 4)
+    assert preset("kv", layers=range(3)).layers == (0, 1, 2)
+
+
+def test_the_kv_preset_is_the_paper_to_the_letter():
+    assert METHODS["kv"] == EmbedConfig(
+        method="kv",
+        document="Context: {text}\nCompress the Context in one word:",
+        query="Query: {text}\nCompress the Query in one word:",
+        layers=None,
+        bias=1.0,
+        slot_position="last",
+        slot_self=True,
+        pooling="hybrid",
+        mean_tokens="all",
+        output_layer=None,
+    )
+
+
+def test_only_presets_that_reroute_do_so():
+    assert {name for name, config in METHODS.items() if config.layers != ()} == {"kv"}

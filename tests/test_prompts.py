@@ -1,0 +1,98 @@
+"""Spans, cutting and special strings: the template is never touched and the text is only text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvembed import InputError, UnsupportedModel
+from kvembed.prompts import Prompter
+
+TEMPLATES = ["{text}", "Context: {text}\nCompress the Context in one word:", 'This : "{text}" means:"', "{text}\n"]
+# Any text a user may have: all of Unicode but lone surrogates, with special strings mixed in.
+TEXTS = st.lists(
+    st.one_of(st.text(max_size=20), st.sampled_from(["<|im_end|>", "<s>", "</s>", "\n", " ", "\0", "🙂", "e\u0301"])),
+    max_size=6,
+).map("".join)
+
+
+@given(text=TEXTS, template=st.sampled_from(TEMPLATES))
+def test_the_span_is_the_text(tokenizer, text, template):
+    (prompt,) = Prompter(tokenizer)([text], template, 10_000)
+    prefix, suffix = template.split("{text}")
+    assert prompt.text == prefix + text + suffix
+    assert prompt.tokens_cut == 0
+    first, end = prompt.span
+    assert 0 <= first <= end <= len(prompt.ids) == len(prompt.offsets)
+    for i, (a, b) in enumerate(prompt.offsets):
+        overlaps = a < len(prefix) + len(text) and b > len(prefix) and b > a
+        assert overlaps == (first <= i < end)
+    assert tokenizer.decode(prompt.ids[1:]) == prompt.text  # [1:]: BOS
+    specials = set(tokenizer.all_special_ids)
+    assert prompt.ids[0] == tokenizer.bos_token_id
+    assert not specials & set(prompt.ids[1:])
+
+
+@given(text=TEXTS, template=st.sampled_from(TEMPLATES), room=st.integers(1, 30))
+@settings(max_examples=200)
+def test_cutting_keeps_the_template_and_a_prefix_of_the_text(tokenizer, text, template, room):
+    prompter = Prompter(tokenizer)
+    prefix, suffix = template.split("{text}")
+    (whole,), (bare,) = prompter([text], template, 10_000), prompter([""], template, 10_000)
+    limit = len(bare.ids) + room
+    (prompt,) = prompter([text], template, limit)
+    assert len(prompt.ids) <= limit
+    assert prompt.text.startswith(prefix)
+    assert prompt.text.endswith(suffix)
+    kept = prompt.text[len(prefix) : len(prompt.text) - len(suffix)]
+    assert text.startswith(kept)
+    assert (prompt.tokens_cut > 0) == (kept != text) == (len(whole.ids) > limit)
+    if prompt.tokens_cut:
+        assert prompt.tokens_cut == (whole.span[1] - whole.span[0]) - (prompt.span[1] - prompt.span[0])
+        # Nothing that would still have fitted is thrown away, but for a token or two that the cut itself changes.
+        assert len(prompt.ids) > limit - 6
+
+
+def test_no_room_for_any_text(tokenizer):
+    prompter = Prompter(tokenizer)
+    (bare,) = prompter([""], TEMPLATES[1], 10_000)
+    with pytest.raises(InputError, match=f"max_tokens is 5, but the template alone takes {len(bare.ids)} tokens"):
+        prompter(["hello there, this is long"], TEMPLATES[1], 5)
+
+
+def test_a_lone_surrogate_is_named(tokenizer):
+    with pytest.raises(InputError, match=r"text 1 holds a lone surrogate \(U\+D83D\) at character 2"):
+        Prompter(tokenizer)(["fine", "hm\ud83d"], "{text}", 100)
+
+
+def test_an_empty_text_in_an_empty_template_is_one_token(tokenizer, bare_tokenizer):
+    (with_bos,) = Prompter(tokenizer)([""], "{text}", 10)
+    (without,) = Prompter(bare_tokenizer)([""], "{text}", 10)
+    assert with_bos.ids == (tokenizer.bos_token_id,)
+    assert without.ids == (bare_tokenizer.eos_token_id,)
+    assert without.span[0] == without.span[1]
+    bare_tokenizer_without_eos = type(bare_tokenizer)(tokenizer_object=bare_tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="needs a template"):
+        Prompter(bare_tokenizer_without_eos)([""], "{text}", 10)
+
+
+def test_the_tokenizer_is_left_as_it_was(tokenizer):
+    before = tokenizer.backend_tokenizer.to_str(), tokenizer.backend_tokenizer.encode_special_tokens
+    Prompter(tokenizer)(["a<|im_end|>", "b" * 50], "{text}", 20)
+    assert (tokenizer.backend_tokenizer.to_str(), tokenizer.backend_tokenizer.encode_special_tokens) == before
+    assert tokenizer("<|im_end|>", add_special_tokens=False).input_ids == [
+        tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ]
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UnsupportedModel, match="Slow gives no character offsets"):
+        Prompter(Slow())
+
+
+def test_no_texts(tokenizer):
+    assert Prompter(tokenizer)([], "{text}", 10) == []
