@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from math import inf, isnan
 from typing import Any
 
@@ -27,18 +28,7 @@ from kvembed.config import EmbedConfig
 
 FAMILIES = tuple(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-# Encoders with a causal head, and decoders that are half of an encoder-decoder: not what kvembed is for.
-ENCODERS = tuple(
-    name
-    for name in FAMILIES
-    if name in {"bert-generation", "git", "musicgen", "musicgen_melody", "trocr", "xlnet"}
-    or (
-        name in {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
-        and name not in {"moss_transcribe_diarize", "reformer"}
-    )
-)
-
-# --- tiny configurations ------------------------------------------------------------------------------------------------
+# --- tiny configurations ----------------------------------------------------------------------------------------------
 
 _SMALL: dict[str, Any] = {
     name: value
@@ -47,17 +37,19 @@ _SMALL: dict[str, Any] = {
         96: "intermediate_size ffn_dim n_inner ffn_hidden_size dense_intermediate_size",
         32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size encoder_ffn_dim",
         4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_attention_heads n_head n_heads num_heads "
-        "attention_heads decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts",
-        2: "num_key_value_heads num_experts_per_tok moe_k n_group topk_group encoder_layers eos_token_id",
-        16: "head_dim index_head_dim ssm_state_size linear_head_dim",
-        8: "sliding_window attention_chunk_size",  # shorter than the texts, so that it shows
+        "attention_heads decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts "
+        "swa_num_attention_heads",
+        2: "num_key_value_heads num_experts_per_tok moe_k n_group topk_group encoder_layers eos_token_id "
+        "swa_num_key_value_heads",
+        16: "head_dim index_head_dim ssm_state_size linear_head_dim swa_head_dim local_attention",
+        8: "sliding_window sliding_window_size attention_chunk_size",  # shorter than the texts, so that it shows
         512: "max_position_embeddings n_positions",
         128: "vocab_size",
         0: "pad_token_id",
         1: "bos_token_id",
     }.items()
     for name in names.split()
-}
+} | {"use_sliding_window": True}
 # Latent attention (MLA): one key and value head per query head, and Dk = 24 is not Dv = 16.
 _LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "head_dim": 8}
 _LATENT |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
@@ -72,23 +64,21 @@ _DOTS3 = {**_INDEXER, **{f"swa_{name}": value for name, value in _LATENT.items()
 _DOTS3 |= {"swa_num_attention_heads": 4, "swa_head_dim": 24, "head_dim": 24, "shared_experts_intermediate_size": 32}
 _QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4}
 _QWEN4 |= {"indexer_compress_ratio": 2, "hc_lowrank": 8}
-_BYTES = {"vocab_size": 260, "hidden_size_global": 64}
+_PATCHES = {"hidden_size_global": 64}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 # What the general rules can't guess. Hybrids get two attention layers, sparse models their sparsity.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA2, "attn_layer_indices": [1, 3]},
-    "blt": {
-        **{"encoder_config": _BYTES, "decoder_config": _BYTES, "patcher_config": {"vocab_size": 260}},
-        **{"encoder_hash_byte_group_vocab": 100, "local_attention_window_len": 8},
-    },
+    "blt": {"encoder_config": _PATCHES, "decoder_config": _PATCHES, "encoder_hash_byte_group_vocab": 100},
+    "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": None},
     },
-    "cpmant": {"dim_head": 16, "dim_ff": 96, "prompt_types": 2, "prompt_length": 4},
+    "cpmant": {"dim_head": 16, "dim_ff": 96, "prompt_types": 4, "prompt_length": 4},
     "dbrx": {
-        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v32": _INDEXER,
@@ -97,42 +87,48 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note": _DOTS3,
     "dots3_note_text": _DOTS3,
     "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 128},
-    "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
     "gemma4": {"text_config": _GEMMA4},
     "gemma4_text": _GEMMA4,
     "glm_moe_dsa": _INDEXER,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {**_MAMBA2, "layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
     "minimax_m3_vl_text": {**_INDEXER, "layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "musicgen": {"num_codebooks": 1},
+    "musicgen_melody": {"num_codebooks": 1},
     "nemotron_h": {"layer_types": ["full_attention", "linear_attention", "full_attention", "mlp", "moe"]},
     "qwen4_exp": _QWEN4,
     "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 32)},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "zaya": {"num_experts_per_tok": 1},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid_sliding", "hybrid"] * 2},
 }
 # The vision tower of gemma3n needs the timm package, which has nothing to do with re-routing: its text model stands in.
 STAND_INS = {"gemma3n": "gemma3n_text"}
 
 
 def build(model_type: str) -> PreTrainedModel:
-    """A tiny random model of the type, in float32 and eval mode; always the same weights."""
+    """A tiny random model of the type, in float32 and eval mode, that runs; always the same weights."""
     known_as = STAND_INS.get(model_type, model_type)
     model_class = getattr(transformers, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[known_as])
     config_class = CONFIG_MAPPING[known_as]
     if model_class.config_class in config_class.sub_configs.values():  # a language model that is part of a larger one
         config_class = model_class.config_class
-    config = _shrunk(config_class, copy.deepcopy(_OVERRIDES.get(model_type, {})))
+    config = _shrunk(config_class, copy.deepcopy(_OVERRIDES.get(known_as, {})))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class(config).float().eval()
         _stir(model)
+    with torch.inference_mode():  # a refusal should be the model's doing, not that of a configuration that can't run
+        assert model(input_ids=torch.arange(16)[None] + 1, use_cache=False)[0].isfinite().all()
     return model
 
 
@@ -143,6 +139,8 @@ def _shrunk(config_class: Any, overrides: dict[str, Any]) -> Any:
     small = {name: value for name, value in small.items() if name in fields}
     if "layer_types" in fields and (types := getattr(default, "layer_types", None)):
         kinds = list(dict.fromkeys(types))
+        if kinds == ["full_attention"] and "sliding_window" in fields:
+            kinds = ["sliding_attention", "full_attention"]
         small["layer_types"] = [kinds[layer % len(kinds)] for layer in range(4)]  # every kind, in few layers
     for name in config_class.sub_configs:
         if (part := getattr(default, name, None)) is not None:
@@ -152,7 +150,7 @@ def _shrunk(config_class: Any, overrides: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def _stir(model: nn.Module) -> None:
-    """Fresh weights are so small that attention is nearly uniform, and biases and sinks are zero: errors would not show."""
+    """New weights are small (attention nearly uniform), biases and sinks are zero: errors would not show."""
     for name, weight in model.named_parameters():
         if weight.ndim >= 2:
             gain = 2.0 if any(part in name for part in ("q_", "k_", "query", "key", "qkv", "c_attn")) else 1.0
@@ -161,19 +159,19 @@ def _stir(model: nn.Module) -> None:
             weight.add_(torch.randn_like(weight), alpha=0.2)
 
 
-# --- the check -----------------------------------------------------------------------------------------------------------
+# --- the check --------------------------------------------------------------------------------------------------------
 
 LENGTHS = (13, 1, 29, 5)
 TOLERANCE = 1e-4  # of the largest state; float32 against float64 through four layers
-# Their attention modules don't say which layer they are in (or count otherwise), so all attention is re-routed.
+# Their attention modules don't say which layer they are in, or count otherwise: all their attention is re-routed.
 _ALL_LAYERS = ("hrm_text", "longcat_flash", "zamba", "zamba2")
 
 
 @torch.inference_mode()
 def verify(model: PreTrainedModel) -> None:
-    """Raises AssertionError, saying what is wrong, unless kvembed embeds with this model exactly as defined.
+    """Raises AssertionError, saying what is wrong, unless kvembed does with this model exactly what it says.
 
-    Raises `kvembed` `UnsupportedModel` if it is refused.
+    Raises kvembed's UnsupportedModel if it refuses the model.
     """
     backbone = Backbone(model)
     decoder = backbone.decoder
@@ -185,22 +183,22 @@ def verify(model: PreTrainedModel) -> None:
         layers = set(backbone.attention_layers)
 
     # The un-routed model: through kvembed's door, through its own eager attention, in a padded batch.
-    plain = [_forward(decoder, text) for text in texts]
+    plain = _each(decoder, texts)
     with attending(decoder, stock_attention):
-        _same([_forward(decoder, text) for text in texts], plain, "un-routed, it is not the stock model")
+        _same(_each(decoder, texts), plain, "un-routed, it is not the stock model")
     with _implementation(decoder, "eager"):
-        _same([_forward(decoder, text) for text in texts], plain, "its eager attention differs from its default one")
-    _same(_batch(backbone, texts, layers=()), plain, "right padding changes its states")
+        _same(_each(decoder, texts), plain, "its eager attention differs from its default one")
+    _same(_batch(backbone, texts), plain, "right padding changes its states")
 
-    # The re-routed model against the definition.
+    # The re-routed model, in a padded batch, against the definition, text by text.
     routed = _batch(backbone, texts, layers=tuple(layers))
-    with _definition(decoder, layers if backbone.model_type not in _ALL_LAYERS else None):
-        _same(routed, [_forward(decoder, text) for text in texts], f"re-routed in {sorted(layers)}, it is not as defined")
-    effect = max(_difference(ours, stock) for ours, stock in zip(routed, plain, strict=True))
+    with _definition(decoder, None if backbone.model_type in _ALL_LAYERS else layers):
+        _same(routed, _each(decoder, texts), f"re-routed in layers {sorted(layers)}, it is not as defined")
+    effect = _differ(routed, plain)
     assert effect > 100 * TOLERANCE, f"re-routing has no effect ({effect:.1e})"
     _same(_batch(backbone, texts, layers=tuple(layers), bias=-1e9), plain, "a slot nobody sees changes its states")
 
-    # Padding on the left, as far as the stock model can take it.
+    # Padding on the left, if the stock model can take it.
     if _differ(_left_padded(decoder, texts), plain) <= TOLERANCE:
         last = torch.full((len(texts),), max(LENGTHS) - 1)
         with attending(decoder, Reroute(frozenset(layers), backbone.layer_calls, last)):
@@ -208,8 +206,8 @@ def verify(model: PreTrainedModel) -> None:
     assert _implementations(decoder) == before, "its attention implementation was not put back"
 
 
-def _forward(decoder: nn.Module, text: Tensor) -> Tensor:
-    return decoder(input_ids=text[None], use_cache=False).last_hidden_state[0]
+def _each(decoder: nn.Module, texts: list[Tensor]) -> list[Tensor]:
+    return [decoder(input_ids=text[None], use_cache=False).last_hidden_state[0] for text in texts]
 
 
 def _batch(backbone: Backbone, texts: list[Tensor], **settings: Any) -> list[Tensor]:
@@ -219,29 +217,23 @@ def _batch(backbone: Backbone, texts: list[Tensor], **settings: Any) -> list[Ten
 
 
 def _left_padded(decoder: nn.Module, texts: list[Tensor]) -> list[Tensor]:
-    ids = torch.zeros(len(texts), max(LENGTHS), dtype=torch.long)
-    for row, text in zip(ids, texts, strict=True):
-        row[-len(text) :] = text
-    mask = torch.tensor([[0] * (max(LENGTHS) - length) + [1] * length for length in LENGTHS])
-    extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        extra = {}
-    states = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **extra).last_hidden_state
-    return [row[-length:] for row, length in zip(states, LENGTHS, strict=True)]
-
-
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    pad = [max(LENGTHS) - length for length in LENGTHS]
+    ids = torch.stack([nn.functional.pad(text, (count, 0)) for text, count in zip(texts, pad, strict=True)])
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor(pad)[:, None]).long()
+    accepts = inspect.signature(decoder.forward).parameters
+    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "position_ids" in accepts else {}
+    states = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+    return [row[count:] for row, count in zip(states, pad, strict=True)]
 
 
 def _differ(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    differences = [_difference(mine, other) for mine, other in zip(ours, theirs, strict=True)]
-    return max(inf if isnan(difference) else difference for difference in differences)
+    worst = [float((mine - other).abs().max() / other.abs().max()) for mine, other in zip(ours, theirs, strict=True)]
+    return max(inf if isnan(difference) else difference for difference in worst)
 
 
 def _same(ours: list[Tensor], theirs: list[Tensor], claim: str) -> None:
-    worst = _differ(ours, theirs)
-    assert worst <= TOLERANCE, f"{claim}: off by {worst:.1e}"
+    difference = _differ(ours, theirs)
+    assert difference <= TOLERANCE, f"{claim}: off by {difference:.1e}"
 
 
 def _configs(decoder: nn.Module) -> list[Any]:
@@ -254,10 +246,10 @@ def _implementations(decoder: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _implementation(decoder: nn.Module, name: str) -> Any:
+def _implementation(decoder: nn.Module, name: str) -> Iterator[None]:
     before = _implementations(decoder)
     for config in _configs(decoder):
-        config._attn_implementation = {"": name}  # this config alone, not its parts
+        config._attn_implementation = {"": name}  # this configuration alone, not its parts
     try:
         yield
     finally:
@@ -265,16 +257,16 @@ def _implementation(decoder: nn.Module, name: str) -> Any:
             config._attn_implementation = {"": own}
 
 
-# --- the definition ------------------------------------------------------------------------------------------------------
+# --- the definition ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _definition(decoder: nn.Module, layers: set[int] | None) -> Any:
+def _definition(decoder: nn.Module, layers: set[int] | None) -> Iterator[None]:
     """While open, attention is computed as defined, re-routed in `layers` (None: everywhere) with bias 1."""
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+    def attention(module, query, key, value, attention_mask, **kwargs):
         routed = layers is None or module.layer_idx in layers
-        return defined(query, key, value, attention_mask, 1.0 if routed else None, **kwargs), None
+        return _defined(query, key, value, attention_mask, 1.0 if routed else None, **kwargs), None
 
     AttentionInterface.register("definition", attention)
     AttentionMaskInterface.register("definition", eager_mask)
@@ -282,40 +274,26 @@ def _definition(decoder: nn.Module, layers: set[int] | None) -> Any:
         yield
 
 
-def defined(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    bias: float | None,
-    scaling: float,
-    softcap: float | None = None,
-    position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    sinks: Tensor | None = None,
-    **_: Any,
+def _defined(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: float | None, scaling: float, **kwargs: Any
 ) -> Tensor:
-    """Attention of one unpadded text, explicitly, in float64; with a slot at the front if there is a bias.
+    """Attention of one unpadded text, explicitly, in float64; with a slot in front if there is a bias.
 
     Shapes as in `kvembed.attention`; returns (1,n,Hq,Dv).
     """
-    dtype, (_batch, heads, n, _size) = query.dtype, query.shape
-    query, key, value = query.double(), key.double(), value.double()
-    groups = heads // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    mask = mask.double().expand(1, heads, n, n)
-    if position_bias is not None:
-        mask = mask + position_bias.double()
+    dtype, (_, heads, n, _) = query.dtype, query.shape
+    query, key, value, mask = (tensor.double() for tensor in (query, key, value, mask))
+    key, value = (tensor.repeat_interleave(heads // tensor.shape[1], 1) for tensor in (key, value))
+    given = {name: argument for name, argument in kwargs.items() if argument is not None}
+    mask = mask + given.get("position_bias", torch.zeros(1, heads, n, n))
     if bias is not None:
-        key, value = torch.cat([key[:, :, -1:], key], 2), torch.cat([value[:, :, -1:], value], 2)
-        mask = torch.cat([torch.full((1, heads, n, 1), bias, dtype=torch.float64), mask], 3)
+        key, value = (torch.cat([tensor[:, :, -1:], tensor], 2) for tensor in (key, value))
+        mask = nn.functional.pad(mask, (1, 0), value=bias)  # the slot has no place, so no position bias
     logits = torch.einsum("bhid,bhjd->bhij", query, key) * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    weights = (logits + mask).exp()
-    total = weights.sum(-1, keepdim=True)
-    if s_aux is not None:  # more weight in the sum, with no value: one per head
-        total = total + s_aux.double().exp()[:, None, None]
-    if sinks is not None:  # or one per head and token, (1,Hq,n,1)
-        total = total + sinks.double().exp()
-    return (weights / total @ value).transpose(1, 2).to(dtype).contiguous()
+    if cap := given.get("softcap"):
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits + mask
+    sinks = [given["s_aux"].reshape(1, heads, 1, 1).expand(1, heads, n, 1)] if "s_aux" in given else []
+    sinks += [given["sinks"]] if "sinks" in given else []  # one per head and token, where s_aux is one per head
+    weights = torch.cat([logits, *sinks], -1).softmax(-1)[..., : logits.shape[-1]]  # a sink has a weight but no value
+    return (weights @ value).transpose(1, 2).to(dtype).contiguous()

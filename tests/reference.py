@@ -25,6 +25,14 @@ def rotate(x: Tensor, theta: float, factor: float = 1.0, offset: int = 0) -> Ten
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def project(x: Tensor, weights: dict[str, Tensor], name: str, count: int, size: int) -> Tensor:
+    """Linear layer, with a bias if there is one, split into heads: (n, D) -> (count, n, size)."""
+    y = x @ weights[f"{name}.weight"].to(F64).T
+    if f"{name}.bias" in weights:
+        y = y + weights[f"{name}.bias"].to(F64)
+    return y.view(len(x), count, size).transpose(0, 1)
+
+
 def rerouted_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, slot: tuple[Tensor, Tensor] | None, bias: float, window: int | None
 ) -> Tensor:
@@ -41,7 +49,9 @@ def rerouted_attention(
     return out
 
 
-def states(weights: dict[str, Tensor], config, ids: list[int], layers: set[int], bias: float = 1.0, first: bool = False) -> Tensor:
+def states(
+    weights: dict[str, Tensor], config, ids: list[int], layers: set[int], bias: float = 1.0, first: bool = False
+) -> Tensor:
     """Last hidden states after the final norm: (n, D) float64.
 
     Args:
@@ -72,13 +82,11 @@ def states(weights: dict[str, Tensor], config, ids: list[int], layers: set[int],
         theta, factor = numbers["rope_theta"], numbers.get("factor") or 1.0
 
         h = rms_norm(x, w(at + "input_layernorm.weight") + one, eps)
-        def project(name, count):
-            y = h @ w(f"{at}self_attn.{name}.weight").T
-            if f"{at}self_attn.{name}.bias" in weights:
-                y = y + w(f"{at}self_attn.{name}.bias")
-            return y.view(len(ids), count, size).transpose(0, 1)
 
-        q, k, v = project("q_proj", heads), project("k_proj", kv_heads), project("v_proj", kv_heads)
+        q, k, v = (
+            project(h, weights, f"{at}self_attn.{name}", count, size)
+            for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads))
+        )
         if gemma:
             q = rms_norm(q, w(at + "self_attn.q_norm.weight") + 1, eps)
             k = rms_norm(k, w(at + "self_attn.k_norm.weight") + 1, eps)

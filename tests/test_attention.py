@@ -13,7 +13,7 @@ from reference import fast_attention, rerouted_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvembed import EmbedConfig
-from kvembed.attention import Reroute, attending, closed, prepended, stock_attention
+from kvembed.attention import Reroute, attending, closed, delegated, prepended, stock_attention
 from kvembed.backbone import Backbone
 
 LOWEST = torch.finfo(torch.float32).min
@@ -82,6 +82,25 @@ def test_a_very_low_bias_is_plain_causal_attention(dtype):
     assert float(beta.max()) == 0
 
 
+def test_a_soft_cap_is_left_to_the_models_own_function_and_the_bias_added_after_it():
+    """Against the definition: logit = cap * tanh(scale * q.k / cap), then the slot's bias, then softmax."""
+    module = tiny("gemma2").model.layers[0].self_attn
+    query, key, value = random_qkv(0, 2, 4, 2, 6, 12)
+    slot_key, slot_value = key[:, :, -1], value[:, :, -1]
+    mask = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), LOWEST)
+    out, beta = delegated(
+        module, {"softcap": 2.0}, query, key, value, slot_key, slot_value, mask, torch.full((2, 1, 6), 1.5), 0.3, True
+    )
+    k = torch.cat([slot_key[:, :, None], key], 2).repeat_interleave(2, 1).double()
+    v = torch.cat([slot_value[:, :, None], value], 2).repeat_interleave(2, 1).double()
+    logits = 2 * torch.tanh(query.double() @ k.transpose(2, 3) * 0.3 / 2)
+    logits[..., 0] += 1.5
+    logits[..., 1:] = logits[..., 1:].masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(out.double(), logits.softmax(-1) @ v, atol=1e-5, rtol=0)
+    assert beta is not None
+    torch.testing.assert_close(beta.double(), logits.softmax(-1)[..., 0], atol=1e-6, rtol=0)
+
+
 def reroute(backbone, lengths, layers=(1, 3), **options):
     return Reroute(frozenset(layers), backbone.layer_calls, torch.as_tensor(lengths) - 1, **options)
 
@@ -105,8 +124,9 @@ def test_right_padding_left_padding_and_both_forms_agree(model_type, changes, sl
     config = EmbedConfig(layers=(1, 3), bias=1.0, slot_self=slot_self)
     right = backbone.states(ids, lengths, config)
 
-    with torch.inference_mode(), attending(
-        backbone.decoder, reroute(backbone, lengths, slot_self=slot_self, prefer_closed=False)
+    with (
+        torch.inference_mode(),
+        attending(backbone.decoder, reroute(backbone, lengths, slot_self=slot_self, prefer_closed=False)),
     ):
         slow = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
@@ -116,8 +136,9 @@ def test_right_padding_left_padding_and_both_forms_agree(model_type, changes, sl
     for row, text in enumerate(texts):
         shifted[row, width - len(text) :] = torch.tensor(text)
         mask[row, width - len(text) :] = 1
-    with torch.inference_mode(), attending(
-        backbone.decoder, reroute(backbone, [width] * len(texts), slot_self=slot_self)
+    with (
+        torch.inference_mode(),
+        attending(backbone.decoder, reroute(backbone, [width] * len(texts), slot_self=slot_self)),
     ):
         left = backbone.decoder(input_ids=shifted, attention_mask=mask, use_cache=False).last_hidden_state
 

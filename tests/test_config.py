@@ -58,7 +58,13 @@ def test_json_round_trip_and_hash(config):
 def test_the_hash_is_stable_and_tells_configs_apart():
     # A change of this number makes every stored result and index of the old version a stranger: make it on purpose.
     assert EmbedConfig().hash() == "5e6225a4d5bf6f5f"
-    configs = [*METHODS.values(), EmbedConfig(), EmbedConfig(bias=2), EmbedConfig(layers=(1,)), EmbedConfig(layers=None)]
+    configs = [
+        *METHODS.values(),
+        EmbedConfig(),
+        EmbedConfig(bias=2),
+        EmbedConfig(layers=(1,)),
+        EmbedConfig(layers=None),
+    ]
     assert len({config.hash() for config in configs}) == len(configs)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -69,7 +71,7 @@ def embed(
 ) -> None:
     """Embed texts: one unit vector each, in order."""
     with _one_line_errors():
-        from .textio import check_output, read_texts, write_vectors
+        from .files import check_output, read_texts, write_vectors
 
         check_output(output)
         texts = read_texts(files or [], field)
@@ -96,7 +98,7 @@ def similarity(
 ) -> None:
     """Cosine similarity of every text with every other, or the texts nearest to each query."""
     with _one_line_errors():
-        from .textio import read_texts
+        from .files import read_texts
 
         texts = texts or read_texts([])
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
@@ -134,8 +136,8 @@ def layers(
 ) -> None:
     """Intrinsic dimension by layer, and the layers that re-routing takes by it."""
     with _one_line_errors():
+        from .files import read_texts
         from .plots import check_plot, plot_layers
-        from .textio import read_texts
 
         check_plot(plot)
         given = None if texts is None else read_texts([texts], field)
@@ -201,10 +203,19 @@ def pull(
 
 def main() -> None:
     """The `kvembed` command."""
+    sys.unraisablehook = _interrupt_again
     with contextlib.suppress(BrokenPipeError):
         app()
     # A reader such as `head` closed the pipe: nothing more to say, and nothing to flush at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _interrupt_again(event: Any) -> None:
+    """Python drops a Ctrl-C that lands in a finaliser, as it may during seconds of imports: send it once more."""
+    if issubclass(event.exc_type, KeyboardInterrupt):
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(event)
 
 
 def _embedder(

@@ -23,9 +23,10 @@ from .backbone import Backbone
 from .batching import token_batches
 from .config import EmbedConfig
 from .errors import InputError
+from .files import whole_file
 from .models import cache_folder, label, load
 from .prompts import Prompter
-from .writing import write_atomically, write_texts
+from .writing import write_texts
 
 __all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "twonn", "window"]
 
@@ -96,7 +97,8 @@ def twonn(states: NDArray[Any]) -> float:
     if not torch.isfinite(points).all():
         raise InputError("the model's states are not finite (try another dtype)")
     nearest = []
-    for rows in torch.tensor_split(points, range(256, len(points), 256)):  # never an (N, N) matrix
+    for row in range(0, len(points), 256):  # never an (N, N) matrix
+        rows = points[row : row + 256]
         distances = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")  # (256, N)
         nearest.append(distances.topk(3, largest=False).values[:, 1:])  # without the point itself
     first, second = torch.cat(nearest).T
@@ -222,7 +224,9 @@ def choose_layers(
         layers=window(curve, backbone.attention_layers),
     )
     try:
-        write_atomically(cached, profile.to_json())
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(cached) as file:
+            file.write(profile.to_json().encode())
     except OSError as error:
         logger.warning("the choice of layers could not be stored in %s: %s", cached.parent, error)
     return profile

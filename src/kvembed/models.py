@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError, KvembedError, ModelNotFound
@@ -32,6 +33,7 @@ __all__ = ["BUNDLED", "Bundled", "cache_folder", "label", "load", "pull"]
 
 logger = logging.getLogger(__name__)
 
+_HAS_GGUF_CONFIG = hasattr(transformers, "GgufConfig")  # not in the first releases of transformers 5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -119,6 +121,8 @@ def _local_folder(name: str) -> Path | None:
     if name in BUNDLED:
         bundled = BUNDLED[name]
         return _convert_once(f"{name}-{bundled.sha256[:12]}", lambda folder: _download(bundled, folder))
+    if not name:
+        raise ModelNotFound("the model's name is empty")
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -130,7 +134,7 @@ def _local_folder(name: str) -> Path | None:
         return path
     if path.exists():
         raise ModelNotFound(f"{name}: neither a folder nor a .gguf file")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelNotFound(f"{name!r}: no such file or folder")
     return None
 
@@ -200,9 +204,9 @@ def _convert(source: Path, folder: Path) -> None:
     with _readable_errors(str(source)):
         place: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        # Left to itself, transformers 5.23 marks the model as quantised, and then can't save it.
+        whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _HAS_GGUF_CONFIG else {}
+        model = AutoModelForCausalLM.from_pretrained(**place, **whole, dtype=torch.float32)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         origin = {"file": source.name, "sha256": _sha256(source)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .textio import needed
+from .files import needed
 
 if TYPE_CHECKING:
     from .layers import Profile

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,8 +10,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
+from .files import whole_file
 
-__all__ = ["write_atomically", "write_texts"]
+__all__ = ["write_texts"]
 
 
 def write_texts(
@@ -80,21 +79,10 @@ def write_texts(
             if len(texts) >= count:
                 written = list(texts)[:count]
                 if cache is not None:
-                    write_atomically(cache, json.dumps(written, indent=0, ensure_ascii=False))
+                    cache.parent.mkdir(parents=True, exist_ok=True)
+                    with whole_file(cache) as file:
+                        file.write(json.dumps(written, indent=0, ensure_ascii=False).encode())
                 return written
     raise InputError(
         f"{type(model).__name__} wrote only {len(texts)} distinct texts; give layers=..., or calibration texts"
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or none; a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

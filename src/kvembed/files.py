@@ -19,7 +19,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .embedder import Encoded
 
-__all__ = ["INPUTS", "OUTPUTS", "check_output", "needed", "read_texts", "write_vectors"]
+__all__ = ["INPUTS", "OUTPUTS", "check_output", "needed", "read_texts", "whole_file", "write_vectors"]
 
 INPUTS = (".txt", ".jsonl", ".csv", ".parquet")
 OUTPUTS = (".npy", ".jsonl", ".parquet")
@@ -146,21 +146,22 @@ def write_vectors(encoded: Encoded, path: Path | None) -> None:
         return
     check_output(path)
     try:
-        with _whole(path) as file:
+        with whole_file(path) as file:
             {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()](encoded, file)
     except OSError as error:
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when the block ends well: whole or not at all."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(handle, 0o666 & ~umask)  # mkstemp makes files private; an output should be as any other
         with os.fdopen(handle, "wb") as file:
             yield file
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes files private; this one should be as any other
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -1,0 +1,218 @@
+"""The command as a user types it: output, exit codes, one line for every mistake, no traceback ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import NOTICES
+from typer.testing import CliRunner
+
+from kvembed import Embedder
+from kvembed.cli import _parse_layers, app
+
+KVEMBED = [sys.executable, "-m", "kvembed"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, llama, tokenizer):
+    """A saved tiny model, its kv layers spelled out."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    Embedder.from_model(llama, tokenizer, layers=[1, 2]).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(folder):
+    def run(*args, stdin=None):
+        result = CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return run
+
+
+def test_embed_files_to_every_output(run, folder, tmp_path):
+    (tmp_path / "in.txt").write_text("\n".join(NOTICES) + "\n")
+    expected = Embedder.from_pretrained(folder).encode(NOTICES)
+    for name in ("out.npy", "out.jsonl", "out.parquet"):
+        assert run("embed", tmp_path / "in.txt", "-o", tmp_path / name, "--model", folder).exit_code == 0
+    assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_embed_composes_with_pipes(run, folder):
+    result = run("embed", "--model", folder, "--role", "query", stdin="one\ntwo\n")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    expected = Embedder.from_pretrained(folder).encode_query(["one", "two"])
+    assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), expected)
+    assert result.stderr == ""
+
+
+def test_options_reach_the_config(run, folder):
+    result = run(
+        *("explain", "some text", "--json", "--model", folder, "--method", "kv", "--layers", "0,3-4", "--bias", "2.5"),
+        *("--max-tokens", "40", "--role", "query"),
+    )
+    explanation = json.loads(result.stdout)
+    config = explanation["config"]
+    assert (config["layers"], config["bias"], config["max_tokens"]) == ([0, 3, 4], 2.5, 40)
+    assert explanation["prompt"] == "Query: some text\nCompress the Query in one word:"
+    assert list(explanation["beta"]) == ["0", "3", "4"]
+
+
+def test_explain_for_people(run, folder):
+    text = run("explain", "some [bold]text", "--model", folder).stdout
+    assert "some [bold]text" in text
+    assert "layers    1, 2 re-routed" in text
+    assert "none re-routed" in run("explain", "text", "--model", folder, "--layers", "none").stdout
+
+
+def test_similarity(run, folder):
+    found = json.loads(run("similarity", "--json", "--model", folder, *NOTICES[:3]).stdout)
+    vectors = Embedder.from_pretrained(folder).encode(NOTICES[:3])
+    np.testing.assert_allclose(found["similarity"], vectors @ vectors.T, atol=1e-5)
+    ranked = json.loads(
+        run("similarity", "--json", "--model", folder, "-q", "a", "-q", "b", "--top", "2", stdin="x\ny\nz\n").stdout
+    )
+    assert [entry["query"] for entry in ranked] == ["a", "b"]
+    assert all(len(entry["hits"]) == 2 and entry["hits"][0]["score"] >= entry["hits"][1]["score"] for entry in ranked)
+    assert "[red]x" in run("similarity", "--model", folder, "[red]x", "y").stdout
+    assert "nearest to: [a" in run("similarity", "--model", folder, "-q", "[a", "y").stdout
+
+
+def test_layers(run, folder, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(NOTICES))
+    for plot in ("curve.svg", "curve.png"):
+        args = ("layers", "--model", folder, "--texts", tmp_path / "texts.txt", "--plot", tmp_path / plot, "--json")
+        profile = json.loads(run(*args).stdout)
+    assert (profile["model"], profile["count"], len(profile["curve"])) == ("tiny", len(NOTICES), 5)
+    svg = (tmp_path / "curve.svg").read_text()
+    assert svg.startswith("<?xml")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    text = run("layers", "--model", folder, "--texts", tmp_path / "texts.txt").stdout
+    assert f"--layers {','.join(map(str, profile['layers']))}" in text
+
+
+def test_pull_prints_the_folder(run, folder):
+    assert run("pull", folder).stdout == f"{folder}\n"
+
+
+def test_parse_layers():
+    assert _parse_layers("6-9") == (6, 7, 8, 9)
+    assert _parse_layers("4,5,10-12") == (4, 5, 10, 11, 12)
+    assert _parse_layers("none") == ()
+    assert _parse_layers("auto") is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--bias", "nan"), "bias must be a finite number, not nan"),
+        (("--layers", "9"), "layer 9 is out of range: llama has layers 0 to 4"),
+        (("--layers", "9-6"), "--layers takes 6-9 or 4,5,10 or none or auto, not '9-6'"),
+        (("--layers", "-1"), "--layers takes"),
+        (("--layers", ""), "--layers takes"),
+        (("--method", "best"), "unknown method 'best'; choose from kv,"),
+        (("--dtype", "int4"), "unknown dtype 'int4'"),
+        (("--max-tokens", "3"), "max_tokens is 3, but the template alone takes"),
+        (("--max-tokens", "0"), "max_tokens must be a whole number from 1"),
+        (("--batch-tokens", "0"), "batch_tokens must be a whole number from 1"),
+        (("-o", "out.bin"), "out.bin: can't write .bin"),
+        (("--model", "./gone"), "no such file or folder"),
+    ],
+)
+def test_every_mistake_is_one_line_and_exit_1(run, folder, args, message):
+    model = () if "--model" in args else ("--model", folder)
+    result = run("embed", *args, *model, stdin="text\n")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("kvembed: ")
+    assert message in line
+
+
+def test_bad_input_files(run, folder, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "lone.jsonl").write_text('{"text": "\\ud800"}\n')
+    for name, message in [("gone.txt", "no such file"), ("bad.txt", "line 1: not UTF-8"), ("lone.jsonl", "lone surr")]:
+        result = run("embed", tmp_path / name, "-o", tmp_path / "out.npy", "--model", folder)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_a_very_long_text_is_cut_and_said(run, folder):
+    result = run("embed", "--model", folder, stdin="word " * 100_000)
+    assert json.loads(result.stdout)["tokens"] == 512
+    assert result.stderr == "kvembed: 1 of 1 texts were cut to 512 tokens\n"
+
+
+def test_wrong_usage_is_exit_2(run):
+    assert run("embed", "--nonsense").exit_code == 2
+    assert run("embed", "--role", "reader").exit_code == 2
+
+
+def environment(**more):
+    return os.environ | {"PYTHONWARNINGS": "default"} | more
+
+
+def test_help_is_quick_and_names_every_command():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([*KVEMBED, "--help"], capture_output=True, text=True, check=True, env=environment())
+        times.append(time.perf_counter() - started)
+    for command in ("embed", "similarity", "layers", "explain", "pull"):
+        assert re.search(rf"\b{command}\b", done.stdout)
+    assert min(times) < 0.5
+
+
+def test_a_closed_pipe_is_no_error(folder):
+    command = f"yes text | head -500 | {' '.join(KVEMBED)} embed --model {folder} --layers none | head -c 5"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False, env=environment()
+    )
+    assert done.stdout == '{"ind'
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("seconds", [0.7, 2, 15])
+def test_ctrl_c_is_one_line_and_no_file(folder, tmp_path, seconds):
+    """At any moment: while libraries are imported (0.7 s, 2 s) and while texts are embedded (15 s)."""
+    (tmp_path / "in.txt").write_text("some words to embed\n" * 200_000)
+    with subprocess.Popen(
+        [*KVEMBED, "embed", tmp_path / "in.txt", "-o", tmp_path / "out.npy", "--model", folder],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "kvembed: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_version(run):
+    from kvembed import __version__
+
+    assert run("--version").stdout == f"{__version__}\n"
+
+
+def test_an_unexpected_error_is_one_line_too(run, folder, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(Embedder, "encode_with_report", broken)
+    result = run("embed", "--model", folder, stdin="x\n")
+    assert result.exit_code == 1
+    assert result.stderr == "kvembed: unexpected ZeroDivisionError: division by zero (KVEMBED_DEBUG=1 shows more)\n"

@@ -1,0 +1,205 @@
+"""The public class: shapes, invariances, reports, explanations, saving, bad input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import NOTICES, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvembed import Embedder, InputError, KvembedError
+
+
+@pytest.fixture(scope="module")
+def embedder(llama, tokenizer):
+    return Embedder.from_model(llama, tokenizer, method="kv", layers=[1, 2], max_tokens=400)
+
+
+def test_shapes_and_types(embedder):
+    vectors = embedder.encode(NOTICES[:5])
+    assert (vectors.shape, vectors.dtype) == ((5, embedder.dim), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(embedder.encode(NOTICES[1]), vectors[1], atol=1e-6)
+    assert embedder.encode([]).shape == (0, embedder.dim)
+    assert embedder.encode(text for text in NOTICES[:2]).shape == (2, embedder.dim)
+
+
+def test_roles_use_their_templates(embedder):
+    texts = NOTICES[:3]
+    assert np.array_equal(embedder.encode_query(texts), embedder.encode(texts, role="query"))
+    assert np.array_equal(embedder.encode_document(texts), embedder.encode(texts))
+    assert not np.allclose(embedder.encode_query(texts), embedder.encode_document(texts), atol=1e-3)
+    with pytest.raises(InputError, match="role must be document or query"):
+        embedder.encode(texts, role="passage")
+
+
+@settings(max_examples=25)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=1, max_size=8),
+    budget=st.integers(1, 400),
+    order=st.randoms(use_true_random=False),
+    method=st.sampled_from(["kv", "prompt-eol", "weighted-mean", "mean", "last"]),
+)
+def test_a_vector_depends_on_its_text_alone(llama, tokenizer, texts, budget, order, method):
+    """Batch mates, batch size and order do not matter, for any text at all."""
+    layers = {"layers": [1, 3]} if method == "kv" else {}
+    one_by_one = Embedder.from_model(llama, tokenizer, method=method, batch_tokens=1, **layers)
+    together = Embedder.from_model(llama, tokenizer, method=method, batch_tokens=budget, **layers)
+    shuffled = list(range(len(texts)))
+    order.shuffle(shuffled)
+    expected = one_by_one.encode(texts)
+    got = together.encode([texts[i] for i in shuffled])
+    np.testing.assert_allclose(got, expected[shuffled], atol=1e-5)
+    assert np.isfinite(got).all()
+
+
+def test_a_long_batch_mate_and_the_tokenizers_padding_side_do_not_matter(llama, tokenizer):
+    embedder = Embedder.from_model(llama, tokenizer, layers=[1, 2], batch_tokens=100_000)
+    texts = ["a", NOTICES[0], " ".join(NOTICES)[:900]]
+    together = embedder.encode(texts)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        np.testing.assert_allclose(embedder.encode(texts), together, atol=1e-6)
+    np.testing.assert_allclose(np.stack([embedder.encode(text) for text in texts]), together, atol=1e-5)
+
+
+def test_bad_texts(embedder):
+    with pytest.raises(InputError, match="text 1 is a NoneType, not a string"):
+        embedder.encode(["a", None])
+    with pytest.raises(InputError, match="not one string"):
+        embedder.encode_with_report("a")
+    with pytest.raises(InputError, match="text 0 is a bytes"):
+        embedder.encode([b"a"])
+    with pytest.raises(InputError, match="lone surrogate"):
+        embedder.encode("\udc00")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0", "🙂", "a\0b", "\u202e", "x" * 30_000, "\n" * 50, "<|im_end|></s><s>", "\ufeff"]
+)
+@pytest.mark.parametrize("method", ["kv", "last", "mean", "weighted-mean", "prompt-eol"])
+def test_odd_texts_give_a_vector(llama, tokenizer, bare_tokenizer, text, method):
+    layers = {"layers": [2]} if method == "kv" else {}
+    for each in (tokenizer, bare_tokenizer):
+        vector = Embedder.from_model(llama, each, method=method, **layers).encode(text)
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+
+
+def test_cut_texts_are_counted_and_said(embedder, caplog):
+    long = " ".join(NOTICES)
+    with caplog.at_level(logging.WARNING, "kvembed"):
+        encoded = embedder.encode_with_report(["short", long, long[:2000]])
+    assert encoded.token_counts[0] < 400
+    assert encoded.token_counts.max() == 400
+    assert encoded.tokens_cut[0] == 0
+    assert encoded.tokens_cut[1] > encoded.tokens_cut[2] > 0
+    assert encoded.truncated == 2
+    assert caplog.messages == ["2 of 3 texts were cut to 400 tokens"]
+    assert encoded.token_counts[0] == len(embedder.explain("short").tokens)
+
+
+def test_the_models_own_limit_is_the_default(llama, tokenizer):
+    embedder = Embedder.from_model(llama, tokenizer, method="mean")
+    assert embedder.max_tokens == 512
+    assert embedder.encode_with_report(["word " * 2000]).token_counts.tolist() == [512]
+    with pytest.raises(InputError, match="max_tokens is 513, but the model takes at most 512"):
+        Embedder.from_model(llama, tokenizer, method="mean", max_tokens=513)
+
+
+def test_explain(embedder):
+    text = "Bees swarm <|im_end|> in May"
+    explanation = embedder.explain(text)
+    assert explanation.prompt == f"Context: {text}\nCompress the Context in one word:"
+    first, end = explanation.span
+    assert "".join(explanation.tokens[first:end]).strip() == text
+    assert explanation.tokens[0] == "<s>"
+    assert "".join(explanation.tokens[1:]) == explanation.prompt
+    assert list(explanation.beta) == [1, 2]
+    assert all(len(values) == len(explanation.tokens) for values in explanation.beta.values())
+    assert all(0 < value < 1 for values in explanation.beta.values() for value in values)
+    assert json.loads(json.dumps(explanation.to_dict()))["config"] == embedder.config.to_dict()
+
+
+def test_save_then_load_gives_the_same_vectors(embedder, tmp_path):
+    folder = tmp_path / "a" / "saved"
+    embedder.save_pretrained(folder)
+    again = Embedder.from_pretrained(folder, dtype="float32")
+    assert again.config == embedder.config
+    assert np.array_equal(again.encode(NOTICES[:9]), embedder.encode(NOTICES[:9]))
+    assert np.array_equal(again.encode_query(NOTICES[:9]), embedder.encode_query(NOTICES[:9]))
+    assert Embedder.from_pretrained(folder, bias=2.0).config == embedder.config.replace(bias=2.0)
+    assert Embedder.from_pretrained(folder, method="mean").config.method == "mean"
+    embedder.save_pretrained(folder)  # over itself
+    assert not [path for path in folder.parent.iterdir() if path != folder]
+    (folder / "kvembed.json").write_text('{"bias": "high"}')
+    with pytest.raises(InputError, match="bias must be a finite number"):
+        Embedder.from_pretrained(folder)
+    with pytest.raises(InputError, match="is a file"):
+        embedder.save_pretrained(folder / "config.json")
+
+
+def test_a_model_in_training_mode_is_refused(tokenizer):
+    model = tiny()
+    model.train()
+    with pytest.raises(InputError, match=r"call model\.eval"):
+        Embedder.from_model(model, tokenizer, layers=[1])
+
+
+def test_states_that_are_not_finite_are_an_error_not_a_vector(tokenizer):
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    with pytest.raises(KvembedError, match="not finite"):
+        Embedder.from_model(model, tokenizer, layers=[1]).encode("a")
+
+
+def test_the_model_is_given_back_as_it_was(tokenizer):
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    ids = torch.arange(2, 30)[None]
+    logits = model(ids).logits
+    Embedder.from_model(model, tokenizer, layers=[0, 4]).encode(NOTICES)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.to_dict() == config
+    assert torch.equal(model(ids).logits, logits)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=1).shape[1] > ids.shape[1]
+
+
+def test_embedders_on_one_model_in_many_threads(llama, tokenizer):
+    options = [{"layers": [1]}, {"layers": [3, 4], "bias": 4.0}, {"method": "mean"}, {"method": "prompt-eol"}]
+    embedders = [Embedder.from_model(llama, tokenizer, **each) for each in options]
+    expected = [each.encode(NOTICES[:12]) for each in embedders]
+    wrong = []
+
+    def work(index):
+        for _ in range(5):
+            if not np.allclose(embedders[index].encode(NOTICES[:12]), expected[index], atol=1e-6):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i % 4,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_similarity_is_the_cosine(embedder):
+    a, b = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    expected = [[x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in b] for x in a]
+    np.testing.assert_allclose(embedder.similarity(a, b), expected, atol=1e-6)
+    assert embedder.similarity(a[0], b).shape == (1, 3)
+    assert embedder.similarity(np.zeros((1, 8), np.float32), b).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("options", [{"batch_tokens": 0}, {"layers": [9]}, {"output_layer": 5}])
+def test_bad_options(llama, tokenizer, options):
+    with pytest.raises(InputError):
+        Embedder.from_model(llama, tokenizer, **{"layers": [1]} | options)

@@ -1,0 +1,145 @@
+"""Every input kind gives the same texts; every output kind the same vectors; every bad file one line that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kvembed import Encoded, InputError
+from kvembed.files import check_output, needed, read_texts, write_vectors
+
+TEXTS = ["plain", 'quotes "and", commas', "émoji 🙂", "", "line\u2028separator"]
+
+
+def write(folder, suffix, field="text"):
+    path = folder / f"in{suffix}"
+    if suffix == ".txt":
+        path.write_text("\n".join(TEXTS) + "\n")
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": 1, field: text}, ensure_ascii=False) + "\n" for text in TEXTS))
+    elif suffix == ".csv":
+        import csv
+
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["id", field], *([1, text] for text in TEXTS)])
+    else:
+        pq.write_table(pa.table({"id": range(len(TEXTS)), field: TEXTS}), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_every_kind_gives_the_same_texts(tmp_path, suffix):
+    assert read_texts([write(tmp_path, suffix)]) == TEXTS
+    if suffix != ".txt":
+        assert read_texts([write(tmp_path, suffix, "body")], "body") == TEXTS
+        with pytest.raises(InputError, match=r"in\..*body.*--field"):
+            read_texts([write(tmp_path, suffix, "body")])
+
+
+def test_several_files_windows_line_ends_and_bom(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    (tmp_path / "b.jsonl").write_text('"three"\n\n{"text": "four"}\n')
+    assert read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"", r"x\.txt: no texts in it"),
+        ("x.jsonl", b"\n\n", r"x\.jsonl: no texts in it"),
+        ("x.csv", b"text\n", r"x\.csv: no texts in it"),
+        ("x.txt", b"ok\nnot \xff utf-8", r"x\.txt, line 2: not UTF-8 text \(byte 0xff\)"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl, line 2: not JSON"),
+        ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: no text in field 'text'"),
+        ("x.jsonl", b"[1]", r"x\.jsonl, line 1: no text in field"),
+        ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: not JSON"),
+        ("x.csv", b"a,b\n1,2\n", r"x\.csv: no column 'text'; it has a, b"),
+        ("x.csv", b"id,text\n1\n", r"x\.csv, line 2: no value in column 'text'"),
+        ("x.csv", b'text\n"open\n', r"x\.csv, line \d: not CSV"),
+        ("x.parquet", b"PAR1 not really", r"x\.parquet: not Parquet"),
+        ("x.parquet", b"", r"x\.parquet: not Parquet"),
+    ],
+)
+def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_texts([tmp_path / name])
+    assert "\n" not in str(error.value)
+
+
+def test_a_parquet_column_that_is_not_text(tmp_path):
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="row 2: column 'text' holds NoneType"):
+        read_texts([tmp_path / "x.parquet"])
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(InputError, match=r"gone\.txt: no such file or directory"):
+        read_texts([tmp_path / "gone.txt"])
+    with pytest.raises(InputError, match="is a directory"):
+        read_texts([tmp_path])
+
+
+@pytest.fixture
+def encoded():
+    random = np.random.default_rng(0)
+    return Encoded(
+        random.standard_normal((7, 5)).astype(np.float32), np.arange(7, dtype=np.int64), np.array([0, 0, 3, 0, 0, 0, 0])
+    )
+
+
+def test_every_output_holds_exactly_the_same_vectors(tmp_path, encoded):
+    for suffix in (".npy", ".jsonl", ".parquet"):
+        write_vectors(encoded, tmp_path / f"out{suffix}")
+    assert np.array_equal(np.load(tmp_path / "out.npy"), encoded.vectors)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), encoded.vectors)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), encoded.vectors)
+    assert [row["tokens_cut"] for row in rows] == table["tokens_cut"].to_pylist() == encoded.tokens_cut.tolist()
+    assert [row["index"] for row in rows] == table["index"].to_pylist() == list(range(7))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, encoded, monkeypatch, suffix):
+    path = tmp_path / f"out{suffix}"
+    path.write_text("old")
+    name = {".npy": "_write_npy", ".jsonl": "_write_jsonl", ".parquet": "_write_parquet"}[suffix]
+
+    def fail(encoded, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"kvembed.files.{name}", fail)
+    with pytest.raises(InputError, match="no space left on device"):
+        write_vectors(encoded, path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("x.txt", r"can't write \.txt; choose from \.npy, \.jsonl, \.parquet"),
+        ("x", "can't write a file without an ending"),
+        ("gone/x.npy", "the folder .*gone does not exist"),
+        ("folder.npy", "is a folder"),
+    ],
+)
+def test_outputs_that_cannot_be(tmp_path, path, message):
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(InputError, match=message):
+        check_output(tmp_path / path)
+    check_output(None)
+    check_output(Path("-"))
+
+
+def test_a_missing_extra_says_the_pip_line():
+    with pytest.raises(InputError, match=r"this needs nonesuch: pip install 'kvembed\[parquet\]'"):
+        needed("nonesuch.thing", "parquet")

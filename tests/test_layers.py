@@ -1,0 +1,158 @@
+"""TwoNN against its reference implementation, the paper's rule, the streamed curve, and profiles."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import skdim
+import torch
+from conftest import NOTICES, tiny
+
+from kvembed import Embedder, InputError, models
+from kvembed.backbone import Backbone
+from kvembed.layers import Profile, choose_layers, id_curve, twonn, window
+from kvembed.prompts import Prompter
+
+
+def cloud(dimension, ambient, count=400, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, dimension)) @ rng.standard_normal((dimension, ambient))
+
+
+@pytest.mark.parametrize(("dimension", "ambient"), [(1, 5), (3, 30), (8, 64), (20, 20)])
+def test_twonn_agrees_with_scikit_dimension(dimension, ambient):
+    points = cloud(dimension, ambient)
+    assert twonn(points) == pytest.approx(skdim.id.TwoNN().fit(points).dimension_, rel=1e-6)
+
+
+def test_twonn_drops_duplicates_first():
+    points = cloud(4, 10)
+    assert twonn(np.concatenate([points, points[:100], points[:50]])) == pytest.approx(twonn(points), rel=1e-12)
+
+
+def test_twonn_on_float32_and_bad_input():
+    points = cloud(4, 10).astype(np.float32)
+    assert twonn(points) == pytest.approx(skdim.id.TwoNN().fit(points.astype(np.float64)).dimension_, rel=1e-6)
+    with pytest.raises(InputError, match="at least 20 distinct texts, not 1"):
+        twonn(np.ones((50, 3)))
+    points[3, 3] = np.nan
+    with pytest.raises(InputError, match="not finite"):
+        twonn(points)
+
+
+@pytest.mark.parametrize(
+    ("curve", "attention", "expected"),
+    [
+        ([9, 1, 9, 9, 9, 5, 9, 9, 9, 9], range(10), (5, 6)),  # layers 0 and 1 are left out; floor(0.1 * 10) = 1
+        ([9, 9, 3, 9, 9, 9, 9, 9, 9, 9], range(10), (2, 3)),  # layer 2 is the first allowed
+        ([9, 9, 9, 9, 9, 9, 9, 9, 9, 1], range(10), (9,)),  # cut at L - 1
+        ([9] * 29 + [1], range(30), (29,)),
+        ([9] * 20 + [1] + [9] * 9, range(30), (20, 21, 22, 23)),
+        ([9, 9, 3, 9], range(4), (2,)),  # floor(0.4) = 0
+        ([9, 9, 9, 1, 5, 4, 9, 9, 9, 9], (1, 5, 9), (5,)),  # layer 3 has no attention
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9, 9], (0, 1), (0, 1)),  # attention only where the rule would not look
+    ],
+)
+def test_the_papers_rule(curve, attention, expected):
+    assert window(curve, tuple(attention)) == expected
+
+
+def test_the_curve_is_that_of_the_last_tokens_states(llama, tokenizer):
+    backbone, prompter = Backbone(llama), Prompter(tokenizer)
+    curve = id_curve(backbone, prompter, NOTICES, "Context: {text}!", batch_tokens=128)
+    last = []
+    for prompt in prompter(NOTICES, "Context: {text}!", 512):
+        with torch.inference_mode():
+            states = llama.model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+        last.append(torch.stack([state[0, -1] for state in states[1:-1]]))
+    expected = [twonn(layer.numpy()) for layer in torch.stack(last, 1)]
+    assert curve[:-1] == pytest.approx(expected, rel=1e-3)
+    assert len(curve) == 5
+
+
+def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypatch):
+    backbone = Backbone(tiny(seed=5))
+    monkeypatch.setattr("kvembed.layers._COUNT", 40)
+    first = choose_layers(backbone, tokenizer, "In: {text}", model="tiny")
+    stored = list((models.cache_folder() / "profiles").iterdir())
+    assert [Profile.from_json(path.read_text()) for path in stored] == [first]
+    assert (first.texts, first.count, len(first.curve), first.fingerprint) == (
+        "self-written",
+        40,
+        5,
+        backbone.fingerprint(),
+    )
+    assert first.layers == window(first.curve, first.attention_layers)
+    (written,) = (models.cache_folder() / "texts").iterdir()
+    texts = json.loads(written.read_text())
+    assert len(set(texts)) == 40
+
+    monkeypatch.setattr("kvembed.layers.id_curve", lambda *_, **__: pytest.fail("worked out twice"))
+    assert choose_layers(backbone, tokenizer, "In: {text}") == first
+    with pytest.raises(pytest.fail.Exception):
+        choose_layers(backbone, tokenizer, "Other: {text}")  # the last token's states depend on the template
+
+
+def test_given_texts_have_a_profile_of_their_own(tokenizer, llama):
+    given = choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES)
+    fewer = choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES[:30])
+    assert (given.texts, given.count, fewer.count) == ("given", len(NOTICES), 30)
+    assert given.texts_sha256 != fewer.texts_sha256
+    assert choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES) == given
+
+
+def test_self_written_text_is_the_same_for_the_same_seed_and_leaves_the_generator_alone(tokenizer, llama):
+    from kvembed.writing import write_texts
+
+    state = torch.get_rng_state()
+    one = write_texts(llama, tokenizer, count=12, seed=3, batch=8)
+    torch.manual_seed(123)
+    two = write_texts(llama, tokenizer, count=12, seed=3, batch=8)
+    other = write_texts(llama, tokenizer, count=12, seed=4, batch=8)
+    assert one == two != other
+    torch.set_rng_state(state)
+    write_texts(llama, tokenizer, count=4, batch=4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_without_a_head_says_what_to_give(tokenizer, llama):
+    with pytest.raises(InputError, match=r"LlamaModel can't write calibration texts itself.*give layers="):
+        Embedder.from_model(llama.model, tokenizer)
+    assert Embedder.from_model(llama.model, tokenizer, layers=[2]).config.layers == (2,)
+    assert Embedder.from_model(llama.model, tokenizer, texts=NOTICES).config.layers
+
+
+def test_the_choice_never_depends_on_the_texts_embedded(tokenizer, llama):
+    embedder = Embedder.from_model(llama, tokenizer, texts=NOTICES)
+    config = embedder.config
+    alone = embedder.encode("one text")
+    embedder.encode(NOTICES * 3)
+    assert embedder.config == config
+    np.testing.assert_allclose(embedder.encode("one text"), alone, atol=1e-6)
+
+
+def test_a_damaged_profile_is_made_anew(tokenizer, llama, caplog):
+    first = choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES)
+    (path,) = (models.cache_folder() / "profiles").iterdir()
+    path.write_text('{"model": "half a fi')
+    assert choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES) == first
+    assert "ignoring the damaged profile" in caplog.text
+    assert Profile.from_json(path.read_text()) == first
+
+
+def test_too_few_texts(tokenizer, llama):
+    with pytest.raises(InputError, match="at least 20 distinct texts"):
+        choose_layers(Backbone(llama), tokenizer, "{text}", texts=["same"] * 100)
+
+
+def test_shipped_profiles_are_well_formed():
+    from kvembed.layers import _shipped
+    from kvembed.methods import METHODS
+
+    profiles = _shipped()
+    assert {profile.model for profile in profiles} == {"smollm2", "qwen2.5-coder-0.5b", "gemma3-270m"}
+    for profile in profiles:
+        assert profile.layers == window(profile.curve, profile.attention_layers)
+        assert (profile.template, profile.texts, profile.count) == (METHODS["kv"].document, "self-written", 1000)

