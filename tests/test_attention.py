@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from reference import fast_attention, rerouted_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvembed import EmbedConfig
-from kvembed.attention import Reroute, attending, closed, delegated, prepended, stock_attention
+from kvembed import EmbedConfig, UnsupportedModel
+from kvembed.attention import Reroute, attending, closed, delegated, prepended, stock_attention, turn_back
 from kvembed.backbone import Backbone
 
 LOWEST = torch.finfo(torch.float32).min
@@ -243,3 +243,55 @@ def test_without_routed_layers_the_hook_gives_the_stock_model_bit_for_bit(llama)
             hooked = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state
     assert torch.equal(stock, hooked)
     assert torch.equal(stock, backbone.states(ids, lengths, EmbedConfig()))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "layer", "kept"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, 1, True),  # no rotary embedding there: nothing to turn
+        ("cohere2", {"layer_types": ["full_attention"] * 5}, 1, True),
+        ("hunyuan_v1_dense", {}, 2, None),  # key norm after rotation: turning back would not be exact
+        ("gpt2", {}, 2, None),  # no rotary embedding at all
+        ("gemma4_text", {"layer_types": ["full_attention"] * 5}, 2, None),  # another rotation function
+    ],
+)
+def test_slot_position_first_where_there_is_nothing_to_turn_or_no_way_to(model_type, changes, layer, kept):
+    model = tiny(model_type, **changes)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name and weight.ndim == 1:
+                weight.uniform_(0.5, 1.5)
+    backbone = Backbone(model)
+    ids, length = torch.randint(2, 400, (1, 7)), torch.tensor([7])
+    config = EmbedConfig(layers=(layer,), slot_position="first")
+    if kept is None:
+        with pytest.raises(UnsupportedModel, match=f"layer {layer} are not plainly rotated"):
+            backbone.states(ids, length, config)
+    else:
+        last = backbone.states(ids, length, config.replace(slot_position="last"))
+        assert torch.equal(backbone.states(ids, length, config), last)
+
+
+def test_slot_position_first_with_a_scaled_rotation():
+    """YaRN multiplies cos and sin: the turned key must carry that factor once, as a key at position 0 does."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    backbone = Backbone(tiny(rope_parameters=rope))
+    config = EmbedConfig(layers=(2,), slot_position="first")
+    ids, length = torch.randint(2, 400, (1, 9)), torch.tensor([9])
+    seen = {}
+
+    def keep(module, query, key, *args, **kwargs):
+        seen.setdefault(module, key)
+        return stock_attention(module, query, key, *args, **kwargs)
+
+    with torch.inference_mode(), attending(backbone.decoder, keep):
+        backbone.decoder(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+    at_zero = seen[backbone.layers[0].self_attn][:, :, -1]  # layer 0's input does not depend on positions
+    rotations = {}
+    with torch.inference_mode(), backbone._keeping_rotations(rotations), attending(backbone.decoder, keep):
+        seen.clear()
+        backbone.decoder(input_ids=ids, use_cache=False)
+    module = backbone.layers[0].self_attn
+    turned = turn_back(module, 0, seen[module][:, :, -1], rotations, length - 1)
+    torch.testing.assert_close(turned, at_zero, atol=1e-4, rtol=1e-4)
+    assert torch.isfinite(backbone.states(ids, length, config)).all()

@@ -119,3 +119,40 @@ def test_half_precision_stays_close(llama, dtype):
     a, b = full.states(ids, lengths, config)[0], half.states(ids, lengths, config)[0]
     assert b.dtype == dtype
     assert torch.nn.functional.cosine_similarity(a, b.float()).mean() > 0.99
+
+
+def test_a_compressed_attention_that_shows_itself_late_is_refused_then(llama):
+    """A probe of 16 tokens can't see an attention that compresses keys from 128 on."""
+    from kvembed.attention import Reroute
+
+    backbone = Backbone(llama)
+    module = backbone.layers[1].self_attn
+    route = Reroute(frozenset({4}), backbone.layer_calls, torch.tensor([3]))
+    query, key = torch.randn(1, 4, 4, 12), torch.randn(1, 2, 5, 12)
+    with pytest.raises(UnsupportedModel, match="sees 5 keys for 4 tokens"):
+        route(module, query, key, key, None)
+    with pytest.raises(UnsupportedModel, match="takes block_indices, indices"):
+        route(module, query, key[:, :, :4], key[:, :, :4], None, indices=key, block_indices=key, sliding_window=None)
+
+
+def test_a_decoder_that_does_not_run_is_told_apart_from_one_that_cannot_be_hooked(llama):
+    broken = copy.deepcopy(llama)
+    broken.model.embed_tokens.weight = torch.nn.Parameter(torch.zeros(400, 7))
+    with pytest.raises(UnsupportedModel, match="a plain forward of its decoder fails"):
+        Backbone(broken)
+
+
+def test_longrope_texts_on_either_side_of_the_border_do_not_share_a_batch(tokenizer):
+    """Its angles depend on the longest text of a batch; a vector must not."""
+    import numpy as np
+
+    from kvembed import Embedder
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "rope_theta": 1e4}
+    rope |= {"original_max_position_embeddings": 40}
+    model = tiny("phi3", rope_parameters=rope, sliding_window=None, original_max_position_embeddings=40)
+    embedder = Embedder.from_model(model, tokenizer, method="kv", layers=[1], batch_tokens=10_000)
+    texts = ["short", "a middling text", "word " * 40, "again short", "word " * 60]
+    assert Backbone(model).rope_border == 40
+    assert Backbone(tiny()).rope_border is None
+    np.testing.assert_allclose(embedder.encode(texts), np.stack([embedder.encode(text) for text in texts]), atol=1e-5)

@@ -41,10 +41,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .config import SlotPosition
 from .errors import UnsupportedModel
 
-__all__ = ["LOGIT_CHANGES", "Attention", "Reroute", "attending", "is_causal", "stock_attention"]
+__all__ = ["Attention", "Reroute", "attending", "stock_attention", "turn_back", "unfit"]
 
 # The call of transformers' attention interface: (module, q (B,Hq,n,Dk), k (B,Hkv,n,Dk), v (B,Hkv,n,Dv), mask, **kwargs)
 # -> (out (B,n,Hq,Dv), weights or None); q, k and v are after rotary embedding, k and v before they are repeated for G.
@@ -52,6 +51,13 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 # Arguments that change the logits or their normalisation; only the model's own eager function knows how.
 LOGIT_CHANGES = ("softcap", "s_aux", "sinks", "position_bias")
+
+# What else models pass to their attention that leaves the logits alone (a window is in the mask). Anything unknown is
+# refused: a sparse indexer's `indices`, say, would be ignored without a word.
+_HARMLESS = frozenset(
+    """scaling dropout is_causal sliding_window position_ids output_attentions use_cache cache_position past_key_values
+    past_key_value layer_idx output_router_logits return_dict""".split()  # noqa: SIM905 (a list would take 13 lines)
+)
 
 
 @dataclasses.dataclass
@@ -62,9 +68,10 @@ class Reroute:
         layers: decoder layers whose attention gets the slot.
         layer_calls: attention module -> the decoder layer of its first, second, ... call in a forward (see `Backbone`).
         last: (B,) int64, index of each text's last real token.
-        bias, slot_position, slot_self: see `EmbedConfig`.
-        rotations: layer type (None if the model has but one) -> (cos, sin), each (B or 1, n, Dk), of this forward.
-            Needed for `slot_position="first"` only.
+        bias, slot_self: see `EmbedConfig`.
+        turned: layers whose slot is turned back to position 0: for `slot_position="first"`, those that rotate keys.
+        rotations: layer type (None if the model has but one) -> (cos, sin), each (B or 1, n, Dk), of this forward;
+            needed for `turned`.
         betas: given a dict, it is filled with layer -> (B, Hq, n) float32, the share of each token's attention that the
             slot takes.
         prefer_closed: use the closed form where it is exact; off, the prepended form everywhere (for tests).
@@ -74,8 +81,8 @@ class Reroute:
     layer_calls: Mapping[nn.Module, tuple[int, ...]]
     last: Tensor
     bias: float = 1.0
-    slot_position: SlotPosition = "last"
     slot_self: bool = True
+    turned: frozenset[int] = frozenset()
     rotations: Mapping[Any, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     betas: dict[int, Tensor] | None = None
     prefer_closed: bool = True
@@ -92,6 +99,8 @@ class Reroute:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend as the interface asks, `Attention` says how; the slot goes into the layers that want it."""
+        if reason := unfit(module, query, key, kwargs):  # a compressed attention may show itself in long texts only
+            raise UnsupportedModel(f"{type(module).__name__} can't be re-routed: {reason}")
         layer = self.layer_calls[module][self._calls[module]]
         self._calls[module] += 1
         if layer not in self.layers:
@@ -100,7 +109,7 @@ class Reroute:
         last = self.last.to(key.device)
         slot_key, slot_value = self._slot(module, layer, key, value, last)  # (B,Hkv,Dk), (B,Hkv,Dv)
         delegate = _changes_logits(kwargs)
-        causal = is_causal(module, kwargs)
+        causal = _is_causal(module, kwargs)
         if self.prefer_closed and not delegate and _closed_is_exact(query, key, value, attention_mask, causal):
             blind = None if self.slot_self else last
             out, share = closed(query, key, value, slot_key, slot_value, scale, self.bias, blind)
@@ -119,10 +128,8 @@ class Reroute:
     def _slot(self, module: nn.Module, layer: int, key: Tensor, value: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(last), device=key.device)
         slot_key, slot_value = key[rows, :, last], value[rows, :, last]  # (B,Hkv,Dk), (B,Hkv,Dv)
-        if self.slot_position == "first":
-            types = getattr(getattr(module, "config", None), "layer_types", None)
-            cos, sin = self.rotations.get(types[layer] if types else None, self.rotations.get(None, (None, None)))
-            slot_key = _turn_back(module, slot_key, cos, sin, last)
+        if layer in self.turned:
+            slot_key = turn_back(module, layer, slot_key, self.rotations, last)
         return slot_key, slot_value
 
 
@@ -218,12 +225,48 @@ def delegated(
     return out.transpose(1, 2), beta
 
 
+def unfit(module: nn.Module, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> str | None:
+    """Why an attention call can't be re-routed, or None if it can."""
+    if not _is_causal(module, kwargs):
+        return "its attention is not causal, so there is nothing to re-route around"
+    if key.shape[2] != query.shape[2]:
+        return f"its attention sees {key.shape[2]} keys for {query.shape[2]} tokens (compressed or shared keys)"
+    if unknown := sorted(name for name in kwargs.keys() - _HARMLESS - {*LOGIT_CHANGES} if kwargs[name] is not None):
+        return f"its attention takes {', '.join(unknown)} (sparse or special), which re-routing would ignore"
+    return None
+
+
+def turn_back(
+    module: nn.Module, layer: int, slot_key: Tensor, rotations: Mapping[Any, tuple[Tensor, Tensor]], last: Tensor
+) -> Tensor:
+    """Undo the rotary embedding of position `last`: the slot's key (B,Hkv,Dk) as if it stood at position 0.
+
+    Raises:
+        UnsupportedModel: the model's rotary embedding is not the common kind.
+    """
+    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    rotation = rotations.get(types[layer] if types else None, rotations.get(None))
+    try:
+        if rotate is None or rotation is None or rotation[0].shape[-1] != slot_key.shape[-1]:
+            raise TypeError("another kind of rotary embedding")
+        rows = torch.arange(len(last), device=slot_key.device)
+        cos, sin = (part.expand(len(last), -1, -1)[rows, last][:, None].to(slot_key.dtype) for part in rotation)
+        turned: Tensor = rotate(slot_key[:, :, None], slot_key[:, :, None], cos, -sin)[0]  # (B,Hkv,1,Dk)
+    except (TypeError, ValueError, RuntimeError):
+        raise UnsupportedModel(
+            f"layer {layer} of {type(module).__name__} has no plain rotary embedding; slot_position=first needs one"
+        ) from None
+    # cos and sin (B,1,Dk) may carry a common factor (YaRN) that was in the key already and has now come in twice.
+    return (turned / (cos**2 + sin**2).sqrt()[:, None])[:, :, 0]
+
+
 def stock_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Plain attention for a layer that is not re-routed, given a mask of the sdpa kind (None, bool or additive)."""
     if _changes_logits(kwargs):
-        mask = _float_mask(query, key, attention_mask, is_causal(module, kwargs))
+        mask = _float_mask(query, key, attention_mask, _is_causal(module, kwargs))
         return _eager_function(module)(module, query, key, value, mask, **kwargs)
     out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
     return out, None
@@ -267,7 +310,7 @@ def _changes_logits(kwargs: Mapping[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in LOGIT_CHANGES)
 
 
-def is_causal(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+def _is_causal(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether an attention call without a mask means causal attention, as transformers decides it."""
     stated = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if stated is None else stated)
@@ -278,19 +321,6 @@ def _eager_function(module: nn.Module) -> Attention:
     if eager is None:
         raise UnsupportedModel(f"{type(module).__name__} changes its attention logits and has no eager function to ask")
     return eager  # type: ignore[no-any-return]
-
-
-def _turn_back(module: nn.Module, slot_key: Tensor, cos: Tensor | None, sin: Tensor | None, last: Tensor) -> Tensor:
-    """Undo the rotary embedding of position `last`: the slot's key as if it stood at position 0. (B,Hkv,Dk) -> same."""
-    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None or cos is None or sin is None or cos.shape[-1] != slot_key.shape[-1]:
-        raise UnsupportedModel(f"{type(module).__name__} has no plain rotary embedding; slot_position=first needs it")
-    rows = torch.arange(len(last), device=slot_key.device)
-    cos = cos.expand(len(last), -1, -1)[rows, last][:, None].to(slot_key.dtype)  # (B,1,Dk)
-    sin = sin.expand(len(last), -1, -1)[rows, last][:, None].to(slot_key.dtype)
-    turned: Tensor = rotate(slot_key[:, :, None], slot_key[:, :, None], cos, -sin)[0]  # (B,Hkv,1,Dk)
-    # cos and sin may carry a common factor (YaRN) that was in the key already and has now come in twice.
-    return (turned / (cos**2 + sin**2).sqrt()[:, None])[:, :, 0]
 
 
 # --- the door: transformers' attention interface ----------------------------------------------------------------------

@@ -14,17 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import LOGIT_CHANGES, Reroute, attending, is_causal, stock_attention
+from .attention import Reroute, attending, stock_attention, turn_back, unfit
 from .config import EmbedConfig
 from .errors import InputError, UnsupportedModel
 
 __all__ = ["Backbone"]
-
-# What models pass to their attention besides q, k, v and mask that leaves the logits alone (a window is in the mask).
-_HARMLESS = frozenset(
-    """scaling dropout is_causal sliding_window position_ids output_attentions use_cache cache_position past_key_values
-    past_key_value layer_idx output_router_logits return_dict""".split()  # noqa: SIM905 (a list would take 13 lines)
-)
 
 
 class Backbone:
@@ -39,6 +33,8 @@ class Backbone:
         attention_layers: indices of those with attention; others (state-space, convolution) can't be re-routed.
         dim: width of a state.
         max_tokens: the longest input by its configuration, or None if that says nothing.
+        rope_border: LongRoPE turns all of a batch by other angles once its longest text is longer than this; such texts
+            must not share a batch with shorter ones. None for every other rotary embedding.
 
     Raises:
         UnsupportedModel: with the model's type and the reason.
@@ -55,6 +51,11 @@ class Backbone:
         self.decoder = _decoder(model)
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.max_tokens: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+        self.rope_border: int | None = next(
+            (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"), None
+        )
         self._probe()
 
     @property
@@ -71,17 +72,8 @@ class Backbone:
         def look(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
-            if not is_causal(module, kwargs):
-                self._refuse("its attention is not causal, so there is nothing to re-route around")
-            if key.shape[2] != query.shape[2]:
-                self._refuse(
-                    f"its attention sees {key.shape[2]} keys for {query.shape[2]} tokens (compressed or shared keys)"
-                )
-            given = {name for name, argument in kwargs.items() if argument is not None}
-            if unknown := sorted(given - _HARMLESS - set(LOGIT_CHANGES)):
-                self._refuse(
-                    f"its attention takes {', '.join(unknown)} (sparse or special), which re-routing would ignore"
-                )
+            if reason := unfit(module, query, key, kwargs):
+                self._refuse(reason)
             calls[module].append(place[0])
             return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
@@ -96,15 +88,17 @@ class Backbone:
                     stack.callback(layer.register_forward_pre_hook(enter).remove)
             stack.enter_context(attending(self.decoder, look))
             stack.enter_context(torch.inference_mode())
+            ids = torch.arange(16, device=self.device)[None] + 1
             try:
-                # 16 tokens: enough for a compressed attention to show itself.
-                output = self.decoder(input_ids=torch.arange(16, device=self.device)[None] + 1, use_cache=False)
+                output = self.decoder(input_ids=ids, use_cache=False)
             except UnsupportedModel:
                 raise
             except Exception as error:
-                if calls:
-                    self._refuse(f"a plain forward of its decoder fails ({error})")
-                output = None
+                failure: Exception | None = error
+            else:
+                failure = None
+        if failure and (calls or not self._runs(ids)):
+            self._refuse(f"a plain forward of its decoder fails ({failure})")
         if not calls:
             names = [type(module).__name__.lower() for module in self.decoder.modules()]
             self._refuse(
@@ -127,6 +121,15 @@ class Backbone:
         }
         self.attention_layers = tuple(sorted({index for places in self.layer_calls.values() for index in places}))
         self.dim = int(output.last_hidden_state.shape[-1])
+
+    @torch.inference_mode()
+    def _runs(self, ids: Tensor) -> bool:
+        """Whether the decoder runs when nobody looks: it may be our masks that an attention of its own can't take."""
+        try:
+            self.decoder(input_ids=ids, use_cache=False)
+        except Exception:
+            return False
+        return True
 
     def _refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModel(f"{self.model_type} ({type(self.model).__name__}) can't be re-routed: {reason}")
@@ -187,19 +190,68 @@ class Backbone:
             layer_calls=self.layer_calls,
             last=lengths - 1,
             bias=config.bias,
-            slot_position=config.slot_position,
             slot_self=config.slot_self,
+            turned=self._turned(config),
             rotations=rotations,
             betas=betas,
         )
         with contextlib.ExitStack() as stack:
-            if config.slot_position == "first":
-                for name, module in self.decoder.named_modules():
-                    if name.endswith("rotary_emb"):
-                        keep = _in_this_thread(functools.partial(_keep_rotation, rotations))
-                        stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+            if reroute.turned:
+                stack.enter_context(self._keeping_rotations(rotations))
             stack.enter_context(attending(self.decoder, reroute))
             yield
+
+    @contextlib.contextmanager
+    def _keeping_rotations(self, rotations: dict[Any, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, module in self.decoder.named_modules():
+                if name.endswith("rotary_emb"):
+                    keep = _in_this_thread(functools.partial(_keep_rotation, rotations))
+                    stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+            yield
+
+    @functools.cached_property
+    def _rotary(self) -> tuple[set[int], set[int]]:
+        """Layers that rotate their keys, and those of them where turning a key back does not give that of position 0.
+
+        In a text of one token repeated, a layer's states are the same at all positions, and so are its keys but for
+        their rotation. So all keys turned back must be the first one.
+        """
+        rotary: set[int] = set()
+        unsure: set[int] = set()
+        rotations: dict[Any, tuple[Tensor, Tensor]] = {}
+        calls = {module: iter(places) for module, places in self.layer_calls.items()}
+
+        def look(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+            layer = next(calls[module])
+            first, tolerance = key[:, :, :1], 1e-2 * float(key.abs().max())
+            if tolerance == 0:
+                unsure.add(layer)
+            elif float((key - first).abs().max()) > tolerance:
+                rotary.add(layer)
+                try:
+                    positions = torch.arange(key.shape[2], device=key.device)[:, None]
+                    back = [turn_back(module, layer, key[:, :, int(at)], rotations, at) for at in positions]
+                except UnsupportedModel:
+                    unsure.add(layer)
+                else:
+                    if float((torch.stack(back, 2) - first).abs().max()) > tolerance:
+                        unsure.add(layer)
+            return stock_attention(module, query, key, *args, **kwargs)
+
+        ids = torch.full((1, 16), 16, device=self.device)
+        with torch.inference_mode(), self._keeping_rotations(rotations), attending(self.decoder, look):
+            self.decoder(input_ids=ids, use_cache=False)
+        return rotary, unsure
+
+    def _turned(self, config: EmbedConfig) -> frozenset[int]:
+        """Layers whose slot is to be turned back to position 0; refused where that would not be exact."""
+        if config.slot_position == "last":
+            return frozenset()
+        rotary, unsure = self._rotary
+        if bad := unsure & {*(config.layers or ())}:
+            self._refuse(f"the keys of layer {min(bad)} are not plainly rotated; slot_position=first needs that")
+        return frozenset(rotary & {*(config.layers or ())})
 
     @contextlib.contextmanager
     def observing(self, readers: Mapping[int, Callable[[Tensor], None]]) -> Iterator[None]:

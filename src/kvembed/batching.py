@@ -14,12 +14,13 @@ __all__ = ["run_batches", "token_batches"]
 logger = logging.getLogger(__name__)
 
 
-def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], batch_tokens: int, border: int | None = None) -> list[list[int]]:
     """Group texts of similar length; a batch's padded size (rows x longest) stays within the budget.
 
     Args:
         lengths: tokens of each text.
         batch_tokens: the budget in tokens; a single longer text still gets a batch of its own.
+        border: texts longer than this never share a batch with others (see `Backbone.rope_border`).
 
     Returns:
         Lists of indices into `lengths`; every index once, longest texts first, so that memory runs out early or never.
@@ -27,7 +28,8 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
+        mixed = border is not None and lengths[index] <= border < longest
+        if batches and not mixed and (len(batches[-1]) + 1) * longest <= batch_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -36,13 +38,12 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def run_batches(
-    lengths: Sequence[int], batch_tokens: int, run: Callable[[list[int]], torch.Tensor]
+    lengths: Sequence[int], batch_tokens: int, run: Callable[[list[int]], torch.Tensor], border: int | None = None
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Run every batch; one that does not fit in memory is halved, with a warning, and so are the batches after it.
 
     Args:
-        lengths: tokens of each text.
-        batch_tokens: the budget in tokens.
+        lengths, batch_tokens, border: as in `token_batches`.
         run: takes indices, returns one row each.
 
     Yields:
@@ -51,7 +52,7 @@ def run_batches(
     Raises:
         OutOfMemory: a single text does not fit.
     """
-    todo = token_batches(lengths, batch_tokens)[::-1]
+    todo = token_batches(lengths, batch_tokens, border)[::-1]
     while todo:
         batch = todo.pop()
         try:
@@ -72,7 +73,7 @@ def run_batches(
             half = (len(batch) + 1) // 2
             logger.warning("out of memory: batches halved to %d texts of up to %d tokens", half, tokens)
             left = [index for waiting in (batch, *todo[::-1]) for index in waiting]
-            smaller = token_batches([lengths[index] for index in left], half * tokens)
+            smaller = token_batches([lengths[index] for index in left], half * tokens, border)
             todo = [[left[i] for i in part] for part in smaller][::-1]
             continue
         yield batch, rows

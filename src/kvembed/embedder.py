@@ -261,7 +261,7 @@ class Embedder:
         with tqdm(
             total=sum(lengths), desc="embedding", unit="tok", unit_scale=True, disable=None if progress else True
         ) as bar:
-            for batch, rows in run_batches(lengths, self.batch_tokens, run):
+            for batch, rows in run_batches(lengths, self.batch_tokens, run, self._backbone.rope_border):
                 vectors[batch] = rows.numpy()
                 bar.update(sum(lengths[i] for i in batch))
         if not np.isfinite(vectors).all():
