@@ -61,8 +61,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return next(self.decoder.parameters()).device  # in a model spread over devices the embeddings come first
 
     def _probe(self) -> None:
         """One short forward with an attention function that only looks: which module is called where, and how."""

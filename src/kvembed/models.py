@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import os
@@ -201,7 +202,9 @@ def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:
 def _convert(source: Path, folder: Path) -> None:
     """GGUF -> safetensors in float32, which holds every dequantised value exactly."""
     logger.info("converting %s, once (about half a minute)", source.name)
-    with _readable_errors(str(source)):
+    # The conversion draws a bar of its own, which can't be turned off; on a terminal it may.
+    bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    with _readable_errors(str(source)), bar:
         place: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**place)
         # Left to itself, transformers 5.23 marks the model as quantised, and then can't save it.
