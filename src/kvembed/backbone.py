@@ -61,7 +61,8 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return next(self.decoder.parameters()).device  # in a model spread over devices the embeddings come first
+        first: Tensor = next(self.decoder.parameters())  # the embeddings, in a model spread over devices
+        return first.device
 
     def _probe(self) -> None:
         """One short forward with an attention function that only looks: which module is called where, and how."""
