@@ -377,9 +377,7 @@ def _hook(stock: str) -> str:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         attend = _ACTIVE.get()
         if attend is None:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-                stock, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-            )
+            attend = ALL_ATTENTION_FUNCTIONS.get(stock) or _eager_function(module)
         return attend(module, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
