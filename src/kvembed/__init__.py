@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EmbedConfig
-    from .embedder import Embedder, Encoded, Explanation
+    from .embedder import Embedder, Explanation
     from .errors import InputError, KvembedError, ModelNotFound, OutOfMemory, UnsupportedModel
+    from .files import Encoded
     from .methods import METHODS
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ _HOMES = {
     "METHODS": "methods",
     "EmbedConfig": "config",
     "Embedder": "embedder",
-    "Encoded": "embedder",
+    "Encoded": "files",
     "Explanation": "embedder",
     **dict.fromkeys(["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"], "errors"),
 }

@@ -23,36 +23,17 @@ from .backbone import Backbone
 from .batching import run_batches
 from .config import EmbedConfig, Role
 from .errors import InputError, KvembedError
+from .files import Encoded
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
 from .prompts import Prompt, Prompter
 
-__all__ = ["Embedder", "Encoded", "Explanation"]
+__all__ = ["Embedder", "Explanation"]
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "kvembed.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """What `Embedder.encode_with_report` gives.
-
-    Attributes:
-        vectors: (n, dim) float32, rows of norm 1.
-        token_counts: (n,) int64, tokens of each prompt as it was embedded, template included.
-        tokens_cut: (n,) int64, tokens of each text that were left out to fit `max_tokens`.
-    """
-
-    vectors: NDArray[np.float32]
-    token_counts: NDArray[np.int64]
-    tokens_cut: NDArray[np.int64]
-
-    @property
-    def truncated(self) -> int:
-        """How many texts lost any tokens."""
-        return int((self.tokens_cut > 0).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +292,8 @@ class Embedder:
             raise InputError(f"{target} is a file, not a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
-            self.model.save_pretrained(scratch)
+            with models.bars_off():
+                self.model.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)
             target.mkdir(exist_ok=True)
             for path in Path(scratch).iterdir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import importlib
 import io
 import json
@@ -17,12 +18,33 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .errors import InputError
 
 if TYPE_CHECKING:
-    from .embedder import Encoded
+    import numpy as np
+    from numpy.typing import NDArray
 
-__all__ = ["INPUTS", "OUTPUTS", "check_output", "needed", "read_texts", "whole_file", "write_vectors"]
+__all__ = ["INPUTS", "OUTPUTS", "Encoded", "check_output", "needed", "read_texts", "whole_file", "write_vectors"]
 
 INPUTS = (".txt", ".jsonl", ".csv", ".parquet")
 OUTPUTS = (".npy", ".jsonl", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What `Embedder.encode_with_report` gives.
+
+    Attributes:
+        vectors: (n, dim) float32, rows of norm 1.
+        token_counts: (n,) int64, tokens of each prompt as it was embedded, template included.
+        tokens_cut: (n,) int64, tokens of each text that were left out to fit `max_tokens`.
+    """
+
+    vectors: NDArray[np.float32]
+    token_counts: NDArray[np.int64]
+    tokens_cut: NDArray[np.int64]
+
+    @property
+    def truncated(self) -> int:
+        """How many texts lost any tokens."""
+        return int((self.tokens_cut > 0).sum())
 
 
 def read_texts(paths: Sequence[Path], field: str = "text") -> list[str]:

@@ -204,16 +204,22 @@ def _convert(source: Path, folder: Path) -> None:
     logger.info("converting %s, once (about half a minute)", source.name)
     # The conversion draws a bar of its own, which can't be turned off; on a terminal it may.
     bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    with _readable_errors(str(source)), bar:
+    with _readable_errors(f"{source} (is the file whole?)"), bar:
         place: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**place)
         # Left to itself, transformers 5.23 marks the model as quantised, and then can't save it.
         whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _HAS_GGUF_CONFIG else {}
         model = AutoModelForCausalLM.from_pretrained(**place, **whole, dtype=torch.float32)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    try:
+        with bars_off():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         origin = {"file": source.name, "sha256": _sha256(source)}
         (folder / "kvembed-source.json").write_text(json.dumps(origin) + "\n")
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        raise ModelNotFound(
+            f"can't write the converted {source.name} to {cache_folder()}: {_first_line(error)}"
+        ) from error
 
 
 def _download(bundled: Bundled, folder: Path) -> Path:
@@ -247,11 +253,9 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
-    """Whatever goes wrong while reading a model, in one line that names it; without transformers' own progress bars."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    """Whatever goes wrong while reading a model, in one line that names it."""
     try:
-        with warnings.catch_warnings():
+        with bars_off(), warnings.catch_warnings():
             # transformers and gguf warn of their own internals here; nothing a caller could act on.
             warnings.simplefilter("ignore")
             yield
@@ -259,8 +263,17 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, gguf, safetensors and the hub raise what they like
         raise ModelNotFound(f"can't load {name}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def bars_off() -> Iterator[None]:
+    """No progress bars of transformers' own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        if bars:
+        if shown:
             transformers_logging.enable_progress_bar()
 
 
