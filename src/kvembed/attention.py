@@ -109,13 +109,12 @@ class Reroute:
         last = self.last.to(key.device)
         slot_key, slot_value = self._slot(module, layer, key, value, last)  # (B,Hkv,Dk), (B,Hkv,Dv)
         delegate = _changes_logits(kwargs)
-        causal = _is_causal(module, kwargs)
-        if self.prefer_closed and not delegate and _closed_is_exact(query, key, value, attention_mask, causal):
+        if self.prefer_closed and not delegate and _closed_is_exact(query, key, value, attention_mask):
             blind = None if self.slot_self else last
             out, share = closed(query, key, value, slot_key, slot_value, scale, self.bias, blind)
             beta: Tensor | None = share
         else:
-            mask = _float_mask(query, key, attention_mask, causal)  # (B or 1, 1 or Hq, n, n)
+            mask = _float_mask(query, key, attention_mask)  # (B or 1, 1 or Hq, n, n)
             slot_mask = mask.new_full((len(last), mask.shape[1], mask.shape[2]), self.bias)  # (B, 1 or Hq, n)
             if not self.slot_self:
                 slot_mask[torch.arange(len(last)), :, last] = torch.finfo(mask.dtype).min
@@ -264,10 +263,9 @@ def turn_back(
 def stock_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Plain attention for a layer that is not re-routed, given a mask of the sdpa kind (None, bool or additive)."""
+    """Plain causal attention for a layer that is not re-routed, given a mask of the sdpa kind (None, bool or float)."""
     if _changes_logits(kwargs):
-        mask = _float_mask(query, key, attention_mask, _is_causal(module, kwargs))
-        return _eager_function(module)(module, query, key, value, mask, **kwargs)
+        return _eager_function(module)(module, query, key, value, _float_mask(query, key, attention_mask), **kwargs)
     out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
     return out, None
 
@@ -284,11 +282,10 @@ def _with_slot(
     return key, value, torch.cat([slot_mask[..., None], mask], -1)  # (B, 1 or Hq, n, n+1)
 
 
-def _float_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Any mask of the sdpa kind as an additive one: (B or 1, 1 or Hq, n, n), 0 or the dtype's lowest number."""
+def _float_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Any causal mask of the sdpa kind as an additive one: (B or 1, 1 or Hq, n, n), 0 or the dtype's lowest number."""
     if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        mask = (mask.tril() if causal else mask)[None, None]
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask.dtype == torch.bool:
         # Not -inf: a padding row with no visible key must not become NaN.
         lowest = torch.finfo(query.dtype).min
@@ -296,8 +293,8 @@ def _float_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -
     return mask.to(query.dtype)
 
 
-def _closed_is_exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
-    return mask is None and causal and key.shape[-1] == value.shape[-1] and query.device.type == "cpu"
+def _closed_is_exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    return mask is None and key.shape[-1] == value.shape[-1] and query.device.type == "cpu"
 
 
 def _causal_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
