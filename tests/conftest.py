@@ -46,7 +46,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def bare_tokenizer():
     """Like a llama or qwen GGUF's: no token is added, so an empty text has none."""
-    tokenizer = Tokenizer(models.BPE(vocab={chr(i): i for i in range(32, 127)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={chr(i): i - 32 for i in range(32, 127)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(["<eos>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")

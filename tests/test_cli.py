@@ -216,3 +216,33 @@ def test_an_unexpected_error_is_one_line_too(run, folder, monkeypatch):
     result = run("embed", "--model", folder, stdin="x\n")
     assert result.exit_code == 1
     assert result.stderr == "kvembed: unexpected ZeroDivisionError: division by zero (KVEMBED_DEBUG=1 shows more)\n"
+
+
+def shell(command, **variables):
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, env=environment(**variables)
+    )
+
+
+def test_odd_streams(folder, tmp_path):
+    """Closed or full streams and terminals of another age: a line or nothing, never a traceback."""
+    kvembed = f"{sys.executable} -m kvembed"
+    closed = shell(f"{kvembed} --version >&-", PYTHONWARNINGS="ignore")
+    assert closed.stderr == ""
+    assert shell(f"{kvembed} embed --model {folder} <&-").stderr == "kvembed: standard input is closed\n"
+    full = shell(f"echo hi | {kvembed} embed --model {folder} > /dev/full")
+    assert (full.returncode, full.stderr) == (1, "kvembed: standard output: no space left on device\n")
+    ascii_only = shell(f"{kvembed} explain 'é 漢' --model {folder}", PYTHONIOENCODING="ascii")
+    assert (ascii_only.returncode, ascii_only.stderr) == (0, "")
+
+
+def test_outputs_that_would_do_harm(run, folder, tmp_path):
+    path = tmp_path / "same.jsonl"
+    path.write_text('{"text": "a"}\n')
+    result = run("embed", path, "-o", path, "--model", folder)
+    assert "same.jsonl is an input too" in result.stderr
+    assert path.read_text() == '{"text": "a"}\n'
+    (tmp_path / "folder.svg").mkdir()
+    assert "is a folder" in run("layers", "--model", folder, "--plot", tmp_path / "folder.svg").stderr
+    assert "out of range" in run("embed", "--layers", "0-99999999999", "--model", folder, stdin="a\n").stderr
+    assert ":dog:" in run("similarity", "-q", ":dog:", "a", "--model", folder).stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from kvembed import METHODS, EmbedConfig, InputError
@@ -20,6 +21,8 @@ from kvembed.methods import preset
         ({"layers": (-1,)}, "layers must be whole numbers"),
         ({"layers": "6-9"}, "layers must be whole numbers"),
         ({"layers": (1.5,)}, "layers must be whole numbers"),
+        ({"layers": 5}, "layers must be whole numbers"),
+        ({"bias": 10**400}, "bias must be a finite number"),
         ({"document": "no slot"}, r"the document template must hold \{text\} exactly once"),
         ({"query": "{text}{text}"}, r"the query template must hold \{text\} exactly once"),
         ({"pooling": "max"}, "pooling must be one of last, mean, weighted-mean, hybrid"),
@@ -71,6 +74,8 @@ def test_the_hash_is_stable_and_tells_configs_apart():
 def test_layers_are_a_sorted_set():
     assert EmbedConfig(layers=(4, 2, 4)).layers == (2, 4)
     assert preset("kv", layers=range(3)).layers == (0, 1, 2)
+    assert EmbedConfig(layers=map(int, "31")).layers == (1, 3)  # an iterator can be read only once
+    assert EmbedConfig(layers=np.arange(2), bias=np.float32(2)) == EmbedConfig(layers=(0, 1), bias=2.0)
 
 
 def test_the_kv_preset_is_the_paper_to_the_letter():

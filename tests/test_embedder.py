@@ -13,7 +13,7 @@ from conftest import NOTICES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvembed import Embedder, InputError, KvembedError
+from kvembed import Embedder, InputError, KvembedError, UnsupportedModel
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +203,39 @@ def test_similarity_is_the_cosine(embedder):
 def test_bad_options(llama, tokenizer, options):
     with pytest.raises(InputError):
         Embedder.from_model(llama, tokenizer, **{"layers": [1]} | options)
+
+
+@pytest.mark.parametrize("options", [{"layers": [1, 3]}, {"method": "mean"}])
+def test_autocast_and_tuple_outputs_change_nothing(tokenizer, options):
+    model = tiny()
+    expected = Embedder.from_model(model, tokenizer, **options).encode(NOTICES[:4])
+    model.config.return_dict = False
+    embedder = Embedder.from_model(model, tokenizer, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(embedder.encode(NOTICES[:4]), expected)
+
+
+@pytest.mark.parametrize("bias", [1e39, -1e39, 1e300])
+def test_any_finite_bias_works_in_either_form(tokenizer, bias):
+    model = tiny("mistral", sliding_window=8)
+    vectors = Embedder.from_model(model, tokenizer, layers=[1], bias=bias).encode(["a", NOTICES[0]])
+    assert np.isfinite(vectors).all()
+
+
+def test_what_cannot_be_saved_or_embedded_is_refused(tokenizer, llama, tmp_path):
+    class Wrapped:
+        """Like a model with an adapter: not a transformers model, but it forwards to one."""
+
+        training = False
+
+        def __init__(self, **attributes):
+            vars(self).update(attributes)
+
+        def __getattr__(self, name):
+            return getattr(llama, name)
+
+    with pytest.raises(InputError, match="merge_and_unload"):
+        Embedder.from_model(Wrapped(), tokenizer, layers=[1]).save_pretrained(tmp_path / "saved")
+    prompt_tuning = type("Config", (), {"is_prompt_learning": True})
+    with pytest.raises(UnsupportedModel, match="virtual tokens would be lost"):
+        Embedder.from_model(Wrapped(active_peft_config=prompt_tuning), tokenizer, layers=[1])

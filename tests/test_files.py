@@ -60,6 +60,8 @@ def test_several_files_windows_line_ends_and_bom(tmp_path):
         ("x.jsonl", b"[1]", r"x\.jsonl, line 1: no text in field"),
         ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: not JSON"),
         ("x.csv", b"a,b\n1,2\n", r"x\.csv: no column 'text'; it has a, b"),
+        ("x.csv", b"", r"x\.csv: no texts in it"),
+        ("x.csv", b"text,text\na,b\n", r"x\.csv: column 'text' is there more than once"),
         ("x.csv", b"id,text\n1\n", r"x\.csv, line 2: no value in column 'text'"),
         ("x.csv", b'text\n"open\n', r"x\.csv, line \d: not CSV"),
         ("x.parquet", b"PAR1 not really", r"x\.parquet: not Parquet"),

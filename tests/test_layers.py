@@ -156,3 +156,39 @@ def test_shipped_profiles_are_well_formed():
     for profile in profiles:
         assert profile.layers == window(profile.curve, profile.attention_layers)
         assert (profile.template, profile.texts, profile.count) == (METHODS["kv"].document, "self-written", 1000)
+
+
+def test_repeated_texts_do_not_bend_the_curve(llama, tokenizer):
+    """The same text in another batch differs in the last bit: a distance ratio out of nothing."""
+    backbone, prompter = Backbone(llama), Prompter(tokenizer)
+    once = id_curve(backbone, prompter, NOTICES, "{text}")
+    assert id_curve(backbone, prompter, NOTICES * 2, "{text}", batch_tokens=300) == pytest.approx(once, rel=1e-3)
+
+
+def test_calibration_keeps_to_the_models_length(tokenizer):
+    model = tiny("gpt2", n_positions=96, max_position_embeddings=96)
+    texts = [f"{notice} " * 9 for notice in NOTICES]
+    assert Embedder.from_model(model, tokenizer, texts=texts).config.layers
+
+
+def test_texts_that_cannot_be_stored_or_read_are_no_obstacle(tokenizer, llama, monkeypatch, tmp_path, caplog):
+    from kvembed.writing import write_texts
+
+    (tmp_path / "file").write_text("")
+    texts = write_texts(llama, tokenizer, count=5, batch=10, cache=tmp_path / "file" / "texts.json")
+    assert "could not be stored" in caplog.text
+    (tmp_path / "texts.json").write_text('["broken')
+    assert write_texts(llama, tokenizer, count=5, batch=10, cache=tmp_path / "texts.json") == texts
+    assert "ignoring the damaged texts" in caplog.text
+    assert json.loads((tmp_path / "texts.json").read_text()) == texts
+
+
+def test_the_models_own_generation_settings_do_not_matter(tokenizer):
+    from kvembed.writing import write_texts
+
+    model = tiny()
+    plain = write_texts(model, tokenizer, count=5, batch=10)
+    settings = model.generation_config
+    settings.min_p, settings.repetition_penalty, settings.return_dict_in_generate = 0.9, 50.0, True
+    assert write_texts(model, tokenizer, count=5, batch=10) == plain
+    assert model.generation_config is settings

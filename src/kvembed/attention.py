@@ -115,9 +115,11 @@ class Reroute:
             beta: Tensor | None = share
         else:
             mask = _float_mask(query, key, attention_mask)  # (B or 1, 1 or Hq, n, n)
-            slot_mask = mask.new_full((len(last), mask.shape[1], mask.shape[2]), self.bias)  # (B, 1 or Hq, n)
+            limits = torch.finfo(mask.dtype)
+            bias = min(max(self.bias, limits.min), limits.max)
+            slot_mask = mask.new_full((len(last), mask.shape[1], mask.shape[2]), bias)  # (B, 1 or Hq, n)
             if not self.slot_self:
-                slot_mask[torch.arange(len(last)), :, last] = torch.finfo(mask.dtype).min
+                slot_mask[torch.arange(len(last)), :, last] = limits.min
             form = functools.partial(delegated, module, kwargs) if delegate else prepended
             out, beta = form(query, key, value, slot_key, slot_value, mask, slot_mask, scale, self.betas is not None)
         if self.betas is not None and beta is not None:
@@ -188,7 +190,8 @@ def closed(
     """
     out, lse = _causal_with_lse(query, key, value, scale)  # (B,Hq,n,Dv), (B,Hq,n) natural log
     grouped = query.view(len(query), key.shape[1], -1, *query.shape[2:])  # (B,Hkv,G,n,Dk)
-    logit = torch.einsum("bhgnd,bhd->bhgn", grouped, slot_key).flatten(1, 2).float() * scale + bias  # (B,Hq,n)
+    # float32, as lse is: a large logit rounded to half precision would shift beta
+    logit = torch.einsum("bhgnd,bhd->bhgn", grouped.float(), slot_key.float()).flatten(1, 2) * scale + bias  # (B,Hq,n)
     beta = torch.sigmoid(logit - lse)
     if blind is not None:
         beta[torch.arange(len(blind)), :, blind] = 0.0

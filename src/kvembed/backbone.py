@@ -48,6 +48,8 @@ class Backbone:
             raise UnsupportedModel(
                 f"{self.model_type} is an encoder-decoder; kvembed takes decoder-only language models"
             )
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModel(f"{self.model_type} has a prompt-tuning adapter, whose virtual tokens would be lost")
         self.decoder = _decoder(model)
         limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.max_tokens: int | None = limit if isinstance(limit, int) and limit > 0 else None
@@ -120,7 +122,7 @@ class Backbone:
             module: tuple(first[name] + index for name, index in places) for module, places in calls.items()
         }
         self.attention_layers = tuple(sorted({index for places in self.layer_calls.values() for index in places}))
-        self.dim = int(output.last_hidden_state.shape[-1])
+        self.dim = int(output[0].shape[-1])
 
     @torch.inference_mode()
     def _runs(self, ids: Tensor) -> bool:
@@ -174,13 +176,15 @@ class Backbone:
         """
         kept: list[Tensor] = []
         with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the model's own dtype, always
             if config.output_layer is not None:
                 stack.enter_context(self.observing({config.output_layer: kept.append}))
             if config.layers:
                 stack.enter_context(self._rerouting(lengths, config, betas))
             # No mask: with padding on the right, causality already hides it, and no (n,n) mask need be made.
             output = self.decoder(input_ids=ids, use_cache=False)
-        return kept[0] if kept else output.last_hidden_state
+        states: Tensor = kept[0] if kept else output[0]
+        return states
 
     @contextlib.contextmanager
     def _rerouting(self, lengths: Tensor, config: EmbedConfig, betas: dict[int, Tensor] | None) -> Iterator[None]:
@@ -265,10 +269,15 @@ class Backbone:
     def fingerprint(self) -> str:
         """16 hex digits that tell weights apart: a few values of every tensor, in bfloat16, with names and shapes.
 
-        The same whether the weights were loaded as float32 or bfloat16, and on any device.
+        The same whether the weights were loaded as float32 or bfloat16, and on any device; float16 rounds otherwise.
+
+        Raises:
+            InputError: weights that are offloaded can't be read.
         """
         digest = hashlib.sha256(self.model_type.encode())
         for name, tensor in self.decoder.named_parameters():
+            if tensor.is_meta:
+                raise InputError("the model's weights are offloaded, so layers can't be chosen: give layers=...")
             flat = tensor.detach().flatten()
             few = flat[:: max(1, flat.numel() // 64)]
             few = few.to(torch.bfloat16) if few.is_floating_point() else few.to(torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import io
 import json
 import logging
 import os
@@ -74,6 +75,9 @@ def embed(
         from .files import check_output, read_texts, write_vectors
 
         check_output(output)
+        for file in files or []:
+            if output and output.exists() and file.exists() and output.samefile(file):
+                raise InputError(f"{output} is an input too; it would be overwritten")
         texts = read_texts(files or [], field)
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
         write_vectors(embedder.encode_with_report(texts, role=role, progress=True), output)
@@ -204,6 +208,10 @@ def pull(
 def main() -> None:
     """The `kvembed` command."""
     sys.unraisablehook = _interrupt_again
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a letter is no reason to stop
     with contextlib.suppress(BrokenPipeError):
         app()
     # A reader such as `head` closed the pipe: nothing more to say, and nothing to flush at exit.
@@ -250,7 +258,7 @@ def _parse_layers(text: str) -> tuple[int, ...] | None:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            chosen += range(int(first), int(last or first) + 1)
+            chosen += range(int(first), min(int(last or first), 9999) + 1)  # no model is as deep
     except ValueError:
         chosen = []
     if not chosen:
@@ -264,6 +272,7 @@ def _one_line_errors() -> Iterator[None]:
     logger = logging.getLogger("kvembed")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("kvembed: %(message)s"))
+    before = logger.handlers, logger.level, logger.propagate
     logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
     try:
         yield
@@ -279,6 +288,8 @@ def _one_line_errors() -> Iterator[None]:
         known = isinstance(error, KvembedError)
         logger.error(text if known else f"unexpected {type(error).__name__}: {text} (KVEMBED_DEBUG=1 shows more)")
         raise typer.Exit(1) from None
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
 
 
 def _quiet() -> None:
@@ -299,11 +310,10 @@ def _print_json(value: Any) -> None:
 def _print_table(head: list[str], body: list[list[str]]) -> None:
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*map(escape, head), box=box.SIMPLE)  # escape and Text: "[...]" in a text is not markup
+    table = Table(*(Column(Text(name)) for name in head), box=box.SIMPLE)  # Text: "[...]" in a text is not markup
     for row in body:
         table.add_row(*map(Text, row))
     Console().print(table)

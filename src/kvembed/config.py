@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,7 @@ class EmbedConfig:
 
     Attributes:
         method: name of the preset it came from; a label.
-        document: template of a document, with `{text}` exactly once.
+        document: template of a document, with `{text}` exactly once. Special-token strings are plain text here too.
         query: template of a query, with `{text}` exactly once.
         layers: decoder layers to re-route, counted from 0. `()`: none. `None`: to be chosen by intrinsic dimension
             (KV-Embedding's rule, see `kvembed.layers`) when an `Embedder` is made; an `Embedder`'s own config always
@@ -66,13 +67,15 @@ class EmbedConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        if isinstance(self.bias, bool) or not isinstance(self.bias, int | float) or not math.isfinite(self.bias):
-            raise InputError(f"bias must be a finite number, not {self.bias!r}")
-        object.__setattr__(self, "bias", float(self.bias))
+        object.__setattr__(self, "bias", _finite(self.bias))
         if self.layers is not None:
-            if isinstance(self.layers, str) or not all(_is_index(layer) for layer in self.layers):
+            try:
+                layers = tuple(self.layers)
+            except TypeError:
+                layers = (-1,)
+            if isinstance(self.layers, str) or not all(_is_index(layer) for layer in layers):
                 raise InputError(f"layers must be whole numbers from 0, not {self.layers!r}")
-            object.__setattr__(self, "layers", tuple(sorted({int(layer) for layer in self.layers})))
+            object.__setattr__(self, "layers", tuple(sorted({int(layer) for layer in layers})))
         if not isinstance(self.slot_self, bool):
             raise InputError(f"slot_self must be true or false, not {self.slot_self!r}")
         if self.output_layer is not None and not _is_index(self.output_layer):
@@ -100,8 +103,7 @@ class EmbedConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> EmbedConfig:
         """The inverse of `to_dict`. Raises `InputError` for an unknown field or a bad value."""
         _check_names(fields)
-        layers = fields.get("layers", ())
-        return cls(**{**fields, "layers": layers if layers is None else tuple(layers)})
+        return cls(**fields)
 
     def hash(self) -> str:
         """16 hex digits of the SHA-256 of the sorted JSON; the same config gives the same hash anywhere."""
@@ -117,7 +119,17 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    # Integral, not int: a NumPy integer is one
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _finite(value: object) -> float:
+    try:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise InputError(f"bias must be a finite number, not {value!r}")
 
 
 def _check_names(fields: Mapping[str, Any]) -> None:

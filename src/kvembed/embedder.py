@@ -280,14 +280,18 @@ class Embedder:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save model, tokenizer and config to a folder that `from_pretrained` opens and that gives the same vectors.
+        """Save model, tokenizer and config to a folder that `from_pretrained` opens.
 
-        Each file appears whole or not at all, the config last.
+        Opened with the same dtype, it gives the same vectors. Each file appears whole or not at all, the config last.
 
         Raises:
-            InputError: `folder` is a file.
+            InputError: `folder` is a file, or the model is not a plain transformers model.
         """
         target = Path(folder)
+        if not isinstance(self.model, PreTrainedModel):
+            raise InputError(
+                "only a plain transformers model can be saved; with an adapter, call merge_and_unload() first"
+            )
         if target.exists() and not target.is_dir():
             raise InputError(f"{target} is a file, not a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +324,8 @@ class Embedder:
         ids, lengths = self._backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
         states = self._backbone.states(ids, lengths, self.config)  # (B,n,D)
         spans = torch.tensor([prompt.span for prompt in prompts], device=states.device)  # (B,2)
-        return pool(states, lengths.to(states.device), spans, self.config.pooling, self.config.mean_tokens)
+        with torch.autocast(states.device.type, enabled=False):
+            return pool(states, lengths.to(states.device), spans, self.config.pooling, self.config.mean_tokens)
 
 
 def _read_config(path: Path) -> EmbedConfig:

@@ -21,9 +21,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["INPUTS", "OUTPUTS", "Encoded", "check_output", "needed", "read_texts", "whole_file", "write_vectors"]
+__all__ = [
+    "OUTPUTS",
+    "Encoded",
+    "check_output",
+    "check_writable",
+    "needed",
+    "read_texts",
+    "whole_file",
+    "write_vectors",
+]
 
-INPUTS = (".txt", ".jsonl", ".csv", ".parquet")
 OUTPUTS = (".npy", ".jsonl", ".parquet")
 
 
@@ -60,6 +68,8 @@ def read_texts(paths: Sequence[Path], field: str = "text") -> list[str]:
     texts: list[str] = []
     for path in paths or [Path("-")]:
         name = "standard input" if str(path) == "-" else str(path)
+        if name == "standard input" and sys.stdin is None:
+            raise InputError("standard input is closed")
         try:
             data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         except OSError as error:
@@ -106,9 +116,13 @@ def _csv_texts(text: str, name: str, field: str) -> Iterator[str]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        if field not in (rows.fieldnames or ()):
+        if not rows.fieldnames:
+            return
+        if rows.fieldnames.count(field) > 1:
+            raise InputError(f"{name}: column {field!r} is there more than once")
+        if field not in rows.fieldnames:
             raise InputError(
-                f"{name}: no column {field!r}; it has {', '.join(rows.fieldnames or ())[:200]} (choose with --field)"
+                f"{name}: no column {field!r}; it has {', '.join(rows.fieldnames)[:200]} (choose with --field)"
             )
         for row in rows:
             if row[field] is None:
@@ -147,6 +161,11 @@ def check_output(path: Path | None) -> None:
         )
     if path.suffix.lower() == ".parquet":
         needed("pyarrow.parquet", "parquet")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises `InputError` for a folder, or a file in a folder that does not exist or can't be written to."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder")
     if not path.parent.is_dir():
@@ -163,15 +182,18 @@ def write_vectors(encoded: Encoded, path: Path | None) -> None:
     Raises:
         InputError: the file can't be written; what was there before is still there.
     """
-    if path is None or str(path) == "-":
-        _write_jsonl(encoded, sys.stdout.buffer)
-        return
-    check_output(path)
     try:
+        if path is None or str(path) == "-":
+            _write_jsonl(encoded, sys.stdout.buffer)
+            sys.stdout.flush()
+            return
+        check_output(path)
         with whole_file(path) as file:
             {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()](encoded, file)
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise InputError(f"{path or 'standard output'}: {(error.strerror or str(error)).lower()}") from None
 
 
 @contextlib.contextmanager

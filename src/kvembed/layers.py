@@ -141,7 +141,7 @@ def id_curve(
 
     Args:
         backbone, prompter: the model and its tokenizer.
-        texts: N calibration texts.
+        texts: N calibration texts; repeated ones are dropped.
         template: with `{text}`.
         max_tokens, batch_tokens: as in `Embedder`.
         progress: show a bar on a terminal.
@@ -149,7 +149,8 @@ def id_curve(
     Raises:
         InputError: as in `twonn`.
     """
-    prompts = prompter(texts, template, max_tokens)
+    texts = list(dict.fromkeys(texts))  # the same text in another batch differs in the last bit, and TwoNN would see it
+    prompts = prompter(texts, template, min(max_tokens, backbone.max_tokens or max_tokens))
     states = np.empty((len(backbone.layers), len(texts), backbone.dim), np.float32)
     plain = EmbedConfig()
     lengths = [len(prompt.ids) for prompt in prompts]

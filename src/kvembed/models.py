@@ -178,9 +178,9 @@ def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:
     """
     models = cache_folder() / "models"
     target = models / key
-    if (target / "config.json").is_file():
-        return target
     try:
+        if (target / "config.json").is_file():
+            return target
         models.mkdir(parents=True, exist_ok=True)
         with FileLock(models / f"{key}.lock"):
             if not (target / "config.json").is_file():  # another process may have made it while this one waited

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .files import needed
+from .files import check_writable, needed, whole_file
 
 if TYPE_CHECKING:
     from .layers import Profile
@@ -20,8 +20,7 @@ def check_plot(path: Path | None) -> None:
         return
     if path.suffix.lower() not in (".svg", ".png"):
         raise InputError(f"{path}: a plot is .svg or .png")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist")
+    check_writable(path)
     needed("matplotlib", "plot")
 
 
@@ -53,4 +52,9 @@ def plot_layers(profile: Profile, path: Path) -> None:
     axes.set_title(f"{profile.model}: last token's states over {profile.count:,} {profile.texts} texts", fontsize=10)
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    kind = path.suffix.lower()[1:]
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import threading
 from collections.abc import Sequence
-from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, UnsupportedModel
 
 __all__ = ["Prompt", "Prompter"]
-
-# A fast tokenizer is one mutable object that "special strings are text" is set on; two threads must not set it at once.
-_TOKENIZER_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +35,10 @@ class Prompt:
 
 
 class Prompter:
-    """Renders and tokenises texts with one tokenizer; leaves the tokenizer as it was.
+    """Renders and tokenises texts with a copy of a tokenizer's rules; safe in several threads.
 
     Args:
-        tokenizer: a fast tokenizer (one that gives character offsets).
+        tokenizer: a fast tokenizer (one that gives character offsets); it stays as it is.
 
     Raises:
         UnsupportedModel: the tokenizer gives no offsets.
@@ -52,15 +49,22 @@ class Prompter:
             raise UnsupportedModel(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer (tokenizer.json) is needed"
             )
-        self._tokenizer: Any = tokenizer
+        self._rules: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._rules.no_padding()
+        self._rules.no_truncation()
+        self._rules.encode_special_tokens = True  # as plain text, that is
+        added = tokenizer.added_tokens_decoder
+        self._special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._start = next((token for token in starts if token is not None), None)
 
     def __call__(self, texts: Sequence[str], template: str, max_tokens: int) -> list[Prompt]:
         """Tokenise each text in the template.
 
         The whole prompt is tokenised at once, as if it had been typed, and spans are found by character offsets.
-        Special-token strings inside a text, such as `<|im_end|>`, are read as plain text. A text too long is cut at a
-        token border, never the template, and `tokens_cut` says by how much. An empty text in an empty template becomes
-        the tokenizer's BOS (or EOS) token.
+        Strings of special tokens inside a text, such as `<|im_end|>`, are read as plain text. A text too long is cut at
+        a token border, never the template, and `tokens_cut` says by how much. An empty text in an empty template
+        becomes the tokenizer's BOS (or EOS) token.
 
         Args:
             texts: any strings.
@@ -89,34 +93,21 @@ class Prompter:
             return []
         prefix, _, suffix = template.partition("{text}")
         rendered = [f"{prefix}{text}{suffix}" for text in texts]
-        backend = self._tokenizer.backend_tokenizer
-        with _TOKENIZER_LOCK:
-            before = backend.encode_special_tokens
-            try:
-                encoded = self._tokenizer(
-                    rendered,
-                    return_offsets_mapping=True,
-                    return_attention_mask=False,
-                    split_special_tokens=True,
-                    padding=False,
-                    truncation=False,
-                    verbose=False,
-                )
-            finally:
-                backend.encode_special_tokens = before
         prompts = []
-        for text, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for text, encoded in zip(rendered, self._rules.encode_batch(rendered), strict=True):
+            ids, offsets = encoded.ids, encoded.offsets
+            for token, (first, end) in zip(ids, offsets, strict=True):
+                if end > first and token in self._special:  # a Unigram vocabulary holds them as ordinary pieces
+                    raise InputError(
+                        f"this tokenizer can't read {text[first:end]!r} as plain text; take it out of the text"
+                    )
             if not ids:
-                ids, offsets = [self._start_token()], [(0, 0)]
+                if self._start is None:
+                    raise InputError("an empty text needs a template: the tokenizer has neither a BOS nor an EOS token")
+                ids, offsets = [self._start], [(0, 0)]
             span = _span(offsets, len(prefix), len(text) - len(suffix))
-            prompts.append(Prompt(text, tuple(ids), tuple(map(tuple, offsets)), span))
+            prompts.append(Prompt(text, tuple(ids), tuple(offsets), span))
         return prompts
-
-    def _start_token(self) -> int:
-        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        raise InputError("an empty text needs a template: the tokenizer has neither a BOS nor an EOS token")
 
     def _cut(self, text: str, prompt: Prompt, template: str, max_tokens: int) -> Prompt:
         prefix = template.partition("{text}")[0]
@@ -128,13 +119,13 @@ class Prompter:
             (shorter,) = self._tokenize([text[:last_character]], template)
             excess = len(shorter.ids) - max_tokens
             if excess <= 0:
-                kept = shorter.span[1] - shorter.span[0]
-                return dataclasses.replace(shorter, tokens_cut=end - start - kept)
+                lost = sum(offset > len(prefix) + last_character for _, offset in prompt.offsets[start:end])
+                return dataclasses.replace(shorter, tokens_cut=lost)
             keep -= excess  # cutting can split a merge in two, so the shorter text may still be a token too long
-        if max_tokens > around:  # room, but not for the first character, which takes several tokens
-            (empty,) = self._tokenize([""], template)
+        (empty,) = self._tokenize([""], template)
+        if max_tokens > len(empty.ids):  # room, but not for the first character, which takes several tokens
             return dataclasses.replace(empty, tokens_cut=end - start)
-        raise InputError(f"max_tokens is {max_tokens}, but the template alone takes {around} tokens")
+        raise InputError(f"max_tokens is {max_tokens}, but the template alone takes {len(empty.ids)} tokens")
 
 
 def _span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +16,8 @@ from .errors import InputError
 from .files import whole_file
 
 __all__ = ["write_texts"]
+
+logger = logging.getLogger(__name__)
 
 
 def write_texts(
@@ -45,7 +50,10 @@ def write_texts(
         InputError: the model has no head, or writes too few distinct texts.
     """
     if cache is not None and cache.is_file():
-        return list(json.loads(cache.read_text()))
+        try:
+            return list(json.loads(cache.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            logger.warning("ignoring the damaged texts in %s: %s", cache, error)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if model.get_output_embeddings() is None or start is None:
         raise InputError(
@@ -67,6 +75,7 @@ def write_texts(
     with (
         torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]),
         tqdm(total=count, desc="writing texts", unit="text", disable=None if progress else True) as bar,
+        _own_sampling(model),
     ):
         torch.manual_seed(seed)
         for _ in range(3 * count // batch + 3):
@@ -79,10 +88,28 @@ def write_texts(
             if len(texts) >= count:
                 written = list(texts)[:count]
                 if cache is not None:
-                    cache.parent.mkdir(parents=True, exist_ok=True)
-                    with whole_file(cache) as file:
-                        file.write(json.dumps(written, indent=0, ensure_ascii=False).encode())
+                    _keep(written, cache)
                 return written
     raise InputError(
         f"{type(model).__name__} wrote only {len(texts)} distinct texts; give layers=..., or calibration texts"
     )
+
+
+@contextlib.contextmanager
+def _own_sampling(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own generation settings, which would fill in whatever ours leave open."""
+    theirs = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
+
+
+def _keep(texts: list[str], cache: Path) -> None:
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(cache) as file:
+            file.write(json.dumps(texts, indent=0, ensure_ascii=False).encode())
+    except OSError as error:
+        logger.warning("the texts could not be stored in %s: %s", cache.parent, error)
