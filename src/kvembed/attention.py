@@ -219,9 +219,8 @@ def delegated(
     key, value, mask = _with_slot(key, value, slot_key, slot_value, mask, slot_mask)
     kwargs = dict(kwargs)
     if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = nn.functional.pad(
-            kwargs["position_bias"], (1, 0)
-        )  # the slot has no relative position
+        # 0 for the slot, which has no relative position
+        kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (1, 0))
     out, weights = _eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)  # (B,n,Hq,Dv)
     beta = weights[..., 0].float() if want_beta and weights is not None else None
     return out.transpose(1, 2), beta

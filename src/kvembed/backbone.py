@@ -91,14 +91,13 @@ class Backbone:
             stack.enter_context(attending(self.decoder, look))
             stack.enter_context(torch.inference_mode())
             ids = torch.arange(16, device=self.device)[None] + 1
+            failure: Exception | None = None
             try:
                 output = self.decoder(input_ids=ids, use_cache=False)
             except UnsupportedModel:
                 raise
             except Exception as error:
-                failure: Exception | None = error
-            else:
-                failure = None
+                failure = error
         if failure and (calls or not self._runs(ids)):
             self._refuse(f"a plain forward of its decoder fails ({failure})")
         if not calls:

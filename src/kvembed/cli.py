@@ -327,15 +327,14 @@ def _print_explanation(explanation: Explanation) -> None:
     config, beta = explanation.config, explanation.beta
     mean = [sum(column) / len(beta) for column in zip(*beta.values(), strict=True)] if beta else []
     top = max(mean, default=0.0)
+    first, end = explanation.span
     line = Text()
     for i, token in enumerate(explanation.tokens):
         style = (
             f"black on rgb(255,{255 - round(160 * mean[i] / top)},{255 - round(220 * mean[i] / top)})" if top else ""
         )
-        own = explanation.span[0] <= i < explanation.span[1]
-        line.append(token.replace("\n", "\\n"), style + (" underline" if own else ""))
+        line.append(token.replace("\n", "\\n"), style + (" underline" if first <= i < end else ""))
     console.print(line)
-    first, end = explanation.span
     cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
     _print(f"tokens    {len(explanation.tokens)}; the text's own {end - first} are underlined{cut}")
     _print(f"method    {config.method}: {config.pooling} pooling, bias {config.bias:g}, config {config.hash()}")

@@ -23,7 +23,7 @@ from .backbone import Backbone
 from .batching import run_batches
 from .config import EmbedConfig, Role
 from .errors import InputError, KvembedError
-from .files import Encoded
+from .files import Encoded, whole_file
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
@@ -305,9 +305,8 @@ class Embedder:
                     shutil.copytree(path, target / path.name, dirs_exist_ok=True)
                 else:
                     os.replace(path, target / path.name)
-            text = json.dumps(self.config.to_dict(), indent=1) + "\n"
-            (Path(scratch) / CONFIG_FILE).write_text(text)
-            os.replace(Path(scratch) / CONFIG_FILE, target / CONFIG_FILE)
+        with whole_file(target / CONFIG_FILE) as file:
+            file.write((json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
 
     def _prompts(self, texts: Iterable[str], role: Role) -> list[Prompt]:
         if isinstance(texts, str | bytes):

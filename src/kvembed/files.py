@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import io
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -28,9 +29,13 @@ __all__ = [
     "check_writable",
     "needed",
     "read_texts",
+    "store",
     "whole_file",
+    "why",
     "write_vectors",
 ]
+
+logger = logging.getLogger(__name__)
 
 OUTPUTS = (".npy", ".jsonl", ".parquet")
 
@@ -73,7 +78,7 @@ def read_texts(paths: Sequence[Path], field: str = "text") -> list[str]:
         try:
             data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         except OSError as error:
-            raise InputError(f"{name}: {(error.strerror or str(error)).lower()}") from None
+            raise InputError(f"{name}: {why(error)}") from None
         found = _parse(data, path.suffix.lower(), name, field)
         if not found:
             raise InputError(f"{name}: no texts in it")
@@ -141,9 +146,9 @@ def _parse_parquet(data: bytes, name: str, field: str) -> list[str]:
                 f"{name}: no column {field!r}; it has {', '.join(file.schema_arrow.names)[:200]} (choose with --field)"
             )
         values = file.read([field]).column(0).to_pylist()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
     for row, value in enumerate(values, 1):
         if not isinstance(value, str):
@@ -190,10 +195,10 @@ def write_vectors(encoded: Encoded, path: Path | None) -> None:
         check_output(path)
         with whole_file(path) as file:
             {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()](encoded, file)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise InputError(f"{path or 'standard output'}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path or 'standard output'}: {why(error)}") from None
 
 
 @contextlib.contextmanager
@@ -239,6 +244,21 @@ def _write_parquet(encoded: Encoded, file: BinaryIO) -> None:
         }
     )
     parquet.write_table(table, file)
+
+
+def store(path: Path, text: str, what: str) -> None:
+    """Put `text` into a cache, folders and all; a cache that can't be written is a warning, not an error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        logger.warning("%s could not be stored in %s: %s", what, path.parent, error)
+
+
+def why(error: OSError) -> str:
+    """What went wrong, without errno and path: `no such file or directory`."""
+    return (error.strerror or str(error)).lower()
 
 
 def needed(module: str, extra: str) -> Any:

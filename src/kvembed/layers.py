@@ -23,7 +23,7 @@ from .backbone import Backbone
 from .batching import token_batches
 from .config import EmbedConfig
 from .errors import InputError
-from .files import whole_file
+from .files import store
 from .models import cache_folder, label, load
 from .prompts import Prompter
 from .writing import write_texts
@@ -224,12 +224,7 @@ def choose_layers(
         attention_layers=backbone.attention_layers,
         layers=window(curve, backbone.attention_layers),
     )
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(cached) as file:
-            file.write(profile.to_json().encode())
-    except OSError as error:
-        logger.warning("the choice of layers could not be stored in %s: %s", cached.parent, error)
+    store(cached, profile.to_json(), "the choice of layers")
     return profile
 
 

@@ -192,9 +192,9 @@ def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:
                     source = gguf(Path(scratch))
                     _convert(source, Path(scratch) / "model")
                     os.replace(Path(scratch) / "model", target)
+    except KvembedError:
+        raise
     except OSError as error:
-        if isinstance(error, KvembedError):
-            raise
         raise ModelNotFound(f"can't write the model to {models}: {_first_line(error)}") from error
     return target
 

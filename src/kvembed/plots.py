@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .files import check_writable, needed, whole_file
+from .files import check_writable, needed, whole_file, why
 
 if TYPE_CHECKING:
     from .layers import Profile
@@ -57,4 +57,4 @@ def plot_layers(profile: Profile, path: Path) -> None:
         with whole_file(path) as file:
             figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise InputError(f"{path}: {why(error)}") from None

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
-from .files import whole_file
+from .files import store
 
 __all__ = ["write_texts"]
 
@@ -88,7 +88,7 @@ def write_texts(
             if len(texts) >= count:
                 written = list(texts)[:count]
                 if cache is not None:
-                    _keep(written, cache)
+                    store(cache, json.dumps(written, indent=0, ensure_ascii=False), "the texts")
                 return written
     raise InputError(
         f"{type(model).__name__} wrote only {len(texts)} distinct texts; give layers=..., or calibration texts"
@@ -104,12 +104,3 @@ def _own_sampling(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = theirs
-
-
-def _keep(texts: list[str], cache: Path) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(cache) as file:
-            file.write(json.dumps(texts, indent=0, ensure_ascii=False).encode())
-    except OSError as error:
-        logger.warning("the texts could not be stored in %s: %s", cache.parent, error)
