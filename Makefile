@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow check families bench clean
+.PHONY: demo test test-slow check families bench tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tools/tables.py --check
 
 # docs/families.md: which decoder families work, from tiny random models of each
 families: $(INSTALLED)
@@ -28,6 +29,10 @@ families: $(INSTALLED)
 # re-routed against plain forward time, ratios within one run
 bench: $(INSTALLED)
 	$(BIN)/python tools/overhead.py
+
+# docs/results.md, its plots and README's table, from the files in results/
+tables: $(INSTALLED)
+	$(BIN)/python tools/tables.py
 
 clean:
 	rm -rf .venv

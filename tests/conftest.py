@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+settings.register_profile("kvembed", deadline=None)  # a busy machine is no failure
+settings.load_profile("kvembed")
 
 NOTICES = (Path(__file__).parent.parent / "examples" / "notices.txt").read_text().splitlines()
 SHARED = Path(__file__).parent.parent.parent / "shared"

@@ -45,7 +45,7 @@ def test_a_hybrid_offers_only_its_attention_layers():
     assert len(backbone.layers) == 4
     assert backbone.attention_layers == (3,)
     with pytest.raises(InputError, match="layer 1 of qwen3_next has no attention; those with: 3"):
-        backbone.check_layers([1])
+        backbone.changed_layers(EmbedConfig(layers=(1,)))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_output_layer_reads_before_the_final_norm(llama):
 @pytest.mark.parametrize("layers", [[5], [0, 99]])
 def test_layers_out_of_range(llama, layers):
     with pytest.raises(InputError, match=f"layer {layers[-1]} is out of range: llama has layers 0 to 4"):
-        Backbone(llama).check_layers(layers)
+        Backbone(llama).changed_layers(EmbedConfig(layers=layers))
 
 
 def test_fingerprint_knows_weights_not_dtypes(llama):

@@ -116,7 +116,7 @@ def test_parse_layers():
     [
         (("--bias", "nan"), "bias must be a finite number, not nan"),
         (("--layers", "9"), "layer 9 is out of range: llama has layers 0 to 4"),
-        (("--layers", "9-6"), "--layers takes 6-9 or 4,5,10 or none or auto, not '9-6'"),
+        (("--layers", "9-6"), "--layers takes 6-9 or 4,5,10 or none or all or auto, not '9-6'"),
         (("--layers", "-1"), "--layers takes"),
         (("--layers", ""), "--layers takes"),
         (("--method", "best"), "unknown method 'best'; choose from kv,"),
@@ -246,3 +246,51 @@ def test_outputs_that_would_do_harm(run, folder, tmp_path):
     assert "is a folder" in run("layers", "--model", folder, "--plot", tmp_path / "folder.svg").stderr
     assert "out of range" in run("embed", "--layers", "0-99999999999", "--model", folder, stdin="a\n").stderr
     assert ":dog:" in run("similarity", "-q", ":dog:", "a", "--model", folder).stdout
+
+
+def test_eval_prints_scores_and_keeps_a_ledger(run, folder, tmp_path):
+    (tmp_path / "data" / "tiny-sts").mkdir(parents=True)
+    rows = [{"s1": NOTICES[i], "s2": NOTICES[i + 1], "score": i % 5} for i in range(12)]
+    (tmp_path / "data" / "tiny-sts" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("eval", "--data", tmp_path / "data", "--model", folder, "--results", tmp_path / "results")
+    shown = run(*options, "--name", "mine")
+    assert shown.exit_code == 0, shown.stderr
+    assert re.search(r"tiny-sts +spearman +-?\d+\.\d\d +-?\d+\.\d--?\d+\.\d +12 +0", shown.stdout)
+    assert re.search(r"mine, kv: mean -?\d+\.\d\d over 1 tasks, config [0-9a-f]{16}", shown.stdout)
+    (path,) = (tmp_path / "results").glob("mini/mine/kv-*/tiny-sts.json")
+    (row,) = json.loads(run(*options, "--name", "mine", "--json").stdout)
+    assert row == json.loads(path.read_text())
+    reference = run("eval", "--data", tmp_path / "data", "--reference", "tf-idf")
+    assert "tf-idf, tf-idf: mean" in reference.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "say what to score on: --data FOLDER, or --mteb TASK"),
+        (["--data", "/nowhere"], "/nowhere: no such folder"),
+    ],
+)
+def test_eval_says_what_is_wrong(run, folder, args, message):
+    result = run("eval", "--model", folder, *args)
+    assert result.exit_code == 1
+    assert result.stderr == f"kvembed: {message}\n"
+
+
+def test_report_is_one_page(run, folder, tmp_path):
+    (tmp_path / "data" / "tiny-sts").mkdir(parents=True)
+    rows = [{"s1": NOTICES[i], "s2": NOTICES[i + 1], "score": i % 5} for i in range(12)]
+    (tmp_path / "data" / "tiny-sts" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("eval", "--data", tmp_path / "data", "--model", folder, "--results", tmp_path / "results", "--name", "mine")
+    (tmp_path / "few.txt").write_text("\n".join(NOTICES[:3]))
+    page = tmp_path / "page.html"
+    options = ("--text", "a <b>", "--texts", tmp_path / "few.txt", "--model", folder)
+    shown = run("report", tmp_path / "results", "-o", page, *options)
+    assert (shown.exit_code, shown.stdout) == (0, f"{page}\n"), shown.stderr
+    text = page.read_text()
+    for title in ("mine, suite mini", "Attention to the slot", "Similarity"):
+        assert title in text
+    assert "<b>" not in text
+    empty = run("report", tmp_path / "data", "-o", page)
+    assert empty.exit_code == 1
+    assert "holds no results; `kvembed eval --results" in empty.stderr

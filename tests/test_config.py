@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -23,13 +24,20 @@ from kvembed.methods import preset
         ({"layers": (1.5,)}, "layers must be whole numbers"),
         ({"layers": 5}, "layers must be whole numbers"),
         ({"bias": 10**400}, "bias must be a finite number"),
-        ({"document": "no slot"}, r"the document template must hold \{text\} exactly once"),
-        ({"query": "{text}{text}"}, r"the query template must hold \{text\} exactly once"),
+        ({"document": "no slot"}, r"the document template must hold \{text\}, not 'no slot'"),
+        ({"query": ()}, r"the query template must hold \{text\}, not \(\)"),
+        ({"query": ("{text}", "none")}, r"the query template must hold \{text\}, not"),
+        ({"query": 5}, r"the query template must hold \{text\}, not 5"),
+        ({"document": "{pst} {text}"}, r"the document template must hold \{pst\} once, before \{text\}, if there are"),
+        ({"prepend_layers": (1,)}, r"the document template must hold \{pst\} once"),
+        ({"prepend_layers": (0,)}, "prepend_layers must be whole numbers from 1"),
+        ({"attention": "causal"}, "attention must be one of reroute, bidirectional"),
+        ({"layers": "some"}, "layers must be whole numbers from 0, not 'some'"),
         ({"pooling": "max"}, "pooling must be one of last, mean, weighted-mean, hybrid"),
         ({"mean_tokens": "some"}, "mean_tokens must be one of all, content"),
         ({"slot_position": "middle"}, "slot_position must be one of last, first"),
         ({"slot_self": 1}, "slot_self must be true or false"),
-        ({"output_layer": -1}, "output_layer must be a whole number"),
+        ({"output_layer": 1.5}, "output_layer must be a whole number"),
         ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number from 1"),
     ],
@@ -40,14 +48,16 @@ def test_bad_values(options, message):
 
 
 def test_unknown_names():
-    with pytest.raises(InputError, match="unknown option 'layer'; known: bias, document, layers"):
+    with pytest.raises(InputError, match="unknown option 'layer'; known: attention, bias, document, layers"):
         preset("kv", layer=3)
     with pytest.raises(InputError, match="unknown option 'x'"):
         EmbedConfig.from_dict({"x": 1})
-    with pytest.raises(InputError, match="unknown method 'kvv'; choose from kv, last, mean, weighted-mean, prompt-eol"):
+    with pytest.raises(
+        InputError, match="unknown method 'kvv'; choose from kv, last, mean, weighted-mean, bidirectional"
+    ):
         preset("kvv")
     with pytest.raises(InputError, match="role must be document or query, not 'user'"):
-        EmbedConfig().template("user")
+        EmbedConfig().templates("user")
 
 
 @pytest.mark.parametrize("config", [*METHODS.values(), EmbedConfig(layers=(5, 3, 3), output_layer=2, max_tokens=9)])
@@ -60,7 +70,8 @@ def test_json_round_trip_and_hash(config):
 
 def test_the_hash_is_stable_and_tells_configs_apart():
     # A change of this number makes every stored result and index of the old version a stranger: make it on purpose.
-    assert EmbedConfig().hash() == "5e6225a4d5bf6f5f"
+    assert EmbedConfig().hash() == "44136fa355b3678a"
+    assert EmbedConfig(bias=2.0).hash() == "25ae1458f5d31ac0"
     configs = [
         *METHODS.values(),
         EmbedConfig(),
@@ -69,6 +80,9 @@ def test_the_hash_is_stable_and_tells_configs_apart():
         EmbedConfig(layers=None),
     ]
     assert len({config.hash() for config in configs}) == len(configs)
+    # The whole of every preset: a change in any of them, templates included, shows here.
+    everything = "".join(f"{name} {config.hash()}\n" for name, config in METHODS.items())
+    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "23320ca4ae514d33"
 
 
 def test_layers_are_a_sorted_set():
@@ -93,5 +107,5 @@ def test_the_kv_preset_is_the_paper_to_the_letter():
     )
 
 
-def test_only_presets_that_reroute_do_so():
-    assert {name for name, config in METHODS.items() if config.layers != ()} == {"kv"}
+def test_only_these_presets_change_attention():
+    assert {name for name, config in METHODS.items() if config.layers != ()} == {"kv", "bidirectional"}

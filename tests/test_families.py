@@ -72,8 +72,8 @@ def test_refused(family, reason):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])  # the closed form; the model's own eager function
 def test_a_wrong_slot_is_noticed(family, monkeypatch):
-    slot = Reroute._slot
-    monkeypatch.setattr(Reroute, "_slot", lambda *args: slot(*args[:-1], (args[-1] - 1).clamp(min=0)))
+    slot = Reroute.slot
+    monkeypatch.setattr(Reroute, "slot", lambda *args: slot(*args[:-1], (args[-1] - 1).clamp(min=0)))
     with pytest.raises(AssertionError, match="not as defined"):
         verify(build(family))
 

@@ -148,10 +148,10 @@ def test_too_few_texts(tokenizer, llama):
 
 
 def test_shipped_profiles_are_well_formed():
-    from kvembed.layers import _shipped
+    from kvembed.layers import shipped_profiles
     from kvembed.methods import METHODS
 
-    profiles = _shipped()
+    profiles = shipped_profiles()
     assert {profile.model for profile in profiles} == {"smollm2", "qwen2.5-coder-0.5b", "gemma3-270m"}
     for profile in profiles:
         assert profile.layers == window(profile.curve, profile.attention_layers)

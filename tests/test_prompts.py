@@ -56,6 +56,53 @@ def test_cutting_keeps_the_template_and_a_prefix_of_the_text(tokenizer, text, te
         assert len(prompt.ids) > limit - 6
 
 
+ECHO = "Rewrite: {text}, rewritten: {text}"
+
+
+@given(text=TEXTS)
+def test_of_two_copies_the_last_counts(tokenizer, text):
+    (prompt,) = Prompter(tokenizer)([text], ECHO, 10_000)
+    start = len(prompt.text) - len(text)
+    assert prompt.text == ECHO.replace("{text}", text)
+    for i, (a, b) in enumerate(prompt.offsets):
+        assert (b > start and b > a) == (prompt.span[0] <= i < prompt.span[1])
+
+
+@given(text=TEXTS, room=st.integers(2, 40))
+def test_both_copies_are_cut_alike(tokenizer, text, room):
+    prompter = Prompter(tokenizer)
+    (whole,), (bare,) = prompter([text], ECHO, 10_000), prompter([""], ECHO, 10_000)
+    limit = len(bare.ids) + room
+    (prompt,) = prompter([text], ECHO, limit)
+    assert len(prompt.ids) <= limit
+    kept = prompt.text[len("Rewrite: ") :].rpartition(", rewritten: ")[2]
+    assert prompt.text == ECHO.replace("{text}", kept)
+    assert text.startswith(kept)
+    assert (prompt.tokens_cut > 0) == (kept != text) == (len(whole.ids) > limit)
+    if prompt.tokens_cut:
+        assert len(prompt.ids) > limit - 12
+
+
+@given(text=TEXTS)
+def test_the_placeholder_is_one_token_before_the_text(tokenizer, text):
+    prompter = Prompter(tokenizer)
+    (prompt,) = prompter([text], 'This : {pst} "{text}" means:"', 10_000)
+    (without,) = prompter([text], 'This :  "{text}" means:"', 10_000)
+    assert prompt.placeholder is not None
+    assert prompt.ids[prompt.placeholder] == 0
+    assert prompt.text[slice(*prompt.offsets[prompt.placeholder])] == "▮"
+    assert prompt.placeholder < prompt.span[0]
+    assert without.placeholder is None
+    assert prompt.text == f'This : ▮ "{text}" means:"'
+    assert tokenizer.decode(prompt.ids[prompt.placeholder + 1 :]) == f' "{text}" means:"'
+
+
+def test_a_text_with_the_noncharacter_of_the_placeholder(tokenizer):
+    with pytest.raises(InputError, match="text 1 holds the noncharacter U\\+FDD0"):
+        Prompter(tokenizer)(["fine", "a\ufdd0b"], "{pst} {text}", 100)
+    assert Prompter(tokenizer)(["a\ufdd0b"], "{text}", 100)[0].tokens_cut == 0
+
+
 def test_no_room_for_any_text(tokenizer):
     prompter = Prompter(tokenizer)
     (bare,) = prompter([""], TEMPLATES[1], 10_000)

@@ -65,10 +65,11 @@ class Reroute:
     """One forward pass's re-routing; call it as an attention function. Not shared between forwards.
 
     Attributes:
-        layers: decoder layers whose attention gets the slot.
+        layers: decoder layers whose attention is changed.
         layer_calls: attention module -> the decoder layer of its first, second, ... call in a forward (see `Backbone`).
         last: (B,) int64, index of each text's last real token.
         bias, slot_self: see `EmbedConfig`.
+        bidirectional: take the causal mask off in `layers`, instead of re-routing there.
         turned: layers whose slot is turned back to position 0: for `slot_position="first"`, those that rotate keys.
         rotations: layer type (None if the model has but one) -> (cos, sin), each (B or 1, n, Dk), of this forward;
             needed for `turned`.
@@ -82,6 +83,7 @@ class Reroute:
     last: Tensor
     bias: float = 1.0
     slot_self: bool = True
+    bidirectional: bool = False
     turned: frozenset[int] = frozenset()
     rotations: Mapping[Any, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     betas: dict[int, Tensor] | None = None
@@ -107,7 +109,9 @@ class Reroute:
             return stock_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         last = self.last.to(key.device)
-        slot_key, slot_value = self._slot(module, layer, key, value, last)  # (B,Hkv,Dk), (B,Hkv,Dv)
+        if self.bidirectional:
+            return unmasked(module, query, key, value, last, scale, kwargs), None
+        slot_key, slot_value = self.slot(module, layer, key, value, last)  # (B,Hkv,Dk), (B,Hkv,Dv)
         delegate = _changes_logits(kwargs)
         if self.prefer_closed and not delegate and _closed_is_exact(query, key, value, attention_mask):
             blind = None if self.slot_self else last
@@ -126,7 +130,8 @@ class Reroute:
             self.betas[layer] = beta
         return out.transpose(1, 2).contiguous(), None  # (B,n,Hq,Dv)
 
-    def _slot(self, module: nn.Module, layer: int, key: Tensor, value: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def slot(self, module: nn.Module, layer: int, key: Tensor, value: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The slot's key (B,Hkv,Dk) and value (B,Hkv,Dv): the last token's, by default."""
         rows = torch.arange(len(last), device=key.device)
         slot_key, slot_value = key[rows, :, last], value[rows, :, last]  # (B,Hkv,Dk), (B,Hkv,Dv)
         if layer in self.turned:
@@ -224,6 +229,25 @@ def delegated(
     out, weights = _eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)  # (B,n,Hq,Dv)
     beta = weights[..., 0].float() if want_beta and weights is not None else None
     return out.transpose(1, 2), beta
+
+
+def unmasked(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, last: Tensor, scale: float, kwargs: Mapping[str, Any]
+) -> Tensor:
+    """A baseline, not the method: every token attends to every real token, with no causal mask and no window.
+
+    Returns:
+        (B,n,Hq,Dv).
+    """
+    visible = torch.arange(key.shape[2], device=key.device) <= last[:, None]  # (B,n)
+    mask = visible[:, None, None].expand(-1, 1, query.shape[2], -1)  # (B,1,n,n)
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModel(f"{type(module).__name__} has a causal position bias; its mask can't be taken off")
+    if _changes_logits(kwargs):
+        return _eager_function(module)(
+            module, query, key, value, _float_mask(query, key, mask), scaling=scale, **kwargs
+        )[0]
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scale, is_causal=False)[0]  # type: ignore[no-any-return]
 
 
 def unfit(module: nn.Module, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> str | None:

@@ -33,6 +33,7 @@ class Backbone:
         attention_layers: indices of those with attention; others (state-space, convolution) can't be re-routed.
         dim: width of a state.
         max_tokens: the longest input by its configuration, or None if that says nothing.
+        rerouting: the class that re-routes; controls put a subclass in its place.
         rope_border: LongRoPE turns all of a batch by other angles once its longest text is longer than this; such texts
             must not share a batch with shorter ones. None for every other rotary embedding.
 
@@ -42,6 +43,7 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.rerouting: type[Reroute] = Reroute
         config = model.config.get_text_config(decoder=True)
         self.model_type: str = config.model_type
         if model.config.is_encoder_decoder:
@@ -135,8 +137,9 @@ class Backbone:
     def _refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModel(f"{self.model_type} ({type(self.model).__name__}) can't be re-routed: {reason}")
 
-    def check_layers(self, layers: Sequence[int]) -> None:
-        """Raises `InputError` for a layer out of range or without attention."""
+    def changed_layers(self, config: EmbedConfig) -> tuple[int, ...]:
+        """The layers that `config` changes, `"all"` spelled out. Raises `InputError` for one that has no attention."""
+        layers = self.attention_layers if isinstance(config.layers, str) else config.layers or ()
         for layer in layers:
             if not 0 <= layer < len(self.layers):
                 raise InputError(
@@ -146,6 +149,7 @@ class Backbone:
                 raise InputError(
                     f"layer {layer} of {self.model_type} has no attention; those with: {_ranges(self.attention_layers)}"
                 )
+        return layers
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Right-pad: (B,n) int64 ids and (B,) int64 lengths, on the model's device.
@@ -160,15 +164,21 @@ class Backbone:
 
     @torch.inference_mode()
     def states(
-        self, ids: Tensor, lengths: Tensor, config: EmbedConfig, betas: dict[int, Tensor] | None = None
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        config: EmbedConfig,
+        betas: dict[int, Tensor] | None = None,
+        placeholders: Tensor | None = None,
     ) -> Tensor:
         """One forward of the decoder: no head, no cache, no stack of hidden states.
 
         Args:
             ids: (B,n) int64, right-padded.
             lengths: (B,) int64, real tokens.
-            config: what to re-route (layers, bias, slot) and where to read (output_layer).
+            config: what to change (layers, bias, slot, prepend_layers) and where to read (output_layer).
             betas: if given, filled as in `Reroute`.
+            placeholders: (B,) int64, position of each text's `{pst}`; needed for `config.prepend_layers`.
 
         Returns:
             (B,n,D) in the model's dtype; the padding's rows are meaningless.
@@ -179,21 +189,49 @@ class Backbone:
             if config.output_layer is not None:
                 stack.enter_context(self.observing({config.output_layer: kept.append}))
             if config.layers:
-                stack.enter_context(self._rerouting(lengths, config, betas))
+                stack.enter_context(self._attention_changed(lengths, config, betas))
+            if config.prepend_layers and placeholders is not None:
+                stack.enter_context(self._prepending(lengths - 1, placeholders, config.prepend_layers))
             # No mask: with padding on the right, causality already hides it, and no (n,n) mask need be made.
             output = self.decoder(input_ids=ids, use_cache=False)
         states: Tensor = kept[0] if kept else output[0]
         return states
 
     @contextlib.contextmanager
-    def _rerouting(self, lengths: Tensor, config: EmbedConfig, betas: dict[int, Tensor] | None) -> Iterator[None]:
+    def _prepending(self, last: Tensor, placeholders: Tensor, layers: Sequence[int]) -> Iterator[None]:
+        """Token Prepending (Fu et al. 2024, arXiv 2412.11556, section 3): the placeholder's state is a random normal
+        embedding at first, and the last token's state of the layer below at the input of each of `layers`.
+        """
+
+        def change(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            states = (args[0] if args else kwargs["hidden_states"]).clone()  # (B,n,D)
+            rows = torch.arange(len(states), device=states.device)
+            place, source = placeholders.to(states.device), last.to(states.device)
+            if layer == 0:
+                random = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0))
+                states[rows, place] = random.to(states)
+            else:
+                states[rows, place] = states[rows, source]
+            return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+        with contextlib.ExitStack() as stack:
+            for layer in {0, *layers}:
+                hook = _in_this_thread(functools.partial(change, layer))
+                stack.callback(self.layers[layer].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @contextlib.contextmanager
+    def _attention_changed(
+        self, lengths: Tensor, config: EmbedConfig, betas: dict[int, Tensor] | None
+    ) -> Iterator[None]:
         rotations: dict[Any, tuple[Tensor, Tensor]] = {}
-        reroute = Reroute(
-            layers=frozenset(config.layers or ()),
+        reroute = self.rerouting(
+            layers=frozenset(self.changed_layers(config)),
             layer_calls=self.layer_calls,
             last=lengths - 1,
             bias=config.bias,
             slot_self=config.slot_self,
+            bidirectional=config.attention == "bidirectional",
             turned=self._turned(config),
             rotations=rotations,
             betas=betas,
@@ -252,9 +290,10 @@ class Backbone:
         if config.slot_position == "last":
             return frozenset()
         rotary, unsure = self._rotary
-        if bad := unsure & {*(config.layers or ())}:
+        layers = {*self.changed_layers(config)}
+        if bad := unsure & layers:
             self._refuse(f"the keys of layer {min(bad)} are not plainly rotated; slot_position=first needs that")
-        return frozenset(rotary & {*(config.layers or ())})
+        return frozenset(rotary & layers)
 
     @contextlib.contextmanager
     def observing(self, readers: Mapping[int, Callable[[Tensor], None]]) -> Iterator[None]:
@@ -284,13 +323,12 @@ class Backbone:
         return digest.hexdigest()[:16]
 
 
-def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A module hook is seen by every thread that uses the model; this one acts only in the thread that made it."""
     owner = threading.get_ident()
 
-    def act(*args: Any) -> None:
-        if threading.get_ident() == owner:
-            hook(*args)
+    def act(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == owner else None
 
     return act
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
+import dataclasses
 import io
-import json
-import logging
 import os
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .errors import InputError, KvembedError
+from .console import interrupt_again, one_line_errors, print_explanation, print_json, print_line, print_table, quiet
+from .errors import InputError
+from .methods import METHODS
 
 if TYPE_CHECKING:
-    from .embedder import Embedder, Explanation
+    from .embedder import Embedder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,9 +29,11 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help="smollm2, a hub id, a folder or a .gguf file.")]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help="kv, last, mean, weighted-mean, prompt-eol. Default: the folder's own, or kv."),
+    typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the folder's own, or kv."),
 ]
-Layers = Annotated[str | None, typer.Option("--layers", help="Layers to re-route: 6-9 or 4,5,10 or none or auto.")]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Layers to re-route: 6-9 or 4,5,10 or none or all or auto.")
+]
 Bias = Annotated[float | None, typer.Option("--bias", help="Bias of the slot's logit; the paper's is 1.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Role = Annotated[Literal["document", "query"], typer.Option("--role", help="Which template.")]
@@ -47,7 +47,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         from . import __version__
 
-        _print(__version__)
+        print_line(__version__)
         raise typer.Exit
 
 
@@ -71,7 +71,7 @@ def embed(
     batch_tokens: BatchTokens = None,
 ) -> None:
     """Embed texts: one unit vector each, in order."""
-    with _one_line_errors():
+    with one_line_errors():
         from .files import check_output, read_texts, write_vectors
 
         check_output(output)
@@ -101,7 +101,7 @@ def similarity(
     batch_tokens: BatchTokens = None,
 ) -> None:
     """Cosine similarity of every text with every other, or the texts nearest to each query."""
-    with _one_line_errors():
+    with one_line_errors():
         from .files import read_texts
 
         texts = texts or read_texts([])
@@ -114,15 +114,15 @@ def similarity(
             hits = [
                 [{"text": texts[i], "score": row[i]} for i in best] for row, best in zip(scores, ranked, strict=True)
             ]
-            _print_json([{"query": text, "hits": found} for text, found in zip(rows, hits, strict=True)])
+            print_json([{"query": text, "hits": found} for text, found in zip(rows, hits, strict=True)])
         elif as_json:
-            _print_json({"texts": texts, "similarity": scores})
+            print_json({"texts": texts, "similarity": scores})
         elif query:
             for text, row, best in zip(rows, scores, ranked, strict=True):
-                _print_table(["score", f"nearest to: {text}"], [[f"{row[i]:.3f}", texts[i]] for i in best])
+                print_table(["score", f"nearest to: {text}"], [[f"{row[i]:.3f}", texts[i]] for i in best])
         else:
             body = [[str(i), *(f"{x:.3f}" for x in row), texts[i]] for i, row in enumerate(scores)]
-            _print_table(["", *(str(i) for i in range(len(texts))), "text"], body)
+            print_table(["", *(str(i) for i in range(len(texts))), "text"], body)
 
 
 @app.command()
@@ -139,22 +139,23 @@ def layers(
     as_json: Json = False,
 ) -> None:
     """Intrinsic dimension by layer, and the layers that re-routing takes by it."""
-    with _one_line_errors():
+    with one_line_errors():
         from .files import read_texts
         from .plots import check_plot, plot_layers
 
         check_plot(plot)
         given = None if texts is None else read_texts([texts], field)
-        _quiet()
+        quiet()
         from .layers import profile_of
         from .methods import preset
 
         config = preset(method)
-        profile = profile_of(model, config.document, texts=given, dtype=dtype, progress=True)
+        template = config.templates("document")[0]
+        profile = profile_of(model, template, texts=given, dtype=dtype, progress=True)
         if plot is not None:
             plot_layers(profile, plot)
         if as_json:
-            _print(profile.to_json().rstrip())
+            print_line(profile.to_json().rstrip())
             return
         widest = max(profile.curve)
         body = [
@@ -165,9 +166,9 @@ def layers(
             ]
             for layer, value in enumerate(profile.curve)
         ]
-        _print_table(["layer", "ID", f"{profile.model}, {profile.count} {profile.texts} texts"], body)
+        print_table(["layer", "ID", f"{profile.model}, {profile.count} {profile.texts} texts"], body)
         chosen = ",".join(map(str, profile.layers))
-        _print(f"* re-routed. To use them anywhere: --layers {chosen}")
+        print_line(f"* re-routed. To use them anywhere: --layers {chosen}")
 
 
 @app.command()
@@ -183,13 +184,129 @@ def explain(
     max_tokens: MaxTokens = None,
 ) -> None:
     """What happens to a text: prompt, tokens, layers, and how much each token reads the slot (beta)."""
-    with _one_line_errors():
+    with one_line_errors():
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, None)
         explanation = embedder.explain(text, role=role)
         if as_json:
-            _print_json(explanation.to_dict())
+            print_json(explanation.to_dict())
         else:
-            _print_explanation(explanation)
+            print_explanation(explanation)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of task folders (.jsonl or .jsonl.gz).")] = None,
+    mteb: Annotated[list[str] | None, typer.Option("--mteb", help="A task of MTEB; may be given again.")] = None,
+    suite: Annotated[
+        Literal["mini", "full"], typer.Option("--suite", help="A fixed sample of every task, or everything.")
+    ] = "mini",
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be given again.")] = None,
+    results: Annotated[Path | None, typer.Option("--results", help="Ledger to write to; what it has is kept.")] = None,
+    vectors: Annotated[Path | None, typer.Option("--vectors", help="Also write each task's vectors here.")] = None,
+    reference: Annotated[
+        Literal["sentence-transformer", "tf-idf"] | None,
+        typer.Option("--reference", help="Instead of a method: a sentence-transformers --model, or TF-IDF."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name in tables. Default: its own.")] = None,
+    as_json: Json = False,
+    model: Model = "smollm2",
+    method: Method = None,
+    layers: Layers = None,
+    bias: Bias = None,
+    dtype: Dtype = "auto",
+    max_tokens: MaxTokens = None,
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Score a method on local tasks (STS, pairs, classification, clustering, reranking, retrieval) or on MTEB's."""
+    with one_line_errors():
+        from .tasks import MINI_TOKENS, load_tasks, mini
+
+        if (data is None) == (not mteb):
+            raise InputError("say what to score on: --data FOLDER, or --mteb TASK")
+        if data is None:
+            from .mteb_encoder import run_mteb
+
+            embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
+            scores = run_mteb(embedder, name or _label(model), mteb or [], progress=True)
+            if as_json:
+                print_json(scores)
+            else:
+                print_table(["task", "score"], [[task, f"{value:.2f}"] for task, value in scores.items()])
+            return
+        found = load_tasks(data, tasks or ())
+        if suite == "mini":
+            found = [mini(task) for task in found]
+        from .evaluate import evaluate as run
+        from .subjects import embedder_subject, sentence_transformer_subject, tfidf_subject
+
+        if reference == "tf-idf":
+            subject = tfidf_subject()
+        elif reference:
+            subject = sentence_transformer_subject(model, name)
+        else:
+            embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
+            if suite == "mini" and max_tokens is None and embedder.max_tokens > MINI_TOKENS:
+                embedder = embedder.replace(max_tokens=MINI_TOKENS)
+            subject = embedder_subject(embedder, name or _label(model))
+        done = []
+        for result in run(subject, found, suite=suite, results=results, vectors=vectors, progress=True):
+            done.append(result)
+        if as_json:
+            print_json([dataclasses.asdict(result) for result in done])
+            return
+        print_table(
+            ["task", "metric", "score", "95 %", "n", "cut"],
+            [
+                [r.task, r.metric, f"{r.score:.2f}", f"{r.low:.1f}-{r.high:.1f}", str(r.n), str(r.truncated)]
+                for r in done
+            ],
+        )
+        mean = sum(result.score for result in done) / len(done)
+        print_line(
+            f"{subject.model}, {subject.method}: mean {mean:.2f} over {len(done)} tasks, config {subject.config_hash}"
+        )
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of the ledger that `kvembed eval --results` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page, .html.")] = Path("report.html"),
+    text: Annotated[
+        str | None, typer.Option("--text", help="Also load --model and show how this text's tokens read the slot.")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="Also load --model and show the similarity of these texts.")
+    ] = None,
+    model: Model = "smollm2",
+    method: Method = None,
+    layers: Layers = None,
+    bias: Bias = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """One HTML page from results: methods by tasks, cost, layers, bias, one text's attention, similarities."""
+    with one_line_errors():
+        from .files import check_writable, read_texts, whole_file
+        from .layers import shipped_profiles
+        from .report import report_html
+        from .results import read_results
+
+        check_writable(output)
+        found = read_results(results)
+        if not found:
+            raise InputError(f"{results}: holds no results; `kvembed eval --results {results}` writes some")
+        listed = read_texts([texts]) if texts else []
+        embedder = _embedder(model, method, layers, bias, dtype, None, None) if text or listed else None
+        vectors = embedder.encode(listed) if embedder and listed else None
+        page = report_html(
+            [result for result in found if result.suite in ("mini", "full")],
+            profiles=[profile for profile in shipped_profiles() if profile.model in {r.model for r in found}],
+            explanation=embedder.explain(text) if embedder and text else None,
+            similarity=(listed, embedder.similarity(vectors, vectors)) if embedder and vectors is not None else None,
+            sweep=[result for result in found if result.method.startswith("bias ")],
+        )
+        with whole_file(output) as file:
+            file.write(page.encode())
+        print_line(str(output))
 
 
 @app.command()
@@ -198,16 +315,16 @@ def pull(
     revision: Annotated[str | None, typer.Option("--revision", help="Of a hub id.")] = None,
 ) -> None:
     """Make a model ready to use without the network; prints its folder."""
-    with _one_line_errors():
-        _quiet()
+    with one_line_errors():
+        quiet()
         from . import models
 
-        _print(str(models.pull(model, revision=revision)))
+        print_line(str(models.pull(model, revision=revision)))
 
 
 def main() -> None:
     """The `kvembed` command."""
-    sys.unraisablehook = _interrupt_again
+    sys.unraisablehook = interrupt_again
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -216,14 +333,6 @@ def main() -> None:
         app()
     # A reader such as `head` closed the pipe: nothing more to say, and nothing to flush at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _interrupt_again(event: Any) -> None:
-    """Python drops a Ctrl-C that lands in a finaliser, as it may during seconds of imports: send it once more."""
-    if issubclass(event.exc_type, KeyboardInterrupt):
-        threading.Timer(0.1, _thread.interrupt_main).start()
-    else:
-        sys.__unraisablehook__(event)
 
 
 def _embedder(
@@ -242,7 +351,7 @@ def _embedder(
     from .methods import preset
 
     preset(method or "kv", **options)  # a bad option is told before seconds of imports
-    _quiet()
+    quiet()
     from .embedder import Embedder
 
     return Embedder.from_pretrained(
@@ -250,8 +359,16 @@ def _embedder(
     )
 
 
-def _parse_layers(text: str) -> tuple[int, ...] | None:
-    """`6-9`, `4,5,10-12`, `none` or `auto`."""
+def _label(model: str) -> str:
+    from .models import label
+
+    return label(model)
+
+
+def _parse_layers(text: str) -> tuple[int, ...] | Literal["all"] | None:
+    """`6-9`, `4,5,10-12`, `none`, `all` or `auto`."""
+    if text == "all":
+        return "all"
     if text in ("none", "auto"):
         return () if text == "none" else None
     chosen: list[int] = []
@@ -262,92 +379,5 @@ def _parse_layers(text: str) -> tuple[int, ...] | None:
     except ValueError:
         chosen = []
     if not chosen:
-        raise InputError(f"--layers takes 6-9 or 4,5,10 or none or auto, not {text!r}")
+        raise InputError(f"--layers takes 6-9 or 4,5,10 or none or all or auto, not {text!r}")
     return tuple(chosen)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Whatever goes wrong, one line on standard error and a non-zero exit; KVEMBED_DEBUG=1 shows where."""
-    logger = logging.getLogger("kvembed")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("kvembed: %(message)s"))
-    before = logger.handlers, logger.level, logger.propagate
-    logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
-    try:
-        yield
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        raise typer.Exit(130) from None
-    except (BrokenPipeError, typer.Exit):
-        raise
-    except Exception as error:
-        if os.environ.get("KVEMBED_DEBUG"):
-            raise
-        text = " ".join(str(error).split())
-        known = isinstance(error, KvembedError)
-        logger.error(text if known else f"unexpected {type(error).__name__}: {text} (KVEMBED_DEBUG=1 shows more)")
-        raise typer.Exit(1) from None
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
-
-
-def _quiet() -> None:
-    """transformers' own warnings are not ours to show."""
-    from transformers.utils import logging as theirs
-
-    theirs.set_verbosity_error()
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
-def _print_json(value: Any) -> None:
-    _print(json.dumps(value, ensure_ascii=False))
-
-
-def _print_table(head: list[str], body: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    table = Table(*(Column(Text(name)) for name in head), box=box.SIMPLE)  # Text: "[...]" in a text is not markup
-    for row in body:
-        table.add_row(*map(Text, row))
-    Console().print(table)
-
-
-def _print_explanation(explanation: Explanation) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    config, beta = explanation.config, explanation.beta
-    mean = [sum(column) / len(beta) for column in zip(*beta.values(), strict=True)] if beta else []
-    top = max(mean, default=0.0)
-    first, end = explanation.span
-    line = Text()
-    for i, token in enumerate(explanation.tokens):
-        style = (
-            f"black on rgb(255,{255 - round(160 * mean[i] / top)},{255 - round(220 * mean[i] / top)})" if top else ""
-        )
-        line.append(token.replace("\n", "\\n"), style + (" underline" if first <= i < end else ""))
-    console.print(line)
-    cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
-    _print(f"tokens    {len(explanation.tokens)}; the text's own {end - first} are underlined{cut}")
-    _print(f"method    {config.method}: {config.pooling} pooling, bias {config.bias:g}, config {config.hash()}")
-    if not beta:
-        _print("layers    none re-routed")
-        return
-    _print(f"layers    {', '.join(map(str, beta))} re-routed")
-    _print(
-        f"beta      share of attention on the slot, mean {sum(mean) / len(mean):.3f}; the deeper the colour the more"
-    )
-    order = sorted(range(len(mean)), key=lambda i: -mean[i])[:8]
-    body = [
-        [repr(explanation.tokens[i])[1:-1], f"{mean[i]:.3f}", *(f"{values[i]:.3f}" for values in beta.values())]
-        for i in order
-    ]
-    _print_table(["token", "mean beta", *(f"layer {layer}" for layer in beta)], body)

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 from .errors import InputError
 
-__all__ = ["EmbedConfig", "MeanTokens", "Pooling", "Role", "SlotPosition"]
+__all__ = ["Attention", "EmbedConfig", "MeanTokens", "Pooling", "Role", "SlotPosition"]
 
 Role = Literal["document", "query"]
+Attention = Literal["reroute", "bidirectional"]
 Pooling = Literal["last", "mean", "weighted-mean", "hybrid"]
 MeanTokens = Literal["all", "content"]
 SlotPosition = Literal["last", "first"]
@@ -26,11 +27,15 @@ class EmbedConfig:
 
     Attributes:
         method: name of the preset it came from; a label.
-        document: template of a document, with `{text}` exactly once. Special-token strings are plain text here too.
-        query: template of a query, with `{text}` exactly once.
-        layers: decoder layers to re-route, counted from 0. `()`: none. `None`: to be chosen by intrinsic dimension
-            (KV-Embedding's rule, see `kvembed.layers`) when an `Embedder` is made; an `Embedder`'s own config always
-            has them spelled out.
+        document: template of a document, with `{text}` in it. Where `{text}` stands more than once, the last copy
+            counts as the text's own tokens, and long texts are cut alike in all copies. Several templates: the text is
+            embedded in each, and the pooled states are averaged. Special-token strings are plain text here too.
+        query: template or templates of a query, likewise.
+        layers: decoder layers whose attention is changed, counted from 0. `()`: none. `"all"`: all that have attention.
+            `None`: to be chosen by intrinsic dimension (KV-Embedding's rule, see `kvembed.layers`). An `Embedder`'s own
+            config always has them spelled out.
+        attention: what `layers` do: `"reroute"`: the last token's key and value become a slot that all tokens see
+            (KV-Embedding); `"bidirectional"`: the causal mask, and any window, is taken off.
         bias: added to the slot's logit (natural-log units); the paper's default is 1.0. Must be finite.
         slot_position: `"last"`: the slot's key keeps the rotation of the last position (default); `"first"`: its rotary
             embedding is turned back to position 0. The paper's available text leaves this open.
@@ -39,7 +44,9 @@ class EmbedConfig:
         mean_tokens: tokens that enter the mean: `"all"`, or `"content"`: the text's own, without template and BOS.
             A text with no token of its own falls back on all.
         output_layer: `None`: the last layer's states after the final norm; `k`: the output of decoder layer `k`, before
-            any final norm (the last layer's index gives the unnormed top).
+            any final norm (the last layer's index gives the unnormed top); `-2`: the layer below the last.
+        prepend_layers: layers, from 1, at whose input the state of the placeholder `{pst}`, which then stands once
+            before the text in every template, is replaced by the last token's (Token Prepending). `()`: none.
         max_tokens: longest input in tokens, template included; a longer text is cut and counted. `None`: the model's
             limit.
 
@@ -48,46 +55,66 @@ class EmbedConfig:
     """
 
     method: str = "custom"
-    document: str = "{text}"
-    query: str = "{text}"
-    layers: tuple[int, ...] | None = ()
+    document: str | tuple[str, ...] = "{text}"
+    query: str | tuple[str, ...] = "{text}"
+    layers: tuple[int, ...] | Literal["all"] | None = ()
+    attention: Attention = "reroute"
     bias: float = 1.0
     slot_position: SlotPosition = "last"
     slot_self: bool = True
     pooling: Pooling = "mean"
     mean_tokens: MeanTokens = "all"
     output_layer: int | None = None
+    prepend_layers: tuple[int, ...] = ()
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prepend_layers", _indices("prepend_layers", self.prepend_layers, least=1))
+        if self.layers is not None and not (isinstance(self.layers, str) and self.layers == "all"):
+            object.__setattr__(self, "layers", _indices("layers", self.layers, least=0))
         for role in get_args(Role):
-            template = getattr(self, role)
-            if not isinstance(template, str) or template.count("{text}") != 1:
-                raise InputError(f"the {role} template must hold {{text}} exactly once, not {template!r}")
+            object.__setattr__(self, role, self._checked_templates(role))
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         object.__setattr__(self, "bias", _finite(self.bias))
-        if self.layers is not None:
-            try:
-                layers = tuple(self.layers)
-            except TypeError:
-                layers = (-1,)
-            if isinstance(self.layers, str) or not all(_is_index(layer) for layer in layers):
-                raise InputError(f"layers must be whole numbers from 0, not {self.layers!r}")
-            object.__setattr__(self, "layers", tuple(sorted({int(layer) for layer in layers})))
         if not isinstance(self.slot_self, bool):
             raise InputError(f"slot_self must be true or false, not {self.slot_self!r}")
-        if self.output_layer is not None and not _is_index(self.output_layer):
-            raise InputError(f"output_layer must be a whole number from 0, not {self.output_layer!r}")
-        if self.max_tokens is not None and not (_is_index(self.max_tokens) and self.max_tokens > 0):
+        if self.output_layer is not None and not _is_whole(self.output_layer):
+            raise InputError(f"output_layer must be a whole number, not {self.output_layer!r}")
+        if self.max_tokens is not None and not (_is_whole(self.max_tokens) and self.max_tokens > 0):
             raise InputError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
 
-    def template(self, role: Role) -> str:
-        """The template of `role`. Raises `InputError` for a role that is neither `"document"` nor `"query"`."""
+    def _checked_templates(self, role: str) -> str | tuple[str, ...]:
+        given = getattr(self, role)
+        templates = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else ()
+        if not templates or not all(isinstance(template, str) and "{text}" in template for template in templates):
+            raise InputError(f"the {role} template must hold {{text}}, not {given!r}")
+        for template in templates:
+            before, _, after = template.partition("{text}")
+            if "{pst}" in after or before.count("{pst}") != bool(self.prepend_layers):
+                raise InputError(
+                    f"the {role} template must hold {{pst}} once, before {{text}}, if there are prepend_layers, and "
+                    f"not otherwise: {template!r}"
+                )
+        return templates[0] if len(templates) == 1 else templates
+
+    def templates(self, role: Role) -> tuple[str, ...]:
+        """The templates of `role`. Raises `InputError` for a role that is neither `"document"` nor `"query"`."""
         if role not in get_args(Role):
             raise InputError(f"role must be document or query, not {role!r}")
-        return self.query if role == "query" else self.document
+        given = self.query if role == "query" else self.document
+        return (given,) if isinstance(given, str) else given
+
+    @property
+    def forward_passes(self) -> int:
+        """Cost: how many times the model runs for a document."""
+        return len(self.templates("document"))
+
+    @property
+    def text_copies(self) -> int:
+        """Cost: how often the model reads a document's text, over all passes."""
+        return sum(template.count("{text}") for template in self.templates("document"))
 
     def replace(self, **changes: Any) -> EmbedConfig:
         """A copy with some fields changed. Raises `InputError` for an unknown field or a bad value."""
@@ -97,7 +124,7 @@ class EmbedConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         fields = dataclasses.asdict(self)
-        return fields | {"layers": None if self.layers is None else list(self.layers)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> EmbedConfig:
@@ -106,21 +133,38 @@ class EmbedConfig:
         return cls(**fields)
 
     def hash(self) -> str:
-        """16 hex digits of the SHA-256 of the sorted JSON; the same config gives the same hash anywhere."""
-        text = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        """16 hex digits of the SHA-256 of the sorted JSON; the same config gives the same hash anywhere.
+
+        Fields at their defaults are left out, so that a field added one day leaves the old hashes as they are.
+        """
+        defaults = EmbedConfig().to_dict()
+        told = {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+        text = json.dumps(told, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "attention": get_args(Attention),
     "slot_position": get_args(SlotPosition),
     "pooling": get_args(Pooling),
     "mean_tokens": get_args(MeanTokens),
 }
 
 
-def _is_index(value: object) -> bool:
+def _is_whole(value: object) -> bool:
     # Integral, not int: a NumPy integer is one
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _indices(name: str, value: Any, least: int) -> tuple[int, ...]:
+    """Sorted, each once."""
+    try:
+        indices = tuple(value)
+    except TypeError:
+        indices = (-1,)
+    if isinstance(value, str) or not all(_is_whole(index) and index >= least for index in indices):
+        raise InputError(f"{name} must be whole numbers from {least}, not {value!r}")
+    return tuple(sorted({int(index) for index in indices}))
 
 
 def _finite(value: object) -> float:

@@ -79,6 +79,7 @@ class Embedder:
         model: the language model, as it was given.
         tokenizer: its tokenizer, likewise.
         config: what is done to a text; layers spelled out.
+        backbone: the model as kvembed sees it.
         dim: length of a vector.
         max_tokens: the longest prompt in tokens: the config's, or else the model's own limit.
     """
@@ -102,33 +103,36 @@ class Embedder:
             raise InputError("the model is in training mode, so dropout would change its states: call model.eval()")
         self.model = model
         self.tokenizer = tokenizer
-        self._backbone = Backbone(model)
+        self.backbone = Backbone(model)
         self._prompter = Prompter(tokenizer)
         if config.layers is None:
             profile = choose_layers(
-                self._backbone,
+                self.backbone,
                 tokenizer,
-                config.document,
+                config.templates("document")[0],
                 texts=texts,
                 model=name,
                 revision=revision,
                 progress=progress,
             )
             config = config.replace(layers=profile.layers)
-        self._backbone.check_layers(config.layers or ())
-        if config.output_layer is not None and config.output_layer >= len(self._backbone.layers):
-            raise InputError(
-                f"output_layer is {config.output_layer}; the last layer is {len(self._backbone.layers) - 1}"
-            )
+        depth = len(self.backbone.layers)
+        config = config.replace(layers=self.backbone.changed_layers(config))
+        if config.prepend_layers and config.prepend_layers[-1] >= depth:
+            raise InputError(f"prepend_layers go up to {config.prepend_layers[-1]}; the last layer is {depth - 1}")
+        if config.output_layer is not None:
+            if not -depth <= config.output_layer < depth:
+                raise InputError(f"output_layer is {config.output_layer}; the last layer is {depth - 1}")
+            config = config.replace(output_layer=config.output_layer % depth)
         self.config = config
-        self.dim = self._backbone.dim
-        limit = self._backbone.max_tokens
+        self.dim = self.backbone.dim
+        limit = self.backbone.max_tokens
         if limit is None and tokenizer.model_max_length < 1e9:  # 1e30 stands for "not known"
             limit = tokenizer.model_max_length
         if config.max_tokens and limit and config.max_tokens > limit:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
         self.max_tokens = config.max_tokens or limit or 2**31
-        self.batch_tokens = batch_tokens or (2048 if self._backbone.device.type == "cpu" else 16384)
+        self.batch_tokens = batch_tokens or (2048 if self.backbone.device.type == "cpu" else 16384)
 
     @classmethod
     def from_pretrained(
@@ -199,6 +203,14 @@ class Embedder:
         config = preset(method, **options)
         return cls(model, tokenizer, config, batch_tokens=batch_tokens, texts=texts, progress=progress)
 
+    def replace(self, **options: Any) -> Embedder:
+        """The same model under another config: some fields of `config` changed. Weights are shared, not copied.
+
+        Raises:
+            InputError: bad option.
+        """
+        return Embedder(self.model, self.tokenizer, self.config.replace(**options), batch_tokens=self.batch_tokens)
+
     def encode(
         self, texts: str | Iterable[str], *, role: Role = "document", progress: bool = False
     ) -> NDArray[np.float32]:
@@ -231,10 +243,12 @@ class Embedder:
         return self.encode(texts, role="document", progress=progress)
 
     def encode_with_report(self, texts: Iterable[str], *, role: Role = "document", progress: bool = False) -> Encoded:
-        """`encode`, with the token counts and what was cut."""
-        prompts = self._prompts(texts, role)
+        """`encode`, with the token counts (over all templates, if there are several) and what was cut."""
+        by_template = self._prompts(texts, role)
+        count = len(by_template[0])
+        prompts = [prompt for rendered in by_template for prompt in rendered]
         lengths = [len(prompt.ids) for prompt in prompts]
-        vectors = np.empty((len(prompts), self.dim), np.float32)
+        vectors = np.zeros((count, self.dim), np.float32)
 
         def run(batch: list[int]) -> torch.Tensor:
             return self._forward([prompts[i] for i in batch]).cpu()
@@ -242,16 +256,19 @@ class Embedder:
         with tqdm(
             total=sum(lengths), desc="embedding", unit="tok", unit_scale=True, disable=None if progress else True
         ) as bar:
-            for batch, rows in run_batches(lengths, self.batch_tokens, run, self._backbone.rope_border):
-                vectors[batch] = rows.numpy()
+            for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border):
+                np.add.at(vectors, [i % count for i in batch], rows.numpy())
                 bar.update(sum(lengths[i] for i in batch))
         if not np.isfinite(vectors).all():
             raise KvembedError(
                 f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
             )
-        encoded = Encoded(vectors, np.array(lengths, np.int64), np.array([p.tokens_cut for p in prompts], np.int64))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+        tokens = np.array(lengths, np.int64).reshape(len(by_template), count).sum(0)
+        cut = np.array([prompt.tokens_cut for prompt in prompts], np.int64).reshape(len(by_template), count).max(0)
+        encoded = Encoded(vectors, tokens, cut)
         if encoded.truncated:
-            logger.warning("%d of %d texts were cut to %d tokens", encoded.truncated, len(prompts), self.max_tokens)
+            logger.warning("%d of %d texts were cut to %d tokens", encoded.truncated, count, self.max_tokens)
         return encoded
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -261,11 +278,13 @@ class Embedder:
         return cosine
 
     def explain(self, text: str, *, role: Role = "document") -> Explanation:
-        """What happens to a text: its prompt, its tokens, and how much each reads the slot, layer by layer."""
-        (prompt,) = self._prompts([text], role)
+        """What happens to a text: its prompt, its tokens, and how much each reads the slot, layer by layer.
+
+        Of several templates, the first is shown.
+        """
+        prompt = self._prompts([text], role)[0][0]
         betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
-        ids, lengths = self._backbone.pad([prompt.ids])
-        self._backbone.states(ids, lengths, self.config, betas)
+        self._states([prompt], betas)
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
         return Explanation(
             prompt=prompt.text,
@@ -278,6 +297,10 @@ class Embedder:
             config=self.config,
             beta={layer: tuple(betas[layer][0].mean(0).tolist()) for layer in sorted(betas)},
         )
+
+    def fingerprint(self) -> str:
+        """16 hex digits that tell the model's weights apart, the same for float32 and bfloat16."""
+        return self.backbone.fingerprint()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save model, tokenizer and config to a folder that `from_pretrained` opens.
@@ -308,20 +331,28 @@ class Embedder:
         with whole_file(target / CONFIG_FILE) as file:
             file.write((json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
 
-    def _prompts(self, texts: Iterable[str], role: Role) -> list[Prompt]:
+    def _prompts(self, texts: Iterable[str], role: Role) -> list[list[Prompt]]:
+        """For each template, a prompt for each text."""
         if isinstance(texts, str | bytes):
             raise InputError("texts must be a list of strings, not one string")
         texts = list(texts)
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"text {index} is a {type(text).__name__}, not a string")
-        return self._prompter(texts, self.config.template(role), self.max_tokens)
+        return [self._prompter(texts, template, self.max_tokens) for template in self.config.templates(role)]
+
+    def _states(
+        self, prompts: Sequence[Prompt], betas: dict[int, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward of the decoder: states (B,n,D) and lengths (B,)."""
+        ids, lengths = self.backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
+        placeholders = torch.tensor([prompt.placeholder or 0 for prompt in prompts])  # (B,)
+        return self.backbone.states(ids, lengths, self.config, betas, placeholders), lengths
 
     @torch.inference_mode()
     def _forward(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """One forward of the decoder: (B, dim) float32 on the model's device."""
-        ids, lengths = self._backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
-        states = self._backbone.states(ids, lengths, self.config)  # (B,n,D)
+        """Pooled states: (B, dim) float32 on the model's device."""
+        states, lengths = self._states(prompts)
         spans = torch.tensor([prompt.span for prompt in prompts], device=states.device)  # (B,2)
         with torch.autocast(states.device.type, enabled=False):
             return pool(states, lengths.to(states.device), spans, self.config.pooling, self.config.mean_tokens)

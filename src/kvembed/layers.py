@@ -28,7 +28,7 @@ from .models import cache_folder, label, load
 from .prompts import Prompter
 from .writing import write_texts
 
-__all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "twonn", "window"]
+__all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "shipped_profiles", "twonn", "window"]
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def choose_layers(
 
     name = hashlib.sha256(f"{fingerprint}\n{template}\n{source}\n{digest}".encode()).hexdigest()[:24]
     cached = cache_folder() / "profiles" / f"{name}.json"
-    for profile in (*_shipped(), *_read(cached)):
+    for profile in (*shipped_profiles(), *_read(cached)):
         if fits(profile):
             return profile
     logger.info("choosing layers for %s by intrinsic dimension, once", model or backbone.model_type)
@@ -246,7 +246,8 @@ def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _shipped() -> list[Profile]:
+def shipped_profiles() -> list[Profile]:
+    """The profiles that come with the package."""
     return [
         Profile.from_json(entry.read_text()) for entry in (files("kvembed") / "profiles").iterdir() if entry.is_file()
     ]

@@ -1,4 +1,8 @@
-"""The presets: method name -> EmbedConfig, each as its paper defines it; nothing else knows a method's name."""
+"""The presets: method name -> EmbedConfig, each as its paper defines it; nothing else knows a method's name.
+
+Templates are used on the text as it is. The scripts of PromptEOL and its followers also end a sentence with a full stop
+and turn its double quotes into single ones before they score STS; that is part of their data, not of the method.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,41 @@ from .config import EmbedConfig
 from .errors import InputError
 
 __all__ = ["METHODS", "preset"]
+
+_PROMPT_EOL = 'This sentence : "{text}" means in one word:"'
+_PRETENDED_COT = 'After thinking step by step , this sentence : "{text}" means in one word:"'
+_KNOWLEDGE = (
+    "The essence of a sentence is often captured by its main subjects and actions, while descriptive terms provide "
+    'additional but less central details. With this in mind , this sentence : "{text}" means in one word:"'
+)
+_ECHO = "Rewrite the sentence: {text}, rewritten sentence: {text}"
+_TOKEN_PREPENDING = 'This sentence : {pst} "{text}" means in one word:"'
+_META_TASKS = (
+    "In this task, you're presented with a text excerpt. Your task is to categorize the excerpt into a broad "
+    "category such as 'Education', 'Technology', 'Health', 'Business', 'Environment', 'Politics', or 'Culture'. "
+    "These categories help in organizing content for better accessibility and targeting. For this task, this "
+    'sentence : "{text}" should be classified under one general category in one word:"',
+    "In this task, you're given a statement and you need to determine whether it's presenting an 'Opinion' or a "
+    "'Fact'. This distinction is vital for information verification, educational purposes, and content analysis. "
+    'For this task, this sentence : "{text}" discriminates between opinion and fact in one word:"',
+    "In this task, you're given a review from an online platform. Your task is to generate a rating for the product "
+    "based on the review on a scale of 1-5, where 1 means 'extremely negative' and 5 means 'extremely positive'. "
+    'For this task, this sentence : "{text}" reflects the sentiment in one word:"',
+    "In this task, you're reading a personal diary entry. Your task is to identify the predominant emotion "
+    'expressed, such as joy, sadness, anger, fear, or love. For this task, this sentence : "{text}" conveys the '
+    'emotion in one word:"',
+    "In this task, you're presented with two sentences. Your task is to assess whether the sentences convey the "
+    "same meaning. Use 'identical', 'similar', 'different', or 'unrelated' to describe the relationship. To enhance "
+    'the performance of this task, this sentence : "{text}" means in one word:"',
+    "In this task, you're given a sentence and a phrase. Your task is to determine if the phrase can be a "
+    "contextual synonym within the given sentence. Options include 'yes', 'no', or 'partially'. To enhance the "
+    'performance of this task, this sentence : "{text}" means in one word:"',
+    "In this task, you're examining a news article. Your task is to extract the most critical fact from the "
+    'article. For this task, this sentence : "{text}" encapsulates the key fact in one word:"',
+    "In this task, you're reviewing a scientific abstract. Your task is to identify the main entities (e.g., "
+    'proteins, diseases) and their relations (e.g., causes, treats). For this task, this sentence : "{text}" '
+    'highlights the primary entity or relation in one word:"',
+)
 
 METHODS: dict[str, EmbedConfig] = {
     config.method: config
@@ -27,13 +66,30 @@ METHODS: dict[str, EmbedConfig] = {
         EmbedConfig(method="mean", pooling="mean"),
         # SGPT (Muennighoff 2022, arXiv 2202.08904, section 3): position-weighted mean, w_i = i / sum(1..n).
         EmbedConfig(method="weighted-mean", pooling="weighted-mean"),
+        # The causal mask taken off in every layer, mean over the tokens: the untrained control of LLM2Vec
+        # (BehnamGhader et al. 2024, arXiv 2404.05961, section 3).
+        EmbedConfig(method="bidirectional", layers="all", attention="bidirectional", pooling="mean"),
         # PromptEOL (Jiang et al. 2023, arXiv 2307.16645): explicit one-word limitation, last token.
+        EmbedConfig(method="prompt-eol", document=_PROMPT_EOL, query=_PROMPT_EOL, pooling="last"),
+        # Pretended chain of thought and Knowledge enhancement (Zhang et al. 2024, arXiv 2404.03921): PromptEOL with a
+        # preface.
+        EmbedConfig(method="pretended-cot", document=_PRETENDED_COT, query=_PRETENDED_COT, pooling="last"),
+        EmbedConfig(method="knowledge", document=_KNOWLEDGE, query=_KNOWLEDGE, pooling="last"),
+        # Echo (Springer et al. 2024, arXiv 2402.15449, zero-shot): the text twice, mean over its second copy.
+        EmbedConfig(method="echo", document=_ECHO, query=_ECHO, pooling="mean", mean_tokens="content"),
+        # Token Prepending (Fu et al. 2024, arXiv 2412.11556): PromptEOL with a placeholder before the text that holds
+        # the last token's state from layer 1 up to, not including, layer 7, as for LLaMA-2-7B; the last token read one
+        # layer below the top, which the paper takes for all models but that one (there: the output of layer 26 of 32).
         EmbedConfig(
-            method="prompt-eol",
-            document='This sentence : "{text}" means in one word:"',
-            query='This sentence : "{text}" means in one word:"',
+            method="token-prepending",
+            document=_TOKEN_PREPENDING,
+            query=_TOKEN_PREPENDING,
             pooling="last",
+            prepend_layers=tuple(range(1, 7)),
+            output_layer=-2,
         ),
+        # MetaEOL (Lei et al. 2024, arXiv 2402.18458): the last token's states under eight task prompts, averaged.
+        EmbedConfig(method="meta-eol", document=_META_TASKS, query=_META_TASKS, pooling="last"),
     )
 }
 

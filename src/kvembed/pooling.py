@@ -1,4 +1,4 @@
-"""Pooling: token states -> one unit vector a text. Every kind is a row of weights over the tokens."""
+"""Pooling: token states -> one vector a text. Every kind is a row of weights over the tokens."""
 
 from __future__ import annotations
 
@@ -38,15 +38,14 @@ def token_weights(lengths: Tensor, spans: Tensor, width: int, pooling: Pooling, 
 
 
 def pool(states: Tensor, lengths: Tensor, spans: Tensor, pooling: Pooling, mean_tokens: MeanTokens) -> Tensor:
-    """Pool token states into unit vectors, in float32 whatever the model's dtype.
+    """Pool token states into one vector a text, in float32 whatever the model's dtype.
 
     Args:
         states: (B, n, D) any float dtype, right-padded.
         lengths, spans, pooling, mean_tokens: as in `token_weights`.
 
     Returns:
-        (B, D) float32, rows of Euclidean norm 1.
+        (B, D) float32, not yet normalised.
     """
     weights = token_weights(lengths, spans, states.shape[1], pooling, mean_tokens)
-    pooled = torch.einsum("bn,bnd->bd", weights, states.float())
-    return torch.nn.functional.normalize(pooled, dim=1)
+    return torch.einsum("bn,bnd->bd", weights, states.float())

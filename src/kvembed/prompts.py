@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, UnsupportedModel
 
 __all__ = ["Prompt", "Prompter"]
+
+# Stands for a template's {pst} while a prompt is tokenised: one of Unicode's noncharacters, which no text should hold.
+_PLACEHOLDER = "\ufdd0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +27,9 @@ class Prompt:
         ids: token ids, special tokens that the tokenizer adds (BOS) included; at least one.
         offsets: per token the `(start, end)` characters of `text` it stands for; `(0, 0)` for added special tokens.
         span: first token of the text's own and one past its last; a token that straddles template and text is the
-            text's.
+            text's. If the template holds the text more than once, of its last copy.
         tokens_cut: tokens of the text that were left out to fit `max_tokens`; 0 if it is whole.
+        placeholder: position of the template's `{pst}`, whose id is 0 and means nothing; None if it has none.
     """
 
     text: str
@@ -32,6 +37,7 @@ class Prompt:
     offsets: tuple[tuple[int, int], ...]
     span: tuple[int, int]
     tokens_cut: int = 0
+    placeholder: int | None = None
 
 
 class Prompter:
@@ -68,13 +74,15 @@ class Prompter:
 
         Args:
             texts: any strings.
-            template: holds `{text}` exactly once.
+            template: holds `{text}`, as often as it likes, and before it `{pst}` at most once.
             max_tokens: longest prompt, template and special tokens included.
 
         Raises:
             InputError: a text holds a lone surrogate, or `max_tokens` leaves no room for any text.
         """
         for index, text in enumerate(texts):
+            if _PLACEHOLDER in text and "{pst}" in template:
+                raise InputError(f"text {index} holds the noncharacter U+FDD0, which stands for {{pst}}")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -88,13 +96,23 @@ class Prompter:
             for text, prompt in zip(texts, prompts, strict=True)
         ]
 
+    @functools.cached_property
+    def _rules_with_placeholder(self) -> Tokenizer:
+        rules = copy.deepcopy(self._rules)
+        rules.add_tokens([AddedToken(_PLACEHOLDER, normalized=False)])
+        rules.encode_special_tokens = True  # a copy does not keep it
+        return rules
+
     def _tokenize(self, texts: Sequence[str], template: str) -> list[Prompt]:
         if not texts:
             return []
-        prefix, _, suffix = template.partition("{text}")
-        rendered = [f"{prefix}{text}{suffix}" for text in texts]
+        before, *between = template.replace("{pst}", _PLACEHOLDER).split("{text}")
+        suffix = between[-1]
+        rendered = [before + "".join(text + part for part in between) for text in texts]
+        rules = self._rules_with_placeholder if "{pst}" in template else self._rules
+        placeholder = rules.token_to_id(_PLACEHOLDER) if "{pst}" in template else None
         prompts = []
-        for text, encoded in zip(rendered, self._rules.encode_batch(rendered), strict=True):
+        for own, text, encoded in zip(texts, rendered, rules.encode_batch(rendered), strict=True):
             ids, offsets = encoded.ids, encoded.offsets
             for token, (first, end) in zip(ids, offsets, strict=True):
                 if end > first and token in self._special:  # a Unigram vocabulary holds them as ordinary pieces
@@ -105,23 +123,28 @@ class Prompter:
                 if self._start is None:
                     raise InputError("an empty text needs a template: the tokenizer has neither a BOS nor an EOS token")
                 ids, offsets = [self._start], [(0, 0)]
-            span = _span(offsets, len(prefix), len(text) - len(suffix))
-            prompts.append(Prompt(text, tuple(ids), tuple(offsets), span))
+            end = len(text) - len(suffix)
+            span = _span(offsets, end - len(own), end)
+            place = None if placeholder is None else ids.index(placeholder)
+            ids = [0 if position == place else token for position, token in enumerate(ids)]
+            shown = text if place is None else text.replace(_PLACEHOLDER, "▮")  # of one character, for the offsets
+            prompts.append(Prompt(shown, tuple(ids), tuple(offsets), span, placeholder=place))
         return prompts
 
     def _cut(self, text: str, prompt: Prompt, template: str, max_tokens: int) -> Prompt:
-        prefix = template.partition("{text}")[0]
+        copies = template.count("{text}")
         start, end = prompt.span
-        around = len(prompt.ids) - (end - start)
-        keep = max_tokens - around
+        own = len(prompt.text) - len(template.rpartition("{text}")[2]) - len(text)  # where the last copy starts
+        around = len(prompt.ids) - copies * (end - start)  # about, for a copy in the middle may merge otherwise
+        keep = min((max_tokens - around) // copies, end - start)
         while keep > 0:
-            last_character = min(prompt.offsets[start + keep - 1][1] - len(prefix), len(text))
+            last_character = min(prompt.offsets[start + keep - 1][1] - own, len(text))
             (shorter,) = self._tokenize([text[:last_character]], template)
             excess = len(shorter.ids) - max_tokens
             if excess <= 0:
-                lost = sum(offset > len(prefix) + last_character for _, offset in prompt.offsets[start:end])
+                lost = sum(offset > own + last_character for _, offset in prompt.offsets[start:end])
                 return dataclasses.replace(shorter, tokens_cut=lost)
-            keep -= excess  # cutting can split a merge in two, so the shorter text may still be a token too long
+            keep -= -(-excess // copies)  # cutting can split a merge in two, so a shorter text may still be too long
         (empty,) = self._tokenize([""], template)
         if max_tokens > len(empty.ids):  # room, but not for the first character, which takes several tokens
             return dataclasses.replace(empty, tokens_cut=end - start)

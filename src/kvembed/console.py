@@ -1,0 +1,129 @@
+"""What the command shows: lines, tables, colours, and one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .errors import KvembedError
+
+if TYPE_CHECKING:
+    from .embedder import Explanation
+
+__all__ = [
+    "interrupt_again",
+    "one_line_errors",
+    "print_explanation",
+    "print_json",
+    "print_line",
+    "print_table",
+    "quiet",
+]
+
+
+def interrupt_again(event: Any) -> None:
+    """Python drops a Ctrl-C that lands in a finaliser, as it may during seconds of imports: send it once more."""
+    if issubclass(event.exc_type, KeyboardInterrupt):
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(event)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Whatever goes wrong, one line on standard error and a non-zero exit; KVEMBED_DEBUG=1 shows where."""
+    logger = logging.getLogger("kvembed")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("kvembed: %(message)s"))
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        raise typer.Exit(130) from None
+    except (BrokenPipeError, typer.Exit):
+        raise
+    except Exception as error:
+        if os.environ.get("KVEMBED_DEBUG"):
+            raise
+        text = " ".join(str(error).split())
+        known = isinstance(error, KvembedError)
+        logger.error(text if known else f"unexpected {type(error).__name__}: {text} (KVEMBED_DEBUG=1 shows more)")
+        raise typer.Exit(1) from None
+    finally:
+        logger.handlers, logger.level, logger.propagate = before
+
+
+def quiet() -> None:
+    """transformers' own warnings are not ours to show."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+
+
+def print_line(text: str) -> None:
+    """Print a line on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on one line, for pipes."""
+    print_line(json.dumps(value, ensure_ascii=False))
+
+
+def print_table(head: list[str], body: list[list[str]]) -> None:
+    """Print a table as wide as the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table(*(Column(Text(name)) for name in head), box=box.SIMPLE)  # Text: "[...]" in a text is not markup
+    for row in body:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def print_explanation(explanation: Explanation) -> None:
+    """Print a text's tokens, coloured by how much they read the slot, and what was done."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    config, beta = explanation.config, explanation.beta
+    mean = [sum(column) / len(beta) for column in zip(*beta.values(), strict=True)] if beta else []
+    top = max(mean, default=0.0)
+    first, end = explanation.span
+    line = Text()
+    for i, token in enumerate(explanation.tokens):
+        style = (
+            f"black on rgb(255,{255 - round(160 * mean[i] / top)},{255 - round(220 * mean[i] / top)})" if top else ""
+        )
+        line.append(token.replace("\n", "\\n"), style + (" underline" if first <= i < end else ""))
+    console.print(line)
+    cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
+    print_line(f"tokens    {len(explanation.tokens)}; the text's own {end - first} are underlined{cut}")
+    print_line(f"method    {config.method}: {config.pooling} pooling, bias {config.bias:g}, config {config.hash()}")
+    if not beta:
+        print_line("layers    none re-routed")
+        return
+    print_line(f"layers    {', '.join(map(str, beta))} re-routed")
+    print_line(
+        f"beta      share of attention on the slot, mean {sum(mean) / len(mean):.3f}; the deeper the colour the more"
+    )
+    order = sorted(range(len(mean)), key=lambda i: -mean[i])[:8]
+    body = [
+        [repr(explanation.tokens[i])[1:-1], f"{mean[i]:.3f}", *(f"{values[i]:.3f}" for values in beta.values())]
+        for i in order
+    ]
+    print_table(["token", "mean beta", *(f"layer {layer}" for layer in beta)], body)

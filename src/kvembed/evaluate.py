@@ -1,0 +1,241 @@
+"""Evaluation: embed a task's texts (cached, resumable), score them, write one ledger file a result."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from .config import Role
+from .files import Encoded, whole_file
+from .models import cache_folder
+from .results import Result, result_path
+from .scoring import score
+from .subjects import Subject
+from .tasks import Task
+
+__all__ = ["evaluate"]
+
+logger = logging.getLogger(__name__)
+
+# Characters embedded between two commits: what a stop can lose, half a minute on two cores.
+_CHUNK = 100_000
+
+
+def evaluate(
+    subject: Subject,
+    tasks: Sequence[Task],
+    *,
+    suite: str,
+    results: Path | None = None,
+    vectors: Path | None = None,
+    progress: bool = False,
+) -> Iterator[Result]:
+    """Embed and score tasks, one after another.
+
+    Vectors are cached by model, config, role and text, and stored as they come, so a run that was stopped goes on where
+    it was. A result that the ledger has already, of the same config and the same data, is not made again.
+
+    Args:
+        subject: what embeds.
+        tasks: what to score it on.
+        suite: `"mini"` or `"full"`; part of the result's name.
+        results: folder of the ledger. None: nothing is written, nothing is skipped.
+        vectors: a folder to write each task's vectors to, in the order of its texts, for scoring elsewhere.
+        progress: show a bar with the time left on a terminal.
+
+    Yields:
+        A result for each task.
+    """
+    todo = []
+    for task in tasks:
+        path = None if results is None else result_path(results, suite, subject.model, _label(subject), task.name)
+        known = _known(path, subject, task) if path and vectors is None else None
+        if known:
+            yield known
+        else:
+            todo.append((task, path))
+    with contextlib.closing(_Store(subject)) as store, _bar(store, [task for task, _ in todo], progress) as bar:
+        for task, path in todo:
+            result = _run(subject, task, suite, store, bar, vectors)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(path) as file:
+                    file.write(result.to_json().encode())
+            yield result
+
+
+def _label(subject: Subject) -> str:
+    return f"{subject.method.replace(' ', '-')}-{subject.config_hash[:8]}"
+
+
+def _known(path: Path, subject: Subject, task: Task) -> Result | None:
+    if not path.is_file():
+        return None
+    known = Result.from_json(path)
+    same = known.config_hash == subject.config_hash and known.data == task.digest() and known.device == subject.device
+    return known if same else None
+
+
+def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any], vectors: Path | None) -> Result:
+    if subject.fit is not None:
+        subject.fit([*task.documents, *task.queries])
+    encoded: dict[Role, Encoded] = {}
+    seconds = 0.0
+    for role, texts in _inputs(task).items():
+        encoded[role], spent = store.encode(texts, role, bar)
+        seconds += spent
+    if vectors is not None:
+        _export(vectors / task.name, task, encoded)
+    documents = encoded["document"].vectors
+    queries = encoded["query"].vectors if "query" in encoded else documents[:0]
+    scored = score(task, documents, queries)
+    return Result(
+        suite=suite,
+        model=subject.model,
+        method=subject.method,
+        task=task.name,
+        kind=task.kind,
+        metric=scored.metric,
+        score=round(scored.value, 4),
+        low=round(scored.low, 4),
+        high=round(scored.high, 4),
+        n=task.n,
+        texts=len(task.documents) + len(task.queries),
+        tokens=sum(int(part.token_counts.sum()) for part in encoded.values()),
+        truncated=sum(part.truncated for part in encoded.values()),
+        passes=subject.passes,
+        seconds=round(seconds, 2),
+        config=subject.config,
+        config_hash=subject.config_hash,
+        data=task.digest(),
+        device=subject.device,
+        hardware=_hardware(),
+        versions={name: importlib.metadata.version(name) for name in ("kvembed", "torch", "transformers")},
+        replicates=tuple(round(value, 2) for value in scored.replicates),
+    )
+
+
+def _inputs(task: Task) -> dict[Role, tuple[str, ...]]:
+    inputs: dict[Role, tuple[str, ...]] = {"document": task.documents}
+    return inputs | ({"query": task.queries} if task.queries else {})
+
+
+class _Store:
+    """Vectors on disk, in a file of their own for each model and config; in memory for a subject that is fitted."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        path = ":memory:"
+        if subject.fit is None:
+            folder = cache_folder() / "embeddings"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = str(folder / f"{hashlib.sha256(subject.identity.encode()).hexdigest()[:24]}.sqlite")
+        self._base = sqlite3.connect(path, timeout=60)
+        self._base.execute(
+            "create table if not exists vectors (key blob primary key, vector blob, tokens int, cut int, seconds real)"
+        )
+
+    def close(self) -> None:
+        self._base.close()
+
+    def missing(self, texts: Sequence[str], role: Role) -> list[str]:
+        """Those that are not stored, each once."""
+        if self._subject.fit is not None:
+            return list(texts)
+        unique = {_key(text, role): text for text in texts}
+        return [text for key, text in unique.items() if self._row("1", key) is None]
+
+    def encode(self, texts: Sequence[str], role: Role, bar: tqdm[Any]) -> tuple[Encoded, float]:
+        """Vectors of the texts, from the store or made now, and the seconds that the model took for them."""
+        if self._subject.fit is not None:
+            start = time.perf_counter()
+            encoded = self._subject.encode(texts, role)
+            bar.update(_cost(texts))
+            return encoded, time.perf_counter() - start
+        for chunk in _chunks(self.missing(texts, role)):
+            start = time.perf_counter()
+            encoded = self._subject.encode(chunk, role)
+            seconds = time.perf_counter() - start
+            shares = seconds * encoded.token_counts / max(1, encoded.token_counts.sum())
+            columns = (encoded.vectors, encoded.token_counts.tolist(), encoded.tokens_cut.tolist(), shares.tolist())
+            rows = [
+                (_key(text, role), vector.astype(np.float32).tobytes(), *numbers)
+                for text, vector, *numbers in zip(chunk, *columns, strict=True)
+            ]
+            with self._base:
+                self._base.executemany("insert or replace into vectors values (?, ?, ?, ?, ?)", rows)
+            bar.update(_cost(chunk))
+        found = {key: self._row("vector, tokens, cut, seconds", key) for key in {_key(text, role) for text in texts}}
+        stored = [found[_key(text, role)] for text in texts]
+        matrix: NDArray[np.float32] = np.stack([np.frombuffer(vector, np.float32) for vector, *_ in stored])
+        tokens, cut = (np.array([row[i] for row in stored], np.int64) for i in (1, 2))
+        return Encoded(matrix, tokens, cut), sum(row[3] for row in found.values())
+
+    def _row(self, columns: str, key: bytes) -> Any:
+        return self._base.execute(f"select {columns} from vectors where key = ?", (key,)).fetchone()
+
+
+def _key(text: str, role: Role) -> bytes:
+    return hashlib.sha256(f"{role}\0{text}".encode()).digest()
+
+
+def _chunks(texts: list[str]) -> Iterator[list[str]]:
+    """Similar lengths together, so that little is padded; the longest first, so that the time left is not too low."""
+    chunk: list[str] = []
+    size = 0
+    for text in sorted(texts, key=len, reverse=True):
+        if chunk and size + len(text) > _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(text)
+        size += len(text)
+    if chunk:
+        yield chunk
+
+
+def _cost(texts: Sequence[str]) -> int:
+    """Characters, with a constant for what templates add and a bound for what cutting takes."""
+    return sum(40 + min(len(text), 16_384) for text in texts)
+
+
+@contextlib.contextmanager
+def _bar(store: _Store, tasks: Sequence[Task], progress: bool) -> Iterator[tqdm[Any]]:
+    waiting: dict[tuple[Role, str], int] = {}
+    for task in tasks:
+        for role, texts in _inputs(task).items():
+            waiting |= {(role, text): _cost([text]) for text in store.missing(texts, role)}
+    with tqdm(
+        total=sum(waiting.values()), desc="embedding", unit="char", unit_scale=True, disable=None if progress else True
+    ) as bar:
+        yield bar
+
+
+def _export(folder: Path, task: Task, encoded: dict[Role, Encoded]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for role, texts in _inputs(task).items():
+        with whole_file(folder / f"{role}.npy") as file:
+            np.save(file, encoded[role].vectors, allow_pickle=False)
+        with whole_file(folder / f"{role}.jsonl") as file:
+            file.writelines(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def _hardware() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor() or platform.machine()

@@ -1,0 +1,138 @@
+"""The ledger: one JSON file a result, read back, compared with its spread, and made into tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+__all__ = ["Estimate", "Result", "by_method", "difference", "mean", "read_results", "result_path"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One model, method and task.
+
+    Attributes:
+        suite: `"mini"` or `"full"`.
+        model, method, task: names.
+        kind, metric: see `kvembed.tasks`, `kvembed.scoring`.
+        score, low, high: in percent; the ends of the 95 % bootstrap interval over items.
+        n: items that the score is over.
+        texts: texts embedded, counted as often as the task names them.
+        tokens: read by the model for them, templates and copies included.
+        truncated: texts that were cut.
+        passes: forward passes for a text.
+        seconds: the model's, for these texts, each different one once.
+        config, config_hash: all that decides a vector.
+        data: digest of the task's texts and gold.
+        device: device, threads, dtype.
+        hardware: name of the processor.
+        versions: of kvembed, torch and transformers.
+        replicates: bootstrap scores, paired over methods; see `kvembed.scoring.Score`.
+    """
+
+    suite: str
+    model: str
+    method: str
+    task: str
+    kind: str
+    metric: str
+    score: float
+    low: float
+    high: float
+    n: int
+    texts: int
+    tokens: int
+    truncated: int
+    passes: int
+    seconds: float
+    config: Mapping[str, Any]
+    config_hash: str
+    data: str
+    device: str
+    hardware: str
+    versions: Mapping[str, str]
+    replicates: tuple[float, ...]
+
+    def to_json(self) -> str:
+        """A key a line, the replicates on one."""
+        fields = dataclasses.asdict(self)
+        return "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> Result:
+        """Raises `InputError` if the file is not a result."""
+        try:
+            fields = json.loads(path.read_text())
+            return cls(**fields | {"replicates": tuple(fields["replicates"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is not a result: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks, or a difference of two, with the ends of its 95 % bootstrap interval; in percent points."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sign(self) -> int:
+        """1 if the whole interval is above 0, -1 if below, else 0: a difference that the data can't tell from none."""
+        return (self.low > 0) - (self.high < 0)
+
+
+def mean(results: Iterable[Result]) -> Estimate:
+    """The mean score over tasks."""
+    results = list(results)
+    return _estimate(sum(r.score for r in results) / len(results), [r.replicates for r in results])
+
+
+def difference(ours: Iterable[Result], theirs: Iterable[Result]) -> Estimate:
+    """Mean over tasks of ours - theirs, paired: the same bootstrap items on both sides.
+
+    Raises:
+        InputError: the two are not over the same tasks and data.
+    """
+    pairs = list(itertools.zip_longest(sorted(ours, key=_task), sorted(theirs, key=_task)))
+    if not pairs or any(a is None or b is None or (a.task, a.data) != (b.task, b.data) for a, b in pairs):
+        raise InputError("results of different tasks or data can't be compared")
+    rows = [[x - y for x, y in zip(a.replicates, b.replicates, strict=True)] for a, b in pairs]
+    return _estimate(sum(a.score - b.score for a, b in pairs) / len(pairs), rows)
+
+
+def by_method(results: Iterable[Result]) -> dict[tuple[str, str, str], list[Result]]:
+    """Results grouped by (model, method, config hash), in the order they come."""
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.model, result.method, result.config_hash), []).append(result)
+    return groups
+
+
+def _task(result: Result) -> str:
+    return result.task
+
+
+def _estimate(value: float, rows: Sequence[Sequence[float]]) -> Estimate:
+    """Replicates of different tasks are independent; their means are replicates of the mean."""
+    means = sorted(sum(column) / len(rows) for column in zip(*rows, strict=True))
+    low, high = (means[round(share * (len(means) - 1))] for share in (0.025, 0.975))
+    return Estimate(value, low, high)
+
+
+def result_path(folder: Path, suite: str, model: str, method: str, task: str) -> Path:
+    """`FOLDER/suite/model/method/task.json`."""
+    return folder / suite / model.replace("/", "--") / method / f"{task}.json"
+
+
+def read_results(folder: Path, suite: str | None = None) -> list[Result]:
+    """All results below a folder, sorted by path. Raises `InputError` for a file that is none."""
+    pattern = f"{suite or '*'}/*/*/*.json"
+    return [Result.from_json(path) for path in sorted(folder.glob(pattern))]

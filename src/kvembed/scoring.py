@@ -1,0 +1,186 @@
+"""Scores by the field's definitions, and how far they may be trusted: bootstrap over items.
+
+| kind           | metric            | definition                                                                 |
+|----------------|-------------------|----------------------------------------------------------------------------|
+| sts            | spearman          | Spearman correlation of cosine and gold (SciPy; ties get their mean rank)  |
+| pairs          | average_precision | of the cosine as a detector of label 1 (scikit-learn)                      |
+| classification | accuracy          | MTEB's protocol: 10 times, 8 training texts per label, logistic regression |
+| clustering     | v_measure         | mean of 10 k-means runs, seeds 0 to 9 (scikit-learn), k = number of labels |
+| reranking      | map               | mean average precision over a query's own candidates (trec_eval)           |
+| retrieval      | ndcg_at_10        | nDCG@10, gain = rel (trec_eval)                                            |
+
+All are in percent. Rows of vectors need not be normalised: similarity is the cosine, and classification and clustering
+see unit vectors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .files import needed
+from .tasks import Task
+
+__all__ = ["METRICS", "REPLICATES", "Score", "score"]
+
+METRICS = {
+    "sts": "spearman",
+    "pairs": "average_precision",
+    "classification": "accuracy",
+    "clustering": "v_measure",
+    "reranking": "map",
+    "retrieval": "ndcg_at_10",
+}
+REPLICATES = 500
+_SEED = 42  # MTEB's
+_EXPERIMENTS, _SAMPLES_PER_LABEL = 10, 8
+
+Vectors = NDArray[np.float32]
+Value = Callable[[NDArray[np.int64]], float]  # indices of items -> score of just these, in percent
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A score and its spread.
+
+    Attributes:
+        metric: a value of `METRICS`.
+        value: in percent.
+        low, high: 95 % bootstrap interval over items (percentiles).
+        replicates: the bootstrap scores behind it, `REPLICATES` of them, their mean moved to `value`. For a task the
+            same items are drawn for every method, so the difference of two methods' replicates is a paired bootstrap of
+            their difference.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    replicates: tuple[float, ...]
+
+
+def score(task: Task, documents: Vectors, queries: Vectors) -> Score:
+    """Score a task's vectors.
+
+    Args:
+        task: what was embedded.
+        documents: (number of documents, dim), in the task's order.
+        queries: (number of queries, dim), likewise; may be empty.
+    """
+    documents, queries = _unit(documents), _unit(queries)
+    value = _SCORERS[task.kind](task, documents, queries)
+    draw = np.random.default_rng(zlib.crc32(f"{task.name} {task.n}".encode()))
+    whole = value(np.arange(task.n))
+    drawn = np.array([value(draw.integers(0, task.n, task.n)) for _ in range(REPLICATES)])
+    # Items drawn twice flatter the V-measure: the replicates' spread is meant, so they are moved to the score.
+    replicates = drawn - drawn.mean() + whole
+    low, high = np.percentile(replicates, [2.5, 97.5]).tolist()
+    return Score(METRICS[task.kind], whole, low, high, tuple(replicates.tolist()))
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True).clip(1e-12)
+    unit: Vectors = vectors / norms
+    return unit
+
+
+def _sts(task: Task, documents: Vectors, _: Vectors) -> Value:
+    spearmanr = needed("scipy.stats", "eval").spearmanr
+    gold, cosine = np.array(task.gold), _cosines(documents)
+
+    def value(items: NDArray[np.int64]) -> float:
+        if len({*gold[items].tolist()}) < 2 or np.ptp(cosine[items]) == 0:
+            return 0.0  # no correlation can be told
+        return 100 * float(spearmanr(cosine[items], gold[items]).statistic)
+
+    return value
+
+
+def _pairs(task: Task, documents: Vectors, _: Vectors) -> Value:
+    average_precision = needed("sklearn.metrics", "eval").average_precision_score
+    gold, cosine = np.array(task.gold), _cosines(documents)
+
+    def value(items: NDArray[np.int64]) -> float:
+        return 100 * float(average_precision(gold[items], cosine[items])) if gold[items].any() else 0.0
+
+    return value
+
+
+def _cosines(documents: Vectors) -> NDArray[np.float32]:
+    half = len(documents) // 2
+    return np.einsum("nd,nd->n", documents[:half], documents[half:])  # type: ignore[no-any-return]
+
+
+def _classification(task: Task, documents: Vectors, _: Vectors) -> Value:
+    """As MTEB's AbsTaskClassification: the training texts are drawn with its seed and shuffled as it does."""
+    linear_model = needed("sklearn.linear_model", "eval")
+    gold = np.array(task.gold)
+    train, test = documents[: task.train], documents[task.train :]
+    order = list(range(task.train))
+    correct = np.zeros(len(test))
+    for _experiment in range(_EXPERIMENTS):
+        np.random.RandomState(_SEED).shuffle(order)
+        taken: Counter[Any] = Counter()
+        chosen = []
+        for index in order:
+            if taken[gold[index]] < _SAMPLES_PER_LABEL:
+                taken[gold[index]] += 1
+                chosen.append(index)
+        model = linear_model.LogisticRegression(max_iter=100, random_state=_SEED)
+        with warnings.catch_warnings():  # stopped after MTEB's 100 iterations, it says that it has not converged
+            warnings.simplefilter("ignore")
+            model.fit(train[chosen], gold[chosen])
+        correct += model.predict(test) == gold[task.train :]
+    correct *= 100 / _EXPERIMENTS
+    return lambda items: float(correct[items].mean())
+
+
+def _clustering(task: Task, documents: Vectors, _: Vectors) -> Value:
+    cluster, metrics = needed("sklearn.cluster", "eval"), needed("sklearn.metrics", "eval")
+    names, gold = np.unique(np.array(task.gold), return_inverse=True)
+    runs = [
+        cluster.KMeans(n_clusters=len(names), n_init=1, random_state=seed).fit_predict(documents)
+        for seed in range(_EXPERIMENTS)
+    ]
+
+    def value(items: NDArray[np.int64]) -> float:
+        return 100 * float(np.mean([metrics.v_measure_score(gold[items], run[items]) for run in runs]))
+
+    return value
+
+
+def _ranking(measure: str) -> Callable[[Task, Vectors, Vectors], Value]:
+    def scorer(task: Task, documents: Vectors, queries: Vectors) -> Value:
+        pytrec_eval = needed("pytrec_eval", "eval")
+        run, judged = {}, {}
+        for index, (row, gains) in enumerate(zip(queries, task.relevant, strict=True)):
+            candidates = np.array(sorted(gains)) if task.kind == "reranking" else np.arange(len(documents))
+            similarity = documents[candidates] @ row
+            if len(candidates) > 1000:  # what trec_eval's measures can see
+                best = np.argpartition(-similarity, 1000)[:1000]
+                candidates, similarity = candidates[best], similarity[best]
+            run[str(index)] = {str(d): float(s) for d, s in zip(candidates, similarity, strict=True)}
+            judged[str(index)] = {str(d): gain for d, gain in gains.items()}
+        results = pytrec_eval.RelevanceEvaluator(judged, {measure}).evaluate(run)
+        name = measure.replace(".", "_")
+        values = np.array([100 * results[str(index)][name] for index in range(len(queries))])
+        return lambda items: float(values[items].mean())
+
+    return scorer
+
+
+_SCORERS: dict[str, Callable[[Task, Vectors, Vectors], Value]] = {
+    "sts": _sts,
+    "pairs": _pairs,
+    "classification": _classification,
+    "clustering": _clustering,
+    "reranking": _ranking("map"),
+    "retrieval": _ranking("ndcg_cut.10"),
+}

@@ -1,0 +1,139 @@
+"""What is evaluated: an embedder of ours, or a reference (a trained sentence-transformers model, TF-IDF) beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .config import Role
+from .errors import InputError, ModelNotFound
+from .files import Encoded, needed
+
+if TYPE_CHECKING:
+    from .embedder import Embedder
+
+__all__ = ["REFERENCES", "Subject", "embedder_subject", "sentence_transformer_subject", "tfidf_subject"]
+
+REFERENCES = ("sentence-transformer", "tf-idf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Something that embeds texts, as `kvembed.evaluate` sees it.
+
+    Attributes:
+        model: its name in tables.
+        method: a preset, or one of `REFERENCES`.
+        config: what else decides its vectors, plain JSON types.
+        config_hash: 16 hex digits.
+        identity: tells vectors apart in the cache: model weights, dtype and config.
+        passes: forward passes for a text.
+        device: where it runs, for the ledger.
+        encode: (texts, role) -> vectors and token counts.
+        fit: if given, called with all texts of a task before they are encoded; such vectors are not cached.
+    """
+
+    model: str
+    method: str
+    config: dict[str, Any]
+    config_hash: str
+    identity: str
+    passes: int
+    device: str
+    encode: Callable[[Sequence[str], Role], Encoded]
+    fit: Callable[[Sequence[str]], None] | None = None
+
+
+def embedder_subject(embedder: Embedder, model: str) -> Subject:
+    """An `Embedder`, under the name that `model` has in tables."""
+    import torch
+
+    dtype = str(embedder.model.dtype).removeprefix("torch.")
+    device = embedder.model.device.type
+    if device == "cpu":
+        device += f", {torch.get_num_threads()} threads"
+    return Subject(
+        model=model,
+        method=embedder.config.method,
+        config=embedder.config.to_dict(),
+        config_hash=embedder.config.hash(),
+        identity=f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}",
+        passes=embedder.config.forward_passes,
+        device=f"{device}, {dtype}",
+        encode=lambda texts, role: embedder.encode_with_report(texts, role=role),
+    )
+
+
+def sentence_transformer_subject(folder: str | os.PathLike[str], name: str | None = None) -> Subject:
+    """A sentence-transformers model from a folder or the hub, with its own pooling, prompts and length limit.
+
+    sentence-transformers puts plain text in a chat template wherever the tokenizer has one; an embedding baseline must
+    not be measured so, and the template is taken off.
+
+    Raises:
+        ModelNotFound: it can't be opened.
+    """
+    library = needed("sentence_transformers", "eval")
+    try:
+        model = library.SentenceTransformer(os.fspath(folder), device="cpu")
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{folder}: can't be opened with sentence-transformers ({error})") from None
+    transformer = model[0]
+    if {"message", "text"} <= {*getattr(transformer, "modality_config", ())}:
+        del transformer.modality_config["message"]
+        transformer.input_formatter.supported_modalities.remove("message")
+    limit = model.max_seq_length
+
+    def encode(texts: Sequence[str], role: Role) -> Encoded:
+        prompt_name = role if role in model.prompts else None
+        vectors = model.encode(list(texts), prompt_name=prompt_name, normalize_embeddings=True, batch_size=16)
+        whole = model.tokenizer(list(texts), add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+        lengths = np.array([len(ids) for ids in whole], np.int64)
+        cut = (lengths - (limit or 2**31)).clip(0)
+        return Encoded(np.asarray(vectors, np.float32), lengths - cut, cut)
+
+    name = name or Path(folder).name
+    digest = hashlib.sha256(name.encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.flatten()[:64].float().numpy().tobytes())
+    return _reference(name, "sentence-transformer", {"max_tokens": limit}, digest.hexdigest()[:16], encode)
+
+
+def tfidf_subject() -> Subject:
+    """TF-IDF (scikit-learn's defaults, sublinear term frequency), fitted on each task's own texts, without labels."""
+    text = needed("sklearn.feature_extraction.text", "eval")
+    vectorizer = text.TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
+    analyse = vectorizer.build_analyzer()
+
+    def encode(texts: Sequence[str], role: Role) -> Encoded:
+        vectors = vectorizer.transform(texts).toarray()
+        return Encoded(vectors, np.array([len(analyse(x)) for x in texts], np.int64), np.zeros(len(texts), np.int64))
+
+    def fit(texts: Sequence[str]) -> None:
+        try:
+            vectorizer.fit(texts)
+        except ValueError as error:
+            raise InputError(f"TF-IDF: {error}") from None
+
+    return _reference("tf-idf", "tf-idf", {"sublinear_tf": True}, "", encode, fit)
+
+
+def _reference(
+    model: str,
+    method: str,
+    config: dict[str, Any],
+    weights: str,
+    encode: Callable[[Sequence[str], Role], Encoded],
+    fit: Callable[[Sequence[str]], None] | None = None,
+) -> Subject:
+    told = json.dumps(config | {"method": method}, sort_keys=True)
+    config_hash = hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = f"{weights}-{config_hash}"
+    return Subject(model, method, config, config_hash, identity, 1, "cpu, float32", encode, fit)

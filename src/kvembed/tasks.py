@@ -1,0 +1,320 @@
+"""Evaluation tasks in folders: JSON lines in the keys below, read with care, and cut to a fixed sample for `mini`.
+
+| kind           | files (`.jsonl` or `.jsonl.gz`) | keys                                            |
+|----------------|---------------------------------|-------------------------------------------------|
+| sts            | test                            | s1, s2, score                                   |
+| pairs          | test                            | s1, s2, label (0 or 1)                          |
+| classification | train, test                     | text, label                                     |
+| clustering     | test, and no train              | text, label                                     |
+| reranking      | test                            | query, positive (list), negative (list)         |
+| retrieval      | corpus, queries, qrels          | id, title, text; id, text; qid, did, rel        |
+
+The kind is found from files and keys, so any folder of such folders will do. Without a `test`, `dev` is taken. A
+retrieval task may have a second set of queries, `queries_summary` and `qrels_summary`: then that one bears the folder's
+name, and the other is `NAME-queries`, which is left out unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import math
+import random
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import InputError
+from .files import why
+
+__all__ = ["MINI_TOKENS", "Kind", "Task", "load_tasks", "mini"]
+
+Kind = Literal["sts", "pairs", "classification", "clustering", "reranking", "retrieval"]
+
+# The sizes of `mini`; a retrieval corpus is bounded by its characters, of each document at most MINI_DOCUMENT.
+MINI_PAIRS, MINI_TEST, MINI_TRAIN_PER_LABEL, MINI_CLUSTERING, MINI_RERANKING, MINI_QUERIES = 250, 500, 10, 1000, 34, 100
+MINI_CORPUS, MINI_DOCUMENT = 300_000, 4_000
+MINI_TOKENS = 1024  # longer texts are cut, and counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What to embed, and the gold to score it by.
+
+    Attributes:
+        name: the folder's.
+        kind: see above.
+        documents: texts in the document role. sts, pairs: all s1, then all s2. classification: train, then test.
+        queries: texts in the query role; retrieval and reranking only.
+        gold: sts: scores; pairs: 0 or 1; classification and clustering: a label for each document.
+        relevant: for each query, index of a document -> its gain (0: judged, but not relevant). reranking: these are
+            the query's candidates; retrieval: all documents are.
+        train: classification: how many of the documents are for training.
+    """
+
+    name: str
+    kind: Kind
+    documents: tuple[str, ...]
+    queries: tuple[str, ...] = ()
+    gold: tuple[Any, ...] = ()
+    relevant: tuple[Mapping[int, int], ...] = ()
+    train: int = 0
+
+    @property
+    def n(self) -> int:
+        """Number of items that the score is over: pairs, test texts or queries."""
+        if self.kind in ("sts", "pairs"):
+            return len(self.gold)
+        return len(self.queries) or len(self.documents) - self.train
+
+    def digest(self) -> str:
+        """16 hex digits that change when the texts or the gold do."""
+        parts = (self.kind, self.documents, self.queries, self.gold, [sorted(row.items()) for row in self.relevant])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def load_tasks(folder: Path, names: Sequence[str] = ()) -> list[Task]:
+    """Read all tasks of a folder (each a folder in it), or some by name, sorted by name.
+
+    Raises:
+        InputError: no such folder or task, or a bad row, with its file and line.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    homes = sorted(path for path in folder.iterdir() if path.is_dir() and any(map(_is_data, path.iterdir())))
+    if not homes and any(map(_is_data, folder.iterdir())):
+        homes = [folder.resolve()]  # a single task
+    if not homes:
+        raise InputError(f"{folder}: no folder in it holds .jsonl or .jsonl.gz files")
+    known = [name for home in homes for name in _names(home)]
+    if missing := sorted({*names} - {*known}):
+        raise InputError(f"no task {missing[0]!r} in {folder}; there are: {', '.join(known)}")
+    wanted = {*names} or {home.name for home in homes}
+    return [task for home in homes if wanted & {*_names(home)} for task in _load(home) if task.name in wanted]
+
+
+def mini(task: Task) -> Task:
+    """The fixed sample of a task for the suite `mini`; the same for the same data anywhere. Small tasks stay whole."""
+    draw = random.Random(zlib.crc32(task.name.encode()))
+    if task.kind in ("sts", "pairs"):
+        half = len(task.gold)
+        chosen = _sample(draw, range(half), MINI_PAIRS)
+        documents = [task.documents[i] for i in chosen] + [task.documents[half + i] for i in chosen]
+        return dataclasses.replace(task, documents=tuple(documents), gold=tuple(task.gold[i] for i in chosen))
+    if task.kind in ("classification", "clustering"):
+        train: list[int] = []
+        for label in sorted({*task.gold[: task.train]}):
+            train += _sample(draw, [i for i in range(task.train) if task.gold[i] == label], MINI_TRAIN_PER_LABEL)
+        size = MINI_TEST if task.train else MINI_CLUSTERING
+        test = _sample(draw, range(task.train, len(task.documents)), size)
+        chosen = sorted(train) + test
+        return dataclasses.replace(
+            task,
+            documents=tuple(task.documents[i] for i in chosen),
+            gold=tuple(task.gold[i] for i in chosen),
+            train=len(train),
+        )
+    asked = _sample(draw, range(len(task.queries)), MINI_QUERIES if task.kind == "retrieval" else MINI_RERANKING)
+    kept = sorted({document for query in asked for document in task.relevant[query]})
+    if task.kind == "retrieval":
+        others = sorted({*range(len(task.documents))} - {*kept})
+        draw.shuffle(others)
+        room = MINI_CORPUS - sum(min(len(task.documents[i]), MINI_DOCUMENT) for i in kept)
+        for index in others:
+            room -= min(len(task.documents[index]), MINI_DOCUMENT)
+            if room < 0:
+                break
+            kept.append(index)
+        kept.sort()
+    place = {document: i for i, document in enumerate(kept)}
+    return dataclasses.replace(
+        task,
+        documents=tuple(task.documents[i] for i in kept),
+        queries=tuple(task.queries[i] for i in asked),
+        relevant=tuple({place[d]: gain for d, gain in task.relevant[i].items()} for i in asked),
+    )
+
+
+def _sample(draw: random.Random, items: Sequence[int], size: int) -> list[int]:
+    """At most `size` of them, in their order."""
+    return sorted(draw.sample(list(items), size)) if len(items) > size else list(items)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _is_data(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _names(home: Path) -> list[str]:
+    return [home.name, f"{home.name}-queries"] if _find(home, "queries_summary") else [home.name]
+
+
+def _find(home: Path, stem: str) -> Path | None:
+    return next((path for path in (home / f"{stem}.jsonl.gz", home / f"{stem}.jsonl") if path.is_file()), None)
+
+
+def _load(home: Path) -> Iterator[Task]:
+    if corpus := _find(home, "corpus"):
+        sets = ["queries", "queries_summary"] if _find(home, "queries_summary") else ["queries"]
+        for name, queries in zip(_names(home), reversed(sets), strict=True):
+            yield _retrieval(name, corpus, home, queries)
+        return
+    test = _find(home, "test") or _find(home, "dev")
+    if test is None:
+        raise InputError(f"{home}: holds neither test.jsonl[.gz] nor corpus.jsonl[.gz]")
+    rows = [*_rows(test)]
+    keys = {*rows[0][1]}
+    if {"s1", "s2", "score"} <= keys:
+        yield _pairs(home.name, "sts", rows, "score", _number)
+    elif {"s1", "s2", "label"} <= keys:
+        yield _pairs(home.name, "pairs", rows, "label", _zero_or_one)
+    elif {"text", "label"} <= keys:
+        train = _find(home, "train")
+        yield _labelled(home.name, [*_rows(train)] if train else [], rows)
+    elif {"query", "positive", "negative"} <= keys:
+        yield _reranking(home.name, rows)
+    else:
+        raise InputError(f"{test}, line 1: no task has the keys {', '.join(sorted(keys))}")
+
+
+Row = tuple[str, dict[str, Any]]  # where it is, for messages; what it holds
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    line_number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for line_number, line in enumerate(file, 1):
+                place = f"{path}, line {line_number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{place}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise InputError(f"{place}: not a JSON object")
+                yield place, row
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}, after line {line_number}: broken file ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: {why(error)}") from None
+    if line_number == 0:
+        raise InputError(f"{path}: is empty")
+
+
+def _value(row: Row, key: str, check: Callable[[Any], bool], what: str) -> Any:
+    place, fields = row
+    if key not in fields:
+        raise InputError(f"{place}: no key {key!r}")
+    if not check(fields[key]):
+        raise InputError(f"{place}: {key} must be {what}, not {fields[key]!r:.80}")
+    return fields[key]
+
+
+def _string(row: Row, key: str) -> str:
+    text: str = _value(row, key, lambda value: isinstance(value, str), "a string")
+    return text
+
+
+def _strings(row: Row, key: str) -> list[str]:
+    return list(
+        _value(
+            row,
+            key,
+            lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+            "a list of strings",
+        )
+    )
+
+
+def _number(row: Row, key: str) -> float:
+    return float(_value(row, key, lambda value: _is_number(value) and math.isfinite(value), "a finite number"))
+
+
+def _zero_or_one(row: Row, key: str) -> int:
+    return int(_value(row, key, lambda value: _is_number(value) and value in (0, 1), "0 or 1"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _pairs(name: str, kind: Kind, rows: list[Row], key: str, read: Callable[[Row, str], float]) -> Task:
+    gold = tuple(read(row, key) for row in rows)
+    documents = [_string(row, side) for side in ("s1", "s2") for row in rows]
+    if len({*gold}) < 2:
+        raise InputError(f"{rows[0][0].rpartition(',')[0]}: all rows have the same {key}, so nothing can be scored")
+    return Task(name, kind, tuple(documents), gold=gold)
+
+
+def _labelled(name: str, train: list[Row], test: list[Row]) -> Task:
+    rows = train + test
+    labels = [
+        str(_value(row, "label", lambda x: isinstance(x, str | int), "a string or a whole number")) for row in rows
+    ]
+    if unseen := {*labels[len(train) :]} - {*labels[: len(train)]} if train else set():
+        place = next(place for (place, _), label in zip(test, labels[len(train) :], strict=True) if label in unseen)
+        raise InputError(f"{place}: label {sorted(unseen)[0]!r} has no row in train")
+    if len({*labels}) < 2:
+        raise InputError(f"{test[0][0].rpartition(',')[0]}: fewer than two labels, so nothing can be scored")
+    kind: Kind = "classification" if train else "clustering"
+    return Task(name, kind, tuple(_string(row, "text") for row in rows), gold=tuple(labels), train=len(train))
+
+
+def _reranking(name: str, rows: list[Row]) -> Task:
+    documents: dict[str, int] = {}
+    relevant = []
+    for row in rows:
+        gains: dict[int, int] = {}
+        for key, gain in (("negative", 0), ("positive", 1)):
+            candidates = _strings(row, key)
+            if not candidates:
+                raise InputError(f"{row[0]}: {key} is empty, so the query can't be scored")
+            for text in candidates:
+                gains[documents.setdefault(text, len(documents))] = gain
+        relevant.append(gains)
+    queries = tuple(_string(row, "query") for row in rows)
+    return Task(name, "reranking", tuple(documents), queries, relevant=tuple(relevant))
+
+
+def _retrieval(name: str, corpus: Path, home: Path, queries: str) -> Task:
+    judged = queries.replace("queries", "qrels")
+    query_file, judgement_file = _find(home, queries), _find(home, judged)
+    if query_file is None or judgement_file is None:
+        raise InputError(f"{home}: has a corpus, but no {judged if query_file else queries}.jsonl[.gz]")
+    documents: dict[str, str] = {}
+    for row in _rows(corpus):
+        title = _string(row, "title") if "title" in row[1] else ""
+        _add(documents, row, f"{title} {_string(row, 'text')}".strip())
+    asked: dict[str, str] = {}
+    for row in _rows(query_file):
+        _add(asked, row, _string(row, "text"))
+    places = {key: i for i, key in enumerate(documents)}
+    gains: dict[str, dict[int, int]] = {key: {} for key in asked}
+    for row in _rows(judgement_file):
+        query, document = _key(row, "qid"), _key(row, "did")
+        if query not in gains or document not in places:
+            where = query_file if query not in gains else corpus
+            raise InputError(f"{row[0]}: {query if query not in gains else document!r} is not in {where.name}")
+        whole = _value(row, "rel", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0, "0, 1, 2, ...")
+        gains[query][places[document]] = whole
+    if missing := [key for key, row in gains.items() if not any(row.values())]:
+        raise InputError(f"{judgement_file}: no document is relevant to query {missing[0]!r}")
+    return Task(name, "retrieval", tuple(documents.values()), tuple(asked.values()), relevant=tuple(gains.values()))
+
+
+def _key(row: Row, key: str) -> str:
+    return str(_value(row, key, lambda value: isinstance(value, str | int), "a string or a whole number"))
+
+
+def _add(texts: dict[str, str], row: Row, text: str) -> None:
+    key = _key(row, "id")
+    if key in texts:
+        raise InputError(f"{row[0]}: id {key!r} appears twice")
+    texts[key] = text

@@ -1,0 +1,101 @@
+"""Plots from the ledger for docs/: score against window and intrinsic dimension, bias, and length of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+from kvembed.layers import Profile, shipped_profiles
+from kvembed.results import Result, by_method, mean
+
+__all__ = ["draw"]
+
+# The same file for the same data: fixed ids, no date.
+mpl.rcParams.update({"svg.hashsalt": "kvembed", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def draw(results: Sequence[Result], folder: Path) -> None:
+    """Write every plot that there are results for."""
+    ablation = [result for result in results if result.suite == "ablation"]
+    for model in sorted({result.model for result in ablation}):
+        groups = {
+            method: rows for (name, method, _), rows in by_method(ablation).items() if name == model and len(rows) == 3
+        }
+        if "kv" not in groups:
+            continue
+        if windows := {method: rows for method, rows in groups.items() if method.startswith("window ")}:
+            _windows(model, list(windows.values()), groups["kv"], folder)
+        if biases := [rows for method, rows in groups.items() if method.startswith("bias ")]:
+            _biases(model, biases, groups["no re-routing"], folder)
+    long = [result for result in results if result.suite == "long"]
+    if long:
+        _long(long, folder)
+
+
+def _windows(model: str, windows: list[list[Result]], base: list[Result], folder: Path) -> None:
+    windows = sorted(windows, key=lambda rows: rows[0].config["layers"])
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    starts = [rows[0].config["layers"][0] for rows in windows]
+    scores = [mean(rows) for rows in windows]
+    axis.fill_between(starts, [s.low for s in scores], [s.high for s in scores], alpha=0.15, color="C0", lw=0)
+    axis.plot(starts, [s.value for s in scores], "o-", ms=3, color="C0", label="score")
+    axis.axvline(base[0].config["layers"][0], color="0.4", ls=":", label="chosen by ID")
+    axis.set(
+        xlabel=f"first re-routed layer of {len(base[0].config['layers'])}", ylabel="mean of three tasks", title=model
+    )
+    profile = _profile(model)
+    if profile:
+        other = axis.twinx()
+        other.plot(range(len(profile.curve)), profile.curve, "--", color="C1", lw=1)
+        other.set_ylabel("intrinsic dimension (dashed)", color="C1")
+        other.spines["right"].set_visible(True)
+    axis.legend(frameon=False, loc="lower right")
+    _save(figure, folder / f"windows-{model}.svg")
+
+
+def _profile(model: str) -> Profile | None:
+    return next((profile for profile in shipped_profiles() if profile.model == model), None)
+
+
+def _biases(model: str, biases: list[list[Result]], off: list[Result], folder: Path) -> None:
+    biases = sorted(biases, key=lambda rows: rows[0].config["bias"])
+    figure, axis = plt.subplots(figsize=(7, 3.2))
+    values, scores = [rows[0].config["bias"] for rows in biases], [mean(rows) for rows in biases]
+    axis.fill_between(values, [s.low for s in scores], [s.high for s in scores], alpha=0.15, color="C0", lw=0)
+    axis.plot(values, [s.value for s in scores], "o-", ms=3, color="C0")
+    axis.axhline(mean(off).value, color="0.4", ls=":", label="no re-routing")
+    axis.set(xlabel="bias", ylabel="mean of three tasks", title=model)
+    axis.legend(frameon=False)
+    _save(figure, folder / f"bias-{model}.svg")
+
+
+def _long(results: list[Result], folder: Path) -> None:
+    models = sorted({result.model for result in results})
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models) + 2, 3.8), sharey=True, squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        lines: dict[str, list[Result]] = {}
+        for result in results:
+            if result.model == model:
+                lines.setdefault(result.method, []).append(result)
+        for index, (method, rows) in enumerate(sorted(lines.items())):
+            rows.sort(key=lambda row: row.config["max_tokens"])
+            style: dict[str, Any] = {"lw": 2.5, "color": "black"} if method == "kv" else {"lw": 1, "color": f"C{index}"}
+            axis.plot(
+                [r.config["max_tokens"] for r in rows], [r.score for r in rows], "o-", ms=3, label=method, **style
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([512, 1024, 2048, 4096], ["512", "1,024", "2,048", "4,096"])
+        axis.set(xlabel="tokens read of a meeting", title=model)
+    axes[0][0].set_ylabel("nDCG@10, QMSum summaries")
+    axes[0][-1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
+    _save(figure, folder / "long.svg")
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

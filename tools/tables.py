@@ -1,0 +1,289 @@
+"""Tables from the ledger: docs/results.md, and the part of README.md between its markers. `--check` fails if stale."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from figures import draw
+
+from kvembed.methods import METHODS
+from kvembed.results import Estimate, Result, by_method, difference, mean, read_results
+from kvembed.tasks import MINI_TOKENS
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
+# Published scores of all-MiniLM-L6-v2 (MTEB leaderboard): what our harness has to give.
+PUBLISHED = {"sts12": 72.37, "sts13": 80.60, "sts14": 75.60, "stsb": 82.03, "banking77": 79.8, "scifact": 64.5}
+TOLERANCE = {"banking77": 0.5, "scifact": 0.5}
+REFERENCES = {"sentence-transformer": "trained", "tf-idf": "lexical"}
+# Fields that a preset leaves to the model, so that a result spells out what the preset does not.
+RESOLVED = {"kv": ["layers"], "bidirectional": ["layers"], "token-prepending": ["output_layer"]}
+MODELS = ("smollm2", "gemma3-270m", "qwen2.5-coder-0.5b")
+
+
+def main() -> int:
+    """Write, or with `--check` compare."""
+    results = read_results(ROOT / "results")
+    mini = [result for result in results if result.suite == "mini"]
+    readme = (ROOT / "README.md").read_text()
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    made = {
+        ROOT / "docs" / "results.md": _document(mini, results),
+        ROOT / "README.md": f"{before}{BEGIN}\n\n{_summary(mini)}\n{END}{after}",
+    }
+    stale = [path for path, text in made.items() if not path.is_file() or path.read_text() != text]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale: run `make tables`")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(made[path])
+    draw(results, ROOT / "docs")
+    return 0
+
+
+def _presets(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    """(model, method) -> results of the preset as it is: its config differs from it in layers and max_tokens alone."""
+    groups = {}
+    for (model, method, _), rows in by_method(results).items():
+        if method in REFERENCES or _is_preset(method, rows[0]):
+            groups[model, method] = rows
+    return groups
+
+
+def _is_preset(method: str, result: Result) -> bool:
+    preset = METHODS[method].to_dict()
+    if result.config["max_tokens"] not in (MINI_TOKENS, None):
+        return False
+    free = {"max_tokens", *(name for name in ("layers", "output_layer") if name in RESOLVED.get(method, ()))}
+    return all(result.config[name] == value for name, value in preset.items() if name not in free)
+
+
+def _methods(presets: dict[tuple[str, str], list[Result]], model: str) -> list[str]:
+    """The model's methods, best first."""
+    found = [(mean(rows).value, method) for (name, method), rows in presets.items() if name == model]
+    return [method for _, method in sorted(found, reverse=True)]
+
+
+def _summary(mini: list[Result]) -> str:
+    """README's table: mean over the tasks of `mini`, a column for each backbone."""
+    tasks = {result.task for result in mini}
+    presets = {key: rows for key, rows in _presets(mini).items() if {result.task for result in rows} == tasks}
+    models = [model for model in MODELS if any(name == model for name, _ in presets)]
+    methods = [method for method in METHODS if any((model, method) in presets for model in models)]
+    lines = [_row(["method", "forward passes", *models]), _row(["---", "---:", *["---:"] * len(models)])]
+    for method in methods:
+        cells = []
+        for model in models:
+            rows = presets.get((model, method))
+            cells.append(_interval(mean(rows)) + f", {_tokens(rows):.0f} tok" if rows else "")
+        lines.append(_row([f"`{method}`", str(METHODS[method].forward_passes), *cells]))
+    references = [
+        f"{name if name != method else 'TF-IDF'} ({REFERENCES[method]}) {_interval(mean(rows))}"
+        for (name, method), rows in presets.items()
+        if method in REFERENCES
+    ]
+    if references:
+        lines += ["", f"For comparison: {', '.join(references)}."]
+    lines += ["", *_verdicts(presets, models)]
+    return "\n".join(lines) + "\n"
+
+
+def _verdicts(presets: dict[tuple[str, str], list[Result]], models: Sequence[str]) -> list[str]:
+    """Where `kv` wins, ties and loses: only an interval that leaves out 0 is called a win or a loss."""
+    lines = ["`kv` against each method, mean over the tasks (points, 95 % interval):", ""]
+    for model in models:
+        ours = presets.get((model, "kv"))
+        if not ours:
+            continue
+        found: dict[int, list[str]] = {1: [], 0: [], -1: []}
+        for method in METHODS:
+            theirs = presets.get((model, method))
+            if theirs and method != "kv" and {r.task for r in theirs} == {r.task for r in ours}:
+                gap = difference(ours, theirs)
+                found[gap.sign].append(f"`{method}` {gap.value:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})")
+        told = [
+            f"{word} {', '.join(found[sign])}"
+            for sign, word in ((1, "beats"), (0, "ties"), (-1, "loses to"))
+            if found[sign]
+        ]
+        lines.append(f"- **{model}**: {'; '.join(told)}.")
+    return lines
+
+
+def _document(mini: list[Result], results: list[Result]) -> str:
+    parts = [
+        "# Results",
+        "Made by `make tables` from the files in `results/`; nothing here is typed by hand. A score is in percent, "
+        "with its 95 % bootstrap interval over the task's items. What each metric is: `src/kvembed/scoring.py`. `mini` "
+        "is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut to 1,024 tokens. Seconds are "
+        "those of a busy shared machine; tokens tell the cost better.",
+        "## Is the harness right?",
+        "all-MiniLM-L6-v2 on the full sets, against its public scores:",
+        _proof(results),
+    ]
+    presets = _presets(mini)
+    references = {key: rows for key, rows in presets.items() if key[1] in REFERENCES}
+    for model in MODELS:
+        methods = _methods(presets, model)
+        if not methods:
+            continue
+        table = {method: presets[model, method] for method in methods}
+        table |= {f"{name} ({REFERENCES[method]})": rows for (name, method), rows in references.items()}
+        parts += [f"## {model}, `mini`", _machine(presets[model, methods[0]]), _scores(table), _differences(table)]
+    parts += [_long(results), _ablation([result for result in results if result.suite == "ablation"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _proof(results: list[Result]) -> str:
+    full = {r.task: r for r in results if r.suite == "full" and r.method == "sentence-transformer"}
+    lines = [
+        _row(["task", "metric", "n", "public", "ours", "difference", "allowed"]),
+        _row(["---", "---", *["---:"] * 5]),
+    ]
+    for task, public in PUBLISHED.items():
+        if task in full:
+            ours = full[task]
+            gap, allowed = ours.score - public, TOLERANCE.get(task, 0.1)
+            cells = [f"{public:.2f}", f"{ours.score:.2f}", f"{gap:+.2f}", f"{allowed}"]
+            lines.append(_row([task, ours.metric, str(ours.n), *cells]))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _machine(rows: list[Result]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0].versions.items())
+    return f"{rows[0].device}, {rows[0].hardware}; {versions}."
+
+
+def _scores(table: dict[str, list[Result]]) -> str:
+    tasks = sorted({result.task for rows in table.values() for result in rows})
+    lines = [
+        _row(["method", "mean", "passes", "tokens a text", "seconds", *tasks]),
+        _row(["---", *["---:"] * (4 + len(tasks))]),
+    ]
+    for method, rows in table.items():
+        scores = {result.task: f"{result.score:.1f} ± {(result.high - result.low) / 2:.1f}" for result in rows}
+        whole = _interval(mean(rows)) if len(rows) == len(tasks) else f"{len(rows)} of {len(tasks)} tasks"
+        costs = [str(rows[0].passes), f"{_tokens(rows):.0f}", f"{sum(r.seconds for r in rows):.0f}"]
+        lines.append(_row([method, whole, *costs, *(scores.get(task, "") for task in tasks)]))
+    cut = sum(result.truncated for result in next(iter(table.values())))
+    lines += ["", f"± is half the interval's width. Texts cut: {cut} with the first method of the table."]
+    return "\n".join(lines)
+
+
+def _differences(table: dict[str, list[Result]]) -> str:
+    """kv - method, task by task."""
+    ours = {result.task: result for result in table.get("kv", [])}
+    if not ours:
+        return ""
+    tasks = sorted(ours)
+    lines = ["`kv` minus the method, paired; **bold** where the interval leaves out 0:", ""]
+    lines += [_row(["method", "mean", *tasks]), _row(["---", *["---:"] * (1 + len(tasks))])]
+    for method, rows in table.items():
+        theirs = {result.task: result for result in rows}
+        if method != "kv" and set(theirs) == set(ours):
+            gaps = [difference(ours.values(), rows), *(difference([ours[task]], [theirs[task]]) for task in tasks)]
+            lines.append(_row([method, *map(_gap, gaps)]))
+    return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def _long(results: list[Result]) -> str:
+    """QMSum at growing limits: the same queries and documents, more of each document read."""
+    rows = [result for result in results if result.suite == "long"]
+    limits = sorted({result.config["max_tokens"] for result in rows})
+    parts = []
+    for model in MODELS:
+        cells = {(r.method, r.config["max_tokens"]): r for r in rows if r.model == model}
+        methods = [method for method in METHODS if any((method, limit) in cells for limit in limits)]
+        if not methods:
+            continue
+        lines = [
+            _row([f"{model}, method", *(f"{limit:,} tokens" for limit in limits)]),
+            _row(["---", *["---:"] * len(limits)]),
+        ]
+        for method in methods:
+            found = [cells.get((method, limit)) for limit in limits]
+            lines.append(_row([f"`{method}`", *(_score_and_cut(r) if r else "" for r in found)]))
+        parts.append("\n".join(lines))
+    if not parts:
+        return ""
+    title = "## Long text\n\nQMSum meetings found by their summaries, nDCG@10 (in brackets: documents that were cut)."
+    return "\n\n".join([title, *parts, "![](long.svg)"])
+
+
+def _score_and_cut(result: Result) -> str:
+    return f"{result.score:.1f} ± {(result.high - result.low) / 2:.1f} ({result.truncated})"
+
+
+def _ablation(results: list[Result]) -> str:
+    groups = by_method(results)
+    parts = []
+    for model in MODELS:
+        base = next((rows for (name, method, _), rows in groups.items() if (name, method) == (model, "kv")), None)
+        if base is None:
+            continue
+        tasks = sorted(result.task for result in base)
+        controls: list[tuple[str, list[Result]]] = []
+        windows: list[tuple[str, list[Result]]] = []
+        for (name, method, _), rows in groups.items():
+            if name == model and sorted(result.task for result in rows) == tasks:
+                (windows if method.startswith("window ") else controls).append((method, rows))
+        controls.sort(key=lambda pair: (pair[0].startswith("bias"), _bias(pair[1]), pair[0]))
+        lines = [
+            _row([f"{model}: control", "mean", "against `kv`", *tasks]),
+            _row(["---", *["---:"] * (2 + len(tasks))]),
+        ]
+        for method, rows in controls:
+            scores = {result.task: f"{result.score:.1f}" for result in rows}
+            gap = "" if rows is base else _gap(difference(rows, base))
+            lines.append(_row([method, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
+        parts.append("\n".join(lines))
+        if windows:
+            parts.append(_windows(model, windows, base))
+    if not parts:
+        return ""
+    title = "## Controls\n\n`kv` with one thing changed. **Bold**: the interval of the difference leaves out 0."
+    return "\n\n".join([title, *parts])
+
+
+def _bias(rows: list[Result]) -> float:
+    return float(rows[0].config["bias"])
+
+
+def _windows(model: str, windows: list[tuple[str, list[Result]]], base: list[Result]) -> str:
+    """Does the least intrinsic dimension pick a good window?"""
+    ranked = sorted(windows, key=lambda pair: -mean(pair[1]).value)
+    chosen = list(base[0].config["layers"])
+    place = next(i for i, (_, rows) in enumerate(ranked, 1) if list(rows[0].config["layers"]) == chosen)
+    best, rows = ranked[0]
+    gap = difference(rows, base)
+    return (
+        f"All {len(ranked)} windows of {len(chosen)} layers in {model}: intrinsic dimension picks "
+        f"{chosen[0]}-{chosen[-1]}, which is number {place} by score ({mean(base).value:.1f}). The best is "
+        f"{best.removeprefix('window ')} ({mean(rows).value:.1f}, that is {_gap(gap)}), the worst "
+        f"{ranked[-1][0].removeprefix('window ')} ({mean(ranked[-1][1]).value:.1f}).\n\n![](windows-{model}.svg)"
+    )
+
+
+def _gap(gap: Estimate) -> str:
+    text = f"{gap.value:+.1f}"
+    return f"**{text}**" if gap.sign else text
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.1f} ({estimate.low:.1f} to {estimate.high:.1f})"
+
+
+def _tokens(rows: list[Result]) -> float:
+    return sum(result.tokens for result in rows) / sum(result.texts for result in rows)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
