@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
-from conftest import NOTICES
+from conftest import NOTICES, SHARED
 from transformers import MistralConfig, MistralForCausalLM
 
 from kvembed import Embedder
+from kvembed.evaluate import evaluate
+from kvembed.subjects import sentence_transformer_subject
+from kvembed.tasks import load_tasks
 
 pytestmark = pytest.mark.real
 
@@ -135,3 +138,16 @@ def test_exact_from_1_to_2000_tokens_in_one_call(name, layers, window, backbone_
     texts = ["x", "Bees will swarm in May.", PROSE[:1500], PROSE[:9500]]
     assert 1850 < embedder.encode_with_report(texts).token_counts.max() < 2100
     assert_exact(embedder, texts, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_harness_gives_minilm_its_public_score(tmp_path, monkeypatch):
+    """all-MiniLM-L6-v2 on STS-B test is 82.03 on MTEB's leaderboard; the other tasks are in docs/results.md."""
+    data = SHARED / "eval-data"
+    weights = Path.home() / ".cache" / "kvembed-backbones" / "all-MiniLM-L6-v2"
+    if not data.is_dir() or not weights.is_dir():
+        pytest.skip(f"needs {data.name} and all-MiniLM-L6-v2 beside this checkout")
+    monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path))
+    (result,) = evaluate(sentence_transformer_subject(weights), load_tasks(data, ["stsb"]), suite="full")
+    assert result.n == 1379
+    assert result.score == pytest.approx(82.03, abs=0.1)

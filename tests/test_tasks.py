@@ -9,7 +9,7 @@ import re
 import pytest
 
 from kvembed import InputError
-from kvembed.tasks import MINI_CORPUS, load_tasks, mini
+from kvembed.tasks import MINI_CORPUS, load_tasks, mini, sample
 
 PAIR = {"s1": "a", "s2": "b", "score": 1.5}
 CORPUS = [
@@ -180,3 +180,15 @@ def test_a_small_task_stays_whole(put):
     put("x/queries", QUERIES)
     (task,) = load(put("x/qrels", QRELS))
     assert mini(task) == task
+
+
+def test_suites(put):
+    put("short/test", [PAIR | {"score": i} for i in range(300)])
+    put("long/corpus", [{"id": i, "text": f"d{i} " * 3000} for i in range(200)])
+    put("long/queries", [{"id": i, "text": f"q{i}"} for i in range(9)])
+    tasks = load(put("long/qrels", [{"qid": i, "did": i, "rel": 1} for i in range(9)]))
+    assert sample(tasks, "full") == tasks
+    assert [task.name for task in sample(tasks, "mini")] == ["long", "short"]
+    assert sample(tasks, "long") == [mini(tasks[0])]
+    with pytest.raises(InputError, match="no task has documents of 8,000 characters and more"):
+        sample(tasks[1:], "long")

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .console import interrupt_again, one_line_errors, print_explanation, print_json, print_line, print_table, quiet
+from .console import (
+    interrupt_again,
+    one_line_errors,
+    print_explanation,
+    print_json,
+    print_line,
+    print_results,
+    print_table,
+    quiet,
+)
 from .errors import InputError
 from .methods import METHODS
 
@@ -198,7 +207,10 @@ def evaluate(
     data: Annotated[Path | None, typer.Option("--data", help="Folder of task folders (.jsonl or .jsonl.gz).")] = None,
     mteb: Annotated[list[str] | None, typer.Option("--mteb", help="A task of MTEB; may be given again.")] = None,
     suite: Annotated[
-        Literal["mini", "full"], typer.Option("--suite", help="A fixed sample of every task, or everything.")
+        Literal["mini", "full", "long"],
+        typer.Option(
+            "--suite", help="A fixed sample of every task; everything; long documents at 512 to 4,096 tokens."
+        ),
     ] = "mini",
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be given again.")] = None,
     results: Annotated[Path | None, typer.Option("--results", help="Ledger to write to; what it has is kept.")] = None,
@@ -219,7 +231,7 @@ def evaluate(
 ) -> None:
     """Score a method on local tasks (STS, pairs, classification, clustering, reranking, retrieval) or on MTEB's."""
     with one_line_errors():
-        from .tasks import MINI_TOKENS, load_tasks, mini
+        from .tasks import LIMITS, load_tasks, sample
 
         if (data is None) == (not mteb):
             raise InputError("say what to score on: --data FOLDER, or --mteb TASK")
@@ -233,38 +245,25 @@ def evaluate(
             else:
                 print_table(["task", "score"], [[task, f"{value:.2f}"] for task, value in scores.items()])
             return
-        found = load_tasks(data, tasks or ())
-        if suite == "mini":
-            found = [mini(task) for task in found]
+        found = sample(load_tasks(data, tasks or ()), suite)
         from .evaluate import evaluate as run
         from .subjects import embedder_subject, sentence_transformer_subject, tfidf_subject
 
-        if reference == "tf-idf":
-            subject = tfidf_subject()
-        elif reference:
-            subject = sentence_transformer_subject(model, name)
+        if reference:
+            subjects = [tfidf_subject() if reference == "tf-idf" else sentence_transformer_subject(model, name)]
         else:
             embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
-            if suite == "mini" and max_tokens is None and embedder.max_tokens > MINI_TOKENS:
-                embedder = embedder.replace(max_tokens=MINI_TOKENS)
-            subject = embedder_subject(embedder, name or _label(model))
+            limits = [limit for limit in LIMITS[suite] if limit < embedder.max_tokens] if max_tokens is None else []
+            limited = [embedder.replace(max_tokens=limit) for limit in limits] or [embedder]
+            subjects = [embedder_subject(one, name or _label(model)) for one in limited]
         done = []
-        for result in run(subject, found, suite=suite, results=results, vectors=vectors, progress=True):
-            done.append(result)
+        for subject in subjects:
+            rows = list(run(subject, found, suite=suite, results=results, vectors=vectors, progress=True))
+            done += rows
+            if not as_json:
+                print_results(rows)
         if as_json:
             print_json([dataclasses.asdict(result) for result in done])
-            return
-        print_table(
-            ["task", "metric", "score", "95 %", "n", "cut"],
-            [
-                [r.task, r.metric, f"{r.score:.2f}", f"{r.low:.1f}-{r.high:.1f}", str(r.n), str(r.truncated)]
-                for r in done
-            ],
-        )
-        mean = sum(result.score for result in done) / len(done)
-        print_line(
-            f"{subject.model}, {subject.method}: mean {mean:.2f} over {len(done)} tasks, config {subject.config_hash}"
-        )
 
 
 @app.command()

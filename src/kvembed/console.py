@@ -18,6 +18,7 @@ from .errors import KvembedError
 
 if TYPE_CHECKING:
     from .embedder import Explanation
+    from .results import Result
 
 __all__ = [
     "interrupt_again",
@@ -25,6 +26,7 @@ __all__ = [
     "print_explanation",
     "print_json",
     "print_line",
+    "print_results",
     "print_table",
     "quiet",
 ]
@@ -92,6 +94,18 @@ def print_table(head: list[str], body: list[list[str]]) -> None:
     for row in body:
         table.add_row(*map(Text, row))
     Console().print(table)
+
+
+def print_results(rows: list[Result]) -> None:
+    """Print one subject's scores, and their mean."""
+    body = [[r.task, r.metric, f"{r.score:.2f}", f"{r.low:.1f}-{r.high:.1f}", str(r.n), str(r.truncated)] for r in rows]
+    print_table(["task", "metric", "score", "95 %", "n", "cut"], body)
+    one, mean = rows[0], sum(r.score for r in rows) / len(rows)
+    limit = one.config.get("max_tokens")
+    print_line(
+        f"{one.model}, {one.method}: mean {mean:.2f} over {len(rows)} tasks, "
+        f"{f'at most {limit:,} tokens, ' if limit else ''}config {one.config_hash}"
+    )
 
 
 def print_explanation(explanation: Explanation) -> None:

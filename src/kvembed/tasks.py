@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import random
+import statistics
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,14 +31,17 @@ from typing import Any, Literal
 from .errors import InputError
 from .files import why
 
-__all__ = ["MINI_TOKENS", "Kind", "Task", "load_tasks", "mini"]
+__all__ = ["LIMITS", "MINI_TOKENS", "Kind", "Task", "load_tasks", "mini", "sample"]
 
 Kind = Literal["sts", "pairs", "classification", "clustering", "reranking", "retrieval"]
 
 # The sizes of `mini`; a retrieval corpus is bounded by its characters, of each document at most MINI_DOCUMENT.
 MINI_PAIRS, MINI_TEST, MINI_TRAIN_PER_LABEL, MINI_CLUSTERING, MINI_RERANKING, MINI_QUERIES = 250, 500, 10, 1000, 34, 100
 MINI_CORPUS, MINI_DOCUMENT = 300_000, 4_000
-MINI_TOKENS = 1024  # longer texts are cut, and counted
+MINI_TOKENS = 1024
+# suite -> limits of tokens that it is run at; longer texts are cut, and counted. `full`: the model's own limit.
+LIMITS: dict[str, tuple[int, ...]] = {"mini": (MINI_TOKENS,), "full": (), "long": (512, 1024, 2048, 4096)}
+_LONG_DOCUMENT = 8_000  # characters of the median document of a task that belongs to `long`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,21 @@ def load_tasks(folder: Path, names: Sequence[str] = ()) -> list[Task]:
         raise InputError(f"no task {missing[0]!r} in {folder}; there are: {', '.join(known)}")
     wanted = {*names} or {home.name for home in homes}
     return [task for home in homes if wanted & {*_names(home)} for task in _load(home) if task.name in wanted]
+
+
+def sample(tasks: Sequence[Task], suite: str) -> list[Task]:
+    """What a suite takes: `mini` a fixed sample of each task, `full` all, `long` the sample of those with long texts.
+
+    Raises:
+        InputError: no task has long texts.
+    """
+    if suite == "full":
+        return list(tasks)
+    if suite == "long":
+        tasks = [task for task in tasks if statistics.median(map(len, task.documents)) >= _LONG_DOCUMENT]
+        if not tasks:
+            raise InputError(f"no task has documents of {_LONG_DOCUMENT:,} characters and more")
+    return [mini(task) for task in tasks]
 
 
 def mini(task: Task) -> Task:

@@ -1,0 +1,145 @@
+"""Means and paired differences with their intervals; tables that follow from the ledger alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvembed import METHODS, InputError
+from kvembed.results import Result, by_method, difference, mean, read_results, result_path
+from kvembed.tasks import MINI_TOKENS
+
+ROOT = Path(__file__).parent.parent
+
+
+def result(task="a", score=50.0, spread=1.0, seed=0, method="kv", model="smollm2", **changes):
+    draws = np.random.default_rng(seed).normal(0, 1, 500)
+    replicates = tuple((score + spread * (draws - draws.mean())).tolist())
+    config = METHODS[method].replace(max_tokens=MINI_TOKENS).to_dict() if method in METHODS else {}
+    fields = {
+        "suite": "mini",
+        "model": model,
+        "method": method,
+        "task": task,
+        "kind": "sts",
+        "metric": "spearman",
+        "score": score,
+        "low": score - 2 * spread,
+        "high": score + 2 * spread,
+        "n": 100,
+        "texts": 200,
+        "tokens": 4000,
+        "truncated": 0,
+        "passes": 1,
+        "seconds": 1.0,
+        "config": config,
+        "config_hash": f"{method}-hash",
+        "data": f"digest of {task}",
+        "device": "cpu",
+        "hardware": "a machine",
+        "versions": {"kvembed": "0"},
+        "replicates": replicates,
+    }
+    return Result(**fields | changes)
+
+
+def test_the_mean_of_tasks_is_surer_than_one():
+    tasks = [result(task=str(i), score=40.0 + i, seed=i) for i in range(9)]
+    whole = mean(tasks)
+    assert whole.value == pytest.approx(44)
+    assert whole.high - whole.low == pytest.approx(2 * 1.96 / 3, rel=0.15)  # a third of one task's
+
+
+def test_a_difference_is_paired():
+    ours = [result(task=task, score=50.0, spread=5, seed=i) for i, task in enumerate("ab")]
+    theirs = [result(task=task, score=49.0, spread=5, seed=i) for i, task in enumerate("ba"[::-1])]
+    gap = difference(ours, theirs)
+    assert gap.value == pytest.approx(1)
+    assert (gap.low, gap.high) == pytest.approx((1, 1))  # the same items go wrong on both sides
+    assert gap.sign == 1
+    assert difference(theirs, ours).sign == -1
+    unpaired = [result(task=task, score=49.0, spread=5, seed=9 + i) for i, task in enumerate("ab")]
+    assert difference(ours, unpaired).sign == 0
+
+
+@pytest.mark.parametrize("theirs", [[], [result("b")], [result("a"), result("b")], [result("a", data="other")]])
+def test_unlike_things_are_not_compared(theirs):
+    with pytest.raises(InputError, match="different tasks or data"):
+        difference([result("a")], theirs)
+
+
+def test_paths_and_groups(tmp_path):
+    for one in (result("a"), result("b"), result("a", method="mean"), result("a", model="org/name")):
+        path = result_path(tmp_path, one.suite, one.model, one.method, one.task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(one.to_json())
+    groups = by_method(read_results(tmp_path, "mini"))
+    assert {key[:2]: len(rows) for key, rows in groups.items()} == (
+        {("smollm2", "kv"): 2, ("smollm2", "mean"): 1, ("org/name", "kv"): 1}
+    )
+    assert read_results(tmp_path, "full") == []
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_tie_is_not_called_a_win(tables):
+    rows = []
+    for i, task in enumerate("abc"):
+        rows += [
+            result(task, 50.0, 5, seed=i),
+            result(task, 49.7, 5, seed=50 + i, method="mean"),
+            result(task, 40.0, 1, seed=i, method="last"),
+            result(task, 70.0, 1, seed=i, method="echo"),
+        ]
+    text = tables._summary(rows)
+    assert "- **smollm2**: beats `last` +10.0" in text
+    assert "; ties `mean` +0.3 (" in text
+    assert "; loses to `echo` -20.0 (" in text
+    assert "| `kv` | 1 | 50.0 (" in text
+
+
+def test_a_method_that_lacks_tasks_is_not_in_the_summary(tables):
+    rows = [result("a"), result("b"), result("a", method="mean")]
+    assert "`mean`" not in tables._summary(rows)
+    assert "1 of 2 tasks" in tables._document(rows, rows)
+
+
+def test_a_preset_with_changes_is_not_the_preset(tables):
+    changed = result("a", config=METHODS["mean"].replace(pooling="last").to_dict(), method="mean")
+    other_limit = result("a", config=METHODS["mean"].replace(max_tokens=512).to_dict(), method="mean")
+    assert tables._presets([changed]) == tables._presets([other_limit]) == {}
+    assert list(tables._presets([result("a", method="mean")])) == [("smollm2", "mean")]
+
+
+def test_stale_tables_fail(tables, tmp_path, monkeypatch, capsys):
+    for name in ("docs", "results"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "README.md").write_text(f"before\n{tables.BEGIN}\n{tables.END}\nafter\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    one = result("a")
+    path = result_path(tmp_path / "results", "mini", "smollm2", "kv-x", "a")
+    path.parent.mkdir(parents=True)
+    path.write_text(one.to_json())
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    assert tables.main() == 1
+    assert "README.md is stale" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    assert tables.main() == 0
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    assert tables.main() == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    path.write_text(result("a", score=51.0).to_json())
+    assert tables.main() == 1
