@@ -185,10 +185,14 @@ def test_a_small_task_stays_whole(put):
 def test_suites(put):
     put("short/test", [PAIR | {"score": i} for i in range(300)])
     put("long/corpus", [{"id": i, "text": f"d{i} " * 3000} for i in range(200)])
-    put("long/queries", [{"id": i, "text": f"q{i}"} for i in range(9)])
-    tasks = load(put("long/qrels", [{"qid": i, "did": i, "rel": 1} for i in range(9)]))
+    put("long/queries", [{"id": i, "text": f"q{i}"} for i in range(90)])
+    tasks = load(put("long/qrels", [{"qid": i, "did": i, "rel": 1} for i in range(90)]))
     assert sample(tasks, "full") == tasks
     assert [task.name for task in sample(tasks, "mini")] == ["long", "short"]
-    assert sample(tasks, "long") == [mini(tasks[0])]
-    with pytest.raises(InputError, match="no task has documents of 8,000 characters and more"):
+    (long,) = sample(tasks, "long")
+    assert len(long.documents) == 40
+    assert 0 < len(long.queries) < 40
+    for query, gains in zip(long.queries, long.relevant, strict=True):
+        assert long.documents[min(gains)].startswith(f"d{query[1:]} ")
+    with pytest.raises(InputError, match="no retrieval task has documents of 8,000 characters and more"):
         sample(tasks[1:], "long")

@@ -41,7 +41,8 @@ MINI_CORPUS, MINI_DOCUMENT = 300_000, 4_000
 MINI_TOKENS = 1024
 # suite -> limits of tokens that it is run at; longer texts are cut, and counted. `full`: the model's own limit.
 LIMITS: dict[str, tuple[int, ...]] = {"mini": (MINI_TOKENS,), "full": (), "long": (512, 1024, 2048, 4096)}
-_LONG_DOCUMENT = 8_000  # characters of the median document of a task that belongs to `long`
+# A retrieval task whose median document has this many characters belongs to `long`, with a sample of its documents.
+_LONG_DOCUMENT, _LONG_DOCUMENTS = 8_000, 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def load_tasks(folder: Path, names: Sequence[str] = ()) -> list[Task]:
 
 
 def sample(tasks: Sequence[Task], suite: str) -> list[Task]:
-    """What a suite takes: `mini` a fixed sample of each task, `full` all, `long` the sample of those with long texts.
+    """What a suite takes: `mini` a fixed sample of each task, `full` all, `long` some documents of those with long ones.
 
     Raises:
         InputError: no task has long texts.
@@ -109,10 +110,20 @@ def sample(tasks: Sequence[Task], suite: str) -> list[Task]:
     if suite == "full":
         return list(tasks)
     if suite == "long":
+        tasks = [task for task in tasks if task.kind == "retrieval"]
         tasks = [task for task in tasks if statistics.median(map(len, task.documents)) >= _LONG_DOCUMENT]
         if not tasks:
-            raise InputError(f"no task has documents of {_LONG_DOCUMENT:,} characters and more")
+            raise InputError(f"no retrieval task has documents of {_LONG_DOCUMENT:,} characters and more")
+        return [_few_documents(task) for task in tasks]
     return [mini(task) for task in tasks]
+
+
+def _few_documents(task: Task) -> Task:
+    """Some documents, and queries that are about these alone."""
+    draw = random.Random(zlib.crc32(f"long {task.name}".encode()))
+    kept = {*_sample(draw, range(len(task.documents)), _LONG_DOCUMENTS)}
+    about = [i for i, gains in enumerate(task.relevant) if kept >= {*gains}]
+    return _part(task, _sample(draw, about, MINI_QUERIES), sorted(kept))
 
 
 def mini(task: Task) -> Task:
@@ -148,6 +159,11 @@ def mini(task: Task) -> Task:
                 break
             kept.append(index)
         kept.sort()
+    return _part(task, asked, kept)
+
+
+def _part(task: Task, asked: Sequence[int], kept: Sequence[int]) -> Task:
+    """Some queries over some documents."""
     place = {document: i for i, document in enumerate(kept)}
     return dataclasses.replace(
         task,
