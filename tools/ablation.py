@@ -1,4 +1,4 @@
-"""Is the signal real? Controls of the slot, a bias sweep, and every window of layers against the one that ID chooses.
+"""Is the signal real? Controls of the slot, a bias sweep, and windows of layers against the one that ID chooses.
 
 Runs on three tasks of `mini` (stsb, banking77, trecqa) and writes to the ledger under the suite `ablation`; a run that
 was stopped goes on where it was. `make tables` makes the tables and plots from it.
@@ -112,10 +112,13 @@ def main() -> None:
             subjects[control] = _controlled(kv.replace(), control, change, name)
     for bias in BIASES if "bias" in parts else ():
         subjects[f"bias {bias:g}"] = embedder_subject(kv.replace(bias=bias), name)
-    attention, width = kv.backbone.attention_layers, len(kv.config.layers or ())
-    for start in range(0, len(attention) - width + 1, 1 if len(attention) < 25 else 2) if "windows" in parts else ():
-        window = attention[start : start + width]
-        subjects[f"window {window[0]}-{window[-1]}"] = embedder_subject(kv.replace(layers=window), name)
+    attention, chosen = kv.backbone.attention_layers, kv.config.layers
+    step = 1 if len(attention) < 25 else 2
+    starts = range(0, len(attention) - len(chosen or ()) + 1)
+    for start in starts if "windows" in parts else ():
+        window = attention[start : start + len(chosen or ())]
+        if start % step == 0 or window == chosen:
+            subjects[f"window {window[0]}-{window[-1]}"] = embedder_subject(kv.replace(layers=window), name)
     for control, subject in subjects.items():
         subject = dataclasses.replace(subject, method=control)
         rows = list(evaluate(subject, tasks, suite="ablation", results=arguments.results, progress=True))

@@ -261,7 +261,7 @@ def _windows(model: str, windows: list[tuple[str, list[Result]]], base: list[Res
     best, rows = ranked[0]
     gap = difference(rows, base)
     return (
-        f"All {len(ranked)} windows of {len(chosen)} layers in {model}: intrinsic dimension picks "
+        f"Of {len(ranked)} windows of {len(chosen)} layers in {model}, intrinsic dimension picks "
         f"{chosen[0]}-{chosen[-1]}, which is number {place} by score ({mean(base).value:.1f}). The best is "
         f"{best.removeprefix('window ')} ({mean(rows).value:.1f}, that is {_gap(gap)}), the worst "
         f"{ranked[-1][0].removeprefix('window ')} ({mean(ranked[-1][1]).value:.1f}).\n\n![](windows-{model}.svg)"

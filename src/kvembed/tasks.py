@@ -102,7 +102,7 @@ def load_tasks(folder: Path, names: Sequence[str] = ()) -> list[Task]:
 
 
 def sample(tasks: Sequence[Task], suite: str) -> list[Task]:
-    """What a suite takes: `mini` a fixed sample of each task, `full` all, `long` some documents of those with long ones.
+    """What a suite takes: `mini` a fixed sample of each task, `full` all, `long` some documents if they are long.
 
     Raises:
         InputError: no task has long texts.
