@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow check families bench tables clean
+.PHONY: demo test test-slow check families bench results tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,11 @@ families: $(INSTALLED)
 # re-routed against plain forward time, ratios within one run
 bench: $(INSTALLED)
 	$(BIN)/python tools/overhead.py
+
+# results/: what the ledger lacks, for hours or days; DATA is a folder of tasks, MODELS as tools/results.py says
+results: $(INSTALLED)
+	$(BIN)/python tools/results.py --data $(DATA) $(MODELS)
+	$(BIN)/python tools/ablation.py --data $(DATA)
 
 # docs/results.md, its plots and README's table, from the files in results/
 tables: $(INSTALLED)

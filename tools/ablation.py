@@ -114,7 +114,7 @@ def main() -> None:
         subjects[f"bias {bias:g}"] = embedder_subject(kv.replace(bias=bias), name)
     attention, chosen = kv.backbone.attention_layers, kv.config.layers
     step = 1 if len(attention) < 25 else 2
-    starts = range(0, len(attention) - len(chosen or ()) + 1)
+    starts = range(len(attention) - len(chosen or ()) + 1)
     for start in starts if "windows" in parts else ():
         window = attention[start : start + len(chosen or ())]
         if start % step == 0 or window == chosen:

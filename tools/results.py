@@ -1,0 +1,61 @@
+"""Fill the ledger: every method on every backbone, and the references. Days of two cores; stop it and start it at will.
+
+    python tools/results.py --data ../shared/eval-data smollm2 gemma3-270m=FILE.gguf all-MiniLM-L6-v2=FOLDER
+
+A model is NAME or NAME=PATH, NAME being what tables call it. A folder with `modules.json` is a trained reference.
+`tools/ablation.py` does the controls; `make tables` makes tables and plots of it all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kvembed import Embedder
+from kvembed.evaluate import evaluate
+from kvembed.methods import METHODS
+from kvembed.subjects import Subject, embedder_subject, sentence_transformer_subject, tfidf_subject
+from kvembed.tasks import LIMITS, load_tasks, sample
+
+ROOT = Path(__file__).parent.parent
+SMALLEST = "smollm2"  # gets all methods, and the long texts
+SOME = ("kv", "prompt-eol", "weighted-mean", "mean", "token-prepending", "echo")
+PROOF = ("banking77", "scifact", "sts12", "sts13", "sts14", "stsb")
+
+
+def main() -> None:
+    """Run what the ledger lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--suite", choices=["mini", "long", "full"], action="append")
+    parser.add_argument("--method", action="append")
+    parser.add_argument("models", nargs="*", default=[SMALLEST])
+    arguments = parser.parse_args()
+    tasks = load_tasks(arguments.data)
+    for suite in arguments.suite or ("mini", "full", "long"):
+        for subject in _subjects(arguments.models, suite, arguments.method):
+            chosen = [task for task in sample(tasks, suite) if suite != "full" or task.name in PROOF]
+            rows = list(evaluate(subject, chosen, suite=suite, results=arguments.results, progress=True))
+            mean = sum(row.score for row in rows) / len(rows)
+            print(f"{mean:6.2f}  {suite}, {subject.model}, {subject.method}", flush=True)
+
+
+def _subjects(models: Sequence[str], suite: str, methods: Sequence[str] | None) -> Iterator[Subject]:
+    if suite == "mini" and methods is None:
+        yield tfidf_subject()
+    for model in models:
+        name, _, path = model.partition("=")
+        if path and (Path(path) / "modules.json").is_file():
+            if suite != "long" and methods is None:
+                yield sentence_transformer_subject(path, name)
+        elif suite == "mini" or (suite == "long" and name == SMALLEST):
+            for method in methods or (METHODS if name == SMALLEST else SOME):
+                embedder = Embedder.from_pretrained(path or name, method=method, dtype="bfloat16", progress=True)
+                for limit in LIMITS[suite]:
+                    yield embedder_subject(embedder.replace(max_tokens=limit), name)
+
+
+if __name__ == "__main__":
+    main()
