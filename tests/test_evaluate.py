@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import NOTICES
+from conftest import NOTICES, tiny
 from scipy.stats import spearmanr
 
 from kvembed import Embedder, InputError, ModelNotFound
@@ -59,11 +59,52 @@ def test_a_result_tells_all(subject, tmp_path):
 def test_nothing_is_done_twice(subject, tmp_path, monkeypatch):
     calls = []
     counted = recording(subject, calls)
-    first = run(counted, STS, RETRIEVAL, results=tmp_path)
-    assert len(calls) == len({*calls}) == len(first) * 0 + 20 + 20 + 4 - 10  # ten notices are in both tasks
+    first = run(counted, STS, results=tmp_path)
+    assert sorted(calls) == sorted(("document", text) for text in STS.documents)
+    run(counted, STS)  # no ledger, but the vectors are there
+    assert len(calls) == 20
     monkeypatch.setattr(module, "score", lambda *_: pytest.fail("scored again"))
-    assert run(counted, STS, RETRIEVAL, results=tmp_path) == first
-    assert len(calls) == 34
+    assert run(counted, STS, results=tmp_path) == first
+
+
+def test_batch_mates_do_not_depend_on_what_is_stored(subject, tmp_path, monkeypatch):
+    """In bfloat16 they matter a little, so a task's chunks are the same whether some of its texts are known or not."""
+    calls = []
+    run(subject, STS)
+    run(recording(subject, calls), RETRIEVAL)
+    assert [text for role, text in calls if role == "document"] == sorted(RETRIEVAL.documents, key=len, reverse=True)
+
+
+def test_another_model_under_the_same_name_is_another_result(subject, tokenizer, tmp_path):
+    other = embedder_subject(Embedder.from_model(tiny(seed=1), tokenizer, method="mean", max_tokens=12), "tiny")
+    (first,), (second,) = run(subject, STS, results=tmp_path), run(other, STS, results=tmp_path)
+    assert first.score != second.score
+    assert len(read_results(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "x" * 300])
+def test_a_name_that_can_be_no_folder(subject, tmp_path, name):
+    with pytest.raises(InputError, match="can't be the name of a folder in the ledger"):
+        run(dataclasses.replace(subject, model=name), STS, results=tmp_path)
+    run(dataclasses.replace(subject, model="../../org/name"), STS, results=tmp_path / "inside")
+    assert not list(tmp_path.glob("*.json"))
+    assert len(read_results(tmp_path / "inside")) == 1
+
+
+def test_places_that_can_not_be_written_to(subject, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: file exists"):
+        run(subject, STS, results=tmp_path / "file")
+    with pytest.raises(InputError, match="not a directory"):
+        run(subject, STS, vectors=tmp_path / "file" / "x")
+    monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "file"))
+    assert len(run(subject, STS)) == 1
+    assert "a stopped run will start afresh" in caplog.text
+    monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path))
+    (tmp_path / "embeddings").mkdir()
+    (tmp_path / "embeddings" / f"{subject.identity}.sqlite").write_text("garbage " * 100)
+    with pytest.raises(InputError, match="file is not a database; delete it"):
+        run(subject, STS)
 
 
 def test_other_data_or_another_config_is_another_result(subject, llama, tokenizer, tmp_path):
@@ -108,6 +149,7 @@ def test_exported_vectors_score_the_same(subject, tmp_path):
     assert tuple(texts) == STS.documents
     cosine = (vectors[:10] * vectors[10:]).sum(1)
     assert result.score == pytest.approx(100 * spearmanr(cosine, STS.gold).statistic, abs=1e-4)
+    assert json.loads((tmp_path / "sts" / "gold.json").read_text())["gold"] == list(STS.gold)
     run(subject, RETRIEVAL, vectors=tmp_path)
     assert np.load(tmp_path / "ret" / "query.npy").shape == (4, 48)
 
@@ -115,9 +157,16 @@ def test_exported_vectors_score_the_same(subject, tmp_path):
 def test_a_broken_ledger_file(subject, tmp_path):
     run(subject, STS, results=tmp_path)
     (path,) = tmp_path.glob("*/*/*/*.json")
-    path.write_text("{}")
-    with pytest.raises(InputError, match=r"sts\.json is not a result"):
+    good = json.loads(path.read_text())
+    for bad in ({}, [], 3, good | {"score": "x"}, good | {"replicates": []}, good | {"low": float("nan")}):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(InputError, match=r"sts\.json is not a result: \w+ is missing or not what it should be"):
+            read_results(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"sts\.json is not a result: "):
         read_results(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        read_results(tmp_path / "nowhere")
 
 
 def test_a_result_survives_json(subject, tmp_path):

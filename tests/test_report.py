@@ -39,6 +39,7 @@ def result(method="kv", task="stsb", score=50.0, **changes):
         "passes": 1,
         "seconds": 12.5,
         "config": config,
+        "identity": "0123456789abcdef",
         "config_hash": json.dumps(config, default=str),
         "data": f"digest of {task}",
         "device": "cpu, 2 threads, float32",

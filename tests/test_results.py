@@ -38,6 +38,7 @@ def result(task="a", score=50.0, spread=1.0, seed=0, method="kv", model="smollm2
         "seconds": 1.0,
         "config": config,
         "config_hash": f"{method}-hash",
+        "identity": f"{model} {method}",
         "data": f"digest of {task}",
         "device": "cpu",
         "hardware": "a machine",

@@ -114,3 +114,16 @@ def test_methods_are_paired():
     difference = np.subtract(first.replicates, second.replicates)
     assert difference.std() < 0.5 * np.std(first.replicates)
     assert first.replicates == score(task, at(*np.zeros(200), *angle), NONE).replicates
+
+
+def test_equal_texts_tie_whatever_the_rounding():
+    documents = np.random.default_rng(0).normal(size=(60, 50)).astype(np.float32)
+    twice = np.concatenate([documents, documents])
+    pairs = Task("t", "pairs", ("",) * 120, gold=tuple(i % 2 for i in range(60)))
+    assert score(pairs, twice, NONE).value == pytest.approx(50)
+    assert score(Task("t", "sts", ("",) * 120, gold=tuple(range(60))), twice, NONE).value == 0
+
+
+def test_an_interval_stays_within_what_can_be():
+    result = score(Task("t", "sts", ("",) * 6, gold=(1.0, 2.0, 3.0)), at(0, 0, 0, 10, 30, 20), NONE)
+    assert -100 <= result.low <= result.value <= result.high <= 100

@@ -97,8 +97,13 @@ BAD = [
     ("x/test", '{"query": "a", "positive": [], "negative": ["b"]}', "line 1: positive is empty"),
     ("x/test", '{"query": "a", "positive": "p", "negative": ["b"]}', "line 1: positive must be a list of strings"),
     ("x/test", '{"foo": 1}', "line 1: no task has the keys foo"),
-    ("x/test", "", "is empty"),
-    ("x/test", b"\xff\xfe", "broken file"),
+    ("x/test", "", "holds no rows"),
+    ("x/test", "\n \n", "holds no rows"),
+    ("x/test", '{"s1": "\\ud800", "s2": "b", "score": 1}', "line 1: s1 must be a string of valid Unicode"),
+    ("x/test", f'{{"s1": "a", "s2": "b", "score": {10**310}}}', "line 1: score must be a finite number"),
+    ("x/test", '{"text": "a", "label": true}', "line 1: label must be a string or a whole number"),
+    ("x/test", '{"query": "a", "positive": ["p"], "negative": ["p"]}', "line 1: 'p' is both positive and negative"),
+    ("x/test", b'{"foo": 1}\n\xff\xfe', "line 2: not UTF-8"),
     ("x/train", '{"text": "a", "label": "x"}', "holds neither test"),
 ]
 
@@ -123,7 +128,9 @@ def test_a_test_label_that_train_does_not_have(put):
     [
         ("qrels", [*QRELS, {"qid": "q9", "did": "d1", "rel": 1}], r"qrels.jsonl.gz, line 4: 'q9' is not in queries"),
         ("qrels", [*QRELS, {"qid": "q1", "did": "d9", "rel": 1}], r"qrels.jsonl.gz, line 4: 'd9' is not in corpus"),
-        ("qrels", [{"qid": "q1", "did": "d1", "rel": -1}], "line 1: rel must be 0, 1, 2, ..., not -1"),
+        ("qrels", [{"qid": "q1", "did": "d1", "rel": -1}], r"line 1: rel must be 0, 1, \.\.\. 1000, not -1"),
+        ("qrels", [{"qid": "q1", "did": "d1", "rel": 2**31}], "line 1: rel must be"),
+        ("qrels", [*QRELS, QRELS[0] | {"rel": 3}], "line 4: 'd2' has another rel for 'q1' above"),
         ("qrels", QRELS[:1], "no document is relevant to query 'q2'"),
         ("corpus", [*CORPUS, CORPUS[0]], r"corpus.jsonl.gz, line 4: id 'd1' appears twice"),
         ("queries", [{"id": None, "text": "q"}], "line 1: id must be a string or a whole number, not None"),
@@ -196,3 +203,19 @@ def test_suites(put):
         assert long.documents[min(gains)].startswith(f"d{query[1:]} ")
     with pytest.raises(InputError, match="no retrieval task has documents of 8,000 characters and more"):
         sample(tasks[1:], "long")
+
+
+def test_a_train_file_without_rows_is_not_clustering(put):
+    put("x/train", [], raw="\n")
+    folder = put("x/test", [{"text": "a", "label": "l"}, {"text": "b", "label": "m"}])
+    with pytest.raises(InputError, match=r"train.jsonl.gz: holds no rows"):
+        load(folder)
+    (folder / "x" / "train.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"has both train.jsonl.gz and train.jsonl"):
+        load(folder)
+
+
+def test_a_byte_order_mark_is_no_matter(put):
+    rows = "\r\n".join(json.dumps(PAIR | {"score": i}) for i in range(3))
+    (task,) = load(put("x/test", [], raw="\ufeff" + rows))
+    assert task.gold == (0, 1, 2)

@@ -130,7 +130,7 @@ def _controlled(embedder: Embedder, control: str, rerouting: type[Reroute], name
     subject = embedder_subject(embedder, name)
     config = subject.config | {"control": control}
     config_hash = hashlib.sha256(f"{subject.config_hash} {control}".encode()).hexdigest()[:16]
-    identity = f"{subject.identity}-{control}"
+    identity = hashlib.sha256(f"{subject.identity} {control}".encode()).hexdigest()[:16]
     return dataclasses.replace(subject, config=config, config_hash=config_hash, identity=identity)
 
 

@@ -249,6 +249,10 @@ def evaluate(
         from .evaluate import evaluate as run
         from .subjects import embedder_subject, sentence_transformer_subject, tfidf_subject
 
+        if reference and (method or layers or bias is not None or max_tokens):
+            raise InputError(
+                "--reference stands instead of a method: it takes no --method, --layers, --bias, --max-tokens"
+            )
         if reference:
             subjects = [tfidf_subject() if reference == "tf-idf" else sentence_transformer_subject(model, name)]
         else:

@@ -98,7 +98,9 @@ def print_table(head: list[str], body: list[list[str]]) -> None:
 
 def print_results(rows: list[Result]) -> None:
     """Print one subject's scores, and their mean."""
-    body = [[r.task, r.metric, f"{r.score:.2f}", f"{r.low:.1f}-{r.high:.1f}", str(r.n), str(r.truncated)] for r in rows]
+    body = [
+        [r.task, r.metric, f"{r.score:.2f}", f"{r.low:.1f} to {r.high:.1f}", str(r.n), str(r.truncated)] for r in rows
+    ]
     print_table(["task", "metric", "score", "95 %", "n", "cut"], body)
     one, mean = rows[0], sum(r.score for r in rows) / len(rows)
     limit = one.config.get("max_tokens")

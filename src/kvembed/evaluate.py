@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .config import Role
-from .files import Encoded, whole_file
+from .errors import InputError
+from .files import Encoded, whole_file, why
 from .models import cache_folder
 from .results import Result, result_path
 from .scoring import score
@@ -53,13 +55,19 @@ def evaluate(
         tasks: what to score it on.
         suite: `"mini"` or `"full"`; part of the result's name.
         results: folder of the ledger. None: nothing is written, nothing is skipped.
-        vectors: a folder to write each task's vectors to, in the order of its texts, for scoring elsewhere.
+        vectors: a folder to write each task's vectors to, in the order of its texts, with its gold, for scoring
+            elsewhere.
         progress: show a bar with the time left on a terminal.
+
+    Raises:
+        InputError: a folder can't be written to, or a name can't be a folder's.
 
     Yields:
         A result for each task.
     """
     todo = []
+    for folder in filter(None, (results, vectors)):
+        _check_folder(folder)
     for task in tasks:
         path = None if results is None else result_path(results, suite, subject.model, _label(subject), task.name)
         known = _known(path, subject, task) if path and vectors is None else None
@@ -78,15 +86,24 @@ def evaluate(
 
 
 def _label(subject: Subject) -> str:
-    return f"{subject.method.replace(' ', '-')}-{subject.config_hash[:8]}"
+    return f"{subject.method.replace(' ', '-')}-{subject.identity[:8]}"
+
+
+def _check_folder(folder: Path) -> None:
+    """That results will have a place is better known before hours of embedding."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: {why(error)}") from None
 
 
 def _known(path: Path, subject: Subject, task: Task) -> Result | None:
     if not path.is_file():
         return None
     known = Result.from_json(path)
-    same = known.config_hash == subject.config_hash and known.data == task.digest() and known.device == subject.device
-    return known if same else None
+    return known if (known.identity, known.data) == (subject.identity, task.digest()) else None
 
 
 def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any], vectors: Path | None) -> Result:
@@ -120,6 +137,7 @@ def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any]
         seconds=round(seconds, 2),
         config=subject.config,
         config_hash=subject.config_hash,
+        identity=subject.identity,
         data=task.digest(),
         device=subject.device,
         hardware=_hardware(),
@@ -140,13 +158,16 @@ class _Store:
         self._subject = subject
         path = ":memory:"
         if subject.fit is None:
-            folder = cache_folder() / "embeddings"
-            folder.mkdir(parents=True, exist_ok=True)
-            path = str(folder / f"{hashlib.sha256(subject.identity.encode()).hexdigest()[:24]}.sqlite")
-        self._base = sqlite3.connect(path, timeout=60)
-        self._base.execute(
-            "create table if not exists vectors (key blob primary key, vector blob, tokens int, cut int, seconds real)"
-        )
+            path = str(cache_folder() / "embeddings" / f"{subject.identity}.sqlite")
+        try:
+            if path != ":memory:":
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._base = _opened(path)
+        except (OSError, sqlite3.OperationalError) as error:
+            logger.warning("embeddings can't be stored in %s (%s): a stopped run will start afresh", path, error)
+            self._base = _opened(":memory:")
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"{path}: {error}; delete it") from None
 
     def close(self) -> None:
         self._base.close()
@@ -165,7 +186,9 @@ class _Store:
             encoded = self._subject.encode(texts, role)
             bar.update(_cost(texts))
             return encoded, time.perf_counter() - start
-        for chunk in _chunks(self.missing(texts, role)):
+        for chunk in _chunks(texts):
+            if not self.missing(chunk, role):
+                continue
             start = time.perf_counter()
             encoded = self._subject.encode(chunk, role)
             seconds = time.perf_counter() - start
@@ -192,11 +215,23 @@ def _key(text: str, role: Role) -> bytes:
     return hashlib.sha256(f"{role}\0{text}".encode()).digest()
 
 
-def _chunks(texts: list[str]) -> Iterator[list[str]]:
-    """Similar lengths together, so that little is padded; the longest first, so that the time left is not too low."""
+def _opened(path: str) -> sqlite3.Connection:
+    base = sqlite3.connect(path, timeout=60)
+    base.execute(
+        "create table if not exists vectors (key blob primary key, vector blob, tokens int, cut int, seconds real)"
+    )
+    return base
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Similar lengths together, so that little is padded; the longest first, so that the time left is not too low.
+
+    All of a task's texts, also those that are stored: in half precision a vector depends a little on its batch mates,
+    and these should not depend on what was run before.
+    """
     chunk: list[str] = []
     size = 0
-    for text in sorted(texts, key=len, reverse=True):
+    for text in sorted(dict.fromkeys(texts), key=len, reverse=True):
         if chunk and size + len(text) > _CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -216,7 +251,9 @@ def _bar(store: _Store, tasks: Sequence[Task], progress: bool) -> Iterator[tqdm[
     waiting: dict[tuple[Role, str], int] = {}
     for task in tasks:
         for role, texts in _inputs(task).items():
-            waiting |= {(role, text): _cost([text]) for text in store.missing(texts, role)}
+            for chunk in _chunks(texts):
+                if store.missing(chunk, role):
+                    waiting |= {(role, text): _cost([text]) for text in chunk}
     with tqdm(
         total=sum(waiting.values()), desc="embedding", unit="char", unit_scale=True, disable=None if progress else True
     ) as bar:
@@ -230,6 +267,9 @@ def _export(folder: Path, task: Task, encoded: dict[Role, Encoded]) -> None:
             np.save(file, encoded[role].vectors, allow_pickle=False)
         with whole_file(folder / f"{role}.jsonl") as file:
             file.writelines(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    gold = {"kind": task.kind, "gold": task.gold, "train": task.train, "relevant": task.relevant}
+    with whole_file(folder / "gold.json") as file:
+        file.write(json.dumps(gold).encode())
 
 
 def _hardware() -> str:

@@ -121,7 +121,7 @@ def _rows(results: Sequence[Result], columns: Sequence[Column]) -> list[_Row]:
     found: dict[tuple[str, str, str], dict[Column, Result]] = defaultdict(dict)
     for result in results:
         if (result.task, result.data) in columns:
-            found[result.model, result.method, result.config_hash][result.task, result.data] = result
+            found[result.model, result.method, result.identity + result.config_hash][result.task, result.data] = result
     first = [next(iter(row.values())) for row in found.values()]
     labels = _labels([(one.model if one.method in _REFERENCES else one.method, one.config) for one in first])
     rows = []

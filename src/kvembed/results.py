@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .scoring import REPLICATES
 
 __all__ = ["Estimate", "Result", "by_method", "difference", "mean", "read_results", "result_path"]
 
@@ -29,7 +31,8 @@ class Result:
         truncated: texts that were cut.
         passes: forward passes for a text.
         seconds: the model's, for these texts, each different one once.
-        config, config_hash: all that decides a vector.
+        config, config_hash: what was done to a text.
+        identity: 16 hex digits of weights, dtype and config: all that decides a vector.
         data: digest of the task's texts and gold.
         device: device, threads, dtype.
         hardware: name of the processor.
@@ -54,6 +57,7 @@ class Result:
     seconds: float
     config: Mapping[str, Any]
     config_hash: str
+    identity: str
     data: str
     device: str
     hardware: str
@@ -70,9 +74,31 @@ class Result:
         """Raises `InputError` if the file is not a result."""
         try:
             fields = json.loads(path.read_text())
-            return cls(**fields | {"replicates": tuple(fields["replicates"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is not a result: {error}") from None
+        for field in dataclasses.fields(cls):
+            if not isinstance(fields, dict) or not _CHECKS[str(field.type)](fields.get(field.name)):
+                raise InputError(f"{path} is not a result: {field.name} is missing or not what it should be")
+        known = {field.name for field in dataclasses.fields(cls)}
+        kept = {name: value for name, value in fields.items() if name in known}
+        return cls(**kept | {"replicates": tuple(fields["replicates"])})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# type of a field, as annotated -> what a value from JSON must be
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    "float": _is_number,
+    "Mapping[str, Any]": lambda value: isinstance(value, dict),
+    "Mapping[str, str]": lambda value: isinstance(value, dict) and all(isinstance(x, str) for x in value.values()),
+    "tuple[float, ...]": lambda value: (
+        isinstance(value, list) and len(value) == REPLICATES and all(map(_is_number, value))
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +135,10 @@ def difference(ours: Iterable[Result], theirs: Iterable[Result]) -> Estimate:
 
 
 def by_method(results: Iterable[Result]) -> dict[tuple[str, str, str], list[Result]]:
-    """Results grouped by (model, method, config hash), in the order they come."""
+    """Results grouped by (model, method, identity), in the order they come."""
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
-        groups.setdefault((result.model, result.method, result.config_hash), []).append(result)
+        groups.setdefault((result.model, result.method, result.identity), []).append(result)
     return groups
 
 
@@ -128,11 +154,21 @@ def _estimate(value: float, rows: Sequence[Sequence[float]]) -> Estimate:
 
 
 def result_path(folder: Path, suite: str, model: str, method: str, task: str) -> Path:
-    """`FOLDER/suite/model/method/task.json`."""
-    return folder / suite / model.replace("/", "--") / method / f"{task}.json"
+    """`FOLDER/suite/model/method/task.json`.
+
+    Raises:
+        InputError: a name can't be a folder's.
+    """
+    parts = [part.replace("/", "--") for part in (suite, model, method)]
+    for part in parts:
+        if part in ("", ".", "..") or len(part.encode()) > 120 or "\0" in part:
+            raise InputError(f"{part[:40]!r} can't be the name of a folder in the ledger")
+    return folder.joinpath(*parts, f"{task}.json")
 
 
 def read_results(folder: Path, suite: str | None = None) -> list[Result]:
-    """All results below a folder, sorted by path. Raises `InputError` for a file that is none."""
+    """All results below a folder, sorted by path. Raises `InputError` for a file that is none, or no folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
     pattern = f"{suite or '*'}/*/*/*.json"
     return [Result.from_json(path) for path in sorted(folder.glob(pattern))]

@@ -15,6 +15,7 @@ import numpy as np
 from .config import Role
 from .errors import InputError, ModelNotFound
 from .files import Encoded, needed
+from .models import bars_off
 
 if TYPE_CHECKING:
     from .embedder import Embedder
@@ -33,7 +34,7 @@ class Subject:
         method: a preset, or one of `REFERENCES`.
         config: what else decides its vectors, plain JSON types.
         config_hash: 16 hex digits.
-        identity: tells vectors apart in the cache: model weights, dtype and config.
+        identity: 16 hex digits that tell vectors apart: model weights, dtype and config.
         passes: forward passes for a text.
         device: where it runs, for the ledger.
         encode: (texts, role) -> vectors and token counts.
@@ -64,7 +65,7 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         method=embedder.config.method,
         config=embedder.config.to_dict(),
         config_hash=embedder.config.hash(),
-        identity=f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}",
+        identity=_digest(f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}"),
         passes=embedder.config.forward_passes,
         device=f"{device}, {dtype}",
         encode=lambda texts, role: embedder.encode_with_report(texts, role=role),
@@ -82,7 +83,8 @@ def sentence_transformer_subject(folder: str | os.PathLike[str], name: str | Non
     """
     library = needed("sentence_transformers", "eval")
     try:
-        model = library.SentenceTransformer(os.fspath(folder), device="cpu")
+        with bars_off():
+            model = library.SentenceTransformer(os.fspath(folder), device="cpu")
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"{folder}: can't be opened with sentence-transformers ({error})") from None
     transformer = model[0]
@@ -100,10 +102,9 @@ def sentence_transformer_subject(folder: str | os.PathLike[str], name: str | Non
         return Encoded(np.asarray(vectors, np.float32), lengths - cut, cut)
 
     name = name or Path(folder).name
-    digest = hashlib.sha256(name.encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.flatten()[:64].float().numpy().tobytes())
-    return _reference(name, "sentence-transformer", {"max_tokens": limit}, digest.hexdigest()[:16], encode)
+    few = b"".join(tensor.flatten()[:64].float().numpy().tobytes() for tensor in model.state_dict().values())
+    weights = hashlib.sha256(few).hexdigest()
+    return _reference(name, "sentence-transformer", {"max_tokens": limit}, weights, encode)
 
 
 def tfidf_subject() -> Subject:
@@ -120,7 +121,7 @@ def tfidf_subject() -> Subject:
         try:
             vectorizer.fit(texts)
         except ValueError as error:
-            raise InputError(f"TF-IDF: {error}") from None
+            raise InputError(f"TF-IDF of {len(texts)} texts, the first {texts[0]!r:.60}: {error}") from None
 
     return _reference("tf-idf", "tf-idf", {"sublinear_tf": True}, "", encode, fit)
 
@@ -133,7 +134,9 @@ def _reference(
     encode: Callable[[Sequence[str], Role], Encoded],
     fit: Callable[[Sequence[str]], None] | None = None,
 ) -> Subject:
-    told = json.dumps(config | {"method": method}, sort_keys=True)
-    config_hash = hashlib.sha256(told.encode()).hexdigest()[:16]
-    identity = f"{weights}-{config_hash}"
-    return Subject(model, method, config, config_hash, identity, 1, "cpu, float32", encode, fit)
+    config_hash = _digest(json.dumps(config | {"method": method}, sort_keys=True))
+    return Subject(model, method, config, config_hash, _digest(weights + config_hash), 1, "cpu, float32", encode, fit)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import math
+import os
 import random
 import statistics
 import zlib
@@ -89,9 +89,12 @@ def load_tasks(folder: Path, names: Sequence[str] = ()) -> list[Task]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    homes = sorted(path for path in folder.iterdir() if path.is_dir() and any(map(_is_data, path.iterdir())))
-    if not homes and any(map(_is_data, folder.iterdir())):
-        homes = [folder.resolve()]  # a single task
+    try:
+        homes = sorted(path for path in folder.iterdir() if path.is_dir() and any(map(_is_data, path.iterdir())))
+        if not homes and any(map(_is_data, folder.iterdir())):
+            homes = [folder.resolve()]  # a single task
+    except OSError as error:
+        raise InputError(f"{error.filename}: {why(error)}") from None
     if not homes:
         raise InputError(f"{folder}: no folder in it holds .jsonl or .jsonl.gz files")
     known = [name for home in homes for name in _names(home)]
@@ -123,6 +126,8 @@ def _few_documents(task: Task) -> Task:
     draw = random.Random(zlib.crc32(f"long {task.name}".encode()))
     kept = {*_sample(draw, range(len(task.documents)), _LONG_DOCUMENTS)}
     about = [i for i, gains in enumerate(task.relevant) if kept >= {*gains}]
+    if not about:
+        raise InputError(f"{task.name}: no query is about {_LONG_DOCUMENTS} sampled documents alone")
     return _part(task, _sample(draw, about, MINI_QUERIES), sorted(kept))
 
 
@@ -190,7 +195,10 @@ def _names(home: Path) -> list[str]:
 
 
 def _find(home: Path, stem: str) -> Path | None:
-    return next((path for path in (home / f"{stem}.jsonl.gz", home / f"{stem}.jsonl") if path.is_file()), None)
+    there = [path for path in (home / f"{stem}.jsonl.gz", home / f"{stem}.jsonl") if os.path.lexists(path)]
+    if len(there) > 1:
+        raise InputError(f"{home}: has both {there[0].name} and {there[1].name}")
+    return there[0] if there else None
 
 
 def _load(home: Path) -> Iterator[Task]:
@@ -221,26 +229,32 @@ Row = tuple[str, dict[str, Any]]  # where it is, for messages; what it holds
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    line_number = 0
+    line_number, empty = 0, True
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for line_number, line in enumerate(file, 1):
                 place = f"{path}, line {line_number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{place}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise InputError(f"{place}: not a JSON object")
-                yield place, row
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+                if line.strip():
+                    empty = False
+                    yield place, _object(place, line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}, after line {line_number}: broken file ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: {why(error)}") from None
-    if line_number == 0:
-        raise InputError(f"{path}: is empty")
+    if empty:
+        raise InputError(f"{path}: holds no rows")
+
+
+def _object(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise InputError(f"{place}: not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: not a JSON object")
+    return row
 
 
 def _value(row: Row, key: str, check: Callable[[Any], bool], what: str) -> Any:
@@ -253,8 +267,12 @@ def _value(row: Row, key: str, check: Callable[[Any], bool], what: str) -> Any:
 
 
 def _string(row: Row, key: str) -> str:
-    text: str = _value(row, key, lambda value: isinstance(value, str), "a string")
+    text: str = _value(row, key, _is_text, "a string of valid Unicode")
     return text
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _strings(row: Row, key: str) -> list[str]:
@@ -262,18 +280,22 @@ def _strings(row: Row, key: str) -> list[str]:
         _value(
             row,
             key,
-            lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+            lambda value: isinstance(value, list) and all(map(_is_text, value)),
             "a list of strings",
         )
     )
 
 
 def _number(row: Row, key: str) -> float:
-    return float(_value(row, key, lambda value: _is_number(value) and math.isfinite(value), "a finite number"))
+    return float(_value(row, key, lambda value: _is_number(value) and abs(value) < 1e300, "a finite number"))
 
 
 def _zero_or_one(row: Row, key: str) -> int:
     return int(_value(row, key, lambda value: _is_number(value) and value in (0, 1), "0 or 1"))
+
+
+def _is_name(value: object) -> bool:
+    return _is_text(value) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _is_number(value: object) -> bool:
@@ -290,9 +312,7 @@ def _pairs(name: str, kind: Kind, rows: list[Row], key: str, read: Callable[[Row
 
 def _labelled(name: str, train: list[Row], test: list[Row]) -> Task:
     rows = train + test
-    labels = [
-        str(_value(row, "label", lambda x: isinstance(x, str | int), "a string or a whole number")) for row in rows
-    ]
+    labels = [str(_value(row, "label", _is_name, "a string or a whole number")) for row in rows]
     if unseen := {*labels[len(train) :]} - {*labels[: len(train)]} if train else set():
         place = next(place for (place, _), label in zip(test, labels[len(train) :], strict=True) if label in unseen)
         raise InputError(f"{place}: label {sorted(unseen)[0]!r} has no row in train")
@@ -312,7 +332,8 @@ def _reranking(name: str, rows: list[Row]) -> Task:
             if not candidates:
                 raise InputError(f"{row[0]}: {key} is empty, so the query can't be scored")
             for text in candidates:
-                gains[documents.setdefault(text, len(documents))] = gain
+                if gains.setdefault(documents.setdefault(text, len(documents)), gain) != gain:
+                    raise InputError(f"{row[0]}: {text!r:.60} is both positive and negative")
         relevant.append(gains)
     queries = tuple(_string(row, "query") for row in rows)
     return Task(name, "reranking", tuple(documents), queries, relevant=tuple(relevant))
@@ -336,16 +357,17 @@ def _retrieval(name: str, corpus: Path, home: Path, queries: str) -> Task:
         query, document = _key(row, "qid"), _key(row, "did")
         if query not in gains or document not in places:
             where = query_file if query not in gains else corpus
-            raise InputError(f"{row[0]}: {query if query not in gains else document!r} is not in {where.name}")
-        whole = _value(row, "rel", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0, "0, 1, 2, ...")
-        gains[query][places[document]] = whole
+            raise InputError(f"{row[0]}: {(query if query not in gains else document)!r} is not in {where.name}")
+        gain = _value(row, "rel", lambda x: _is_number(x) and isinstance(x, int) and 0 <= x <= 1000, "0, 1, ... 1000")
+        if gains[query].setdefault(places[document], gain) != gain:
+            raise InputError(f"{row[0]}: {document!r} has another rel for {query!r} above")
     if missing := [key for key, row in gains.items() if not any(row.values())]:
         raise InputError(f"{judgement_file}: no document is relevant to query {missing[0]!r}")
     return Task(name, "retrieval", tuple(documents.values()), tuple(asked.values()), relevant=tuple(gains.values()))
 
 
 def _key(row: Row, key: str) -> str:
-    return str(_value(row, key, lambda value: isinstance(value, str | int), "a string or a whole number"))
+    return str(_value(row, key, _is_name, "a string or a whole number"))
 
 
 def _add(texts: dict[str, str], row: Row, text: str) -> None:
