@@ -40,7 +40,7 @@ def run(subject, *tasks, **options):
     return list(evaluate(subject, tasks, suite="full", **options))
 
 
-def test_a_result_tells_all(subject, tmp_path):
+def test_a_result_tells_all(subject, tmp_path, caplog):
     (result,) = run(subject, RETRIEVAL, results=tmp_path)
     encoded = [subject.encode(RETRIEVAL.documents, "document"), subject.encode(RETRIEVAL.queries, "query")]
     assert (result.model, result.method, result.task, result.suite) == ("tiny", "mean", "ret", "full")
@@ -54,6 +54,7 @@ def test_a_result_tells_all(subject, tmp_path):
     assert result.config["max_tokens"] == 12
     assert read_results(tmp_path) == [result]
     assert result.seconds > 0
+    assert caplog.text == ""  # that texts were cut is told once, in the result
 
 
 def test_nothing_is_done_twice(subject, tmp_path, monkeypatch):

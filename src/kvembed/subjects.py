@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +62,11 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
     device = embedder.model.device.type
     if device == "cpu":
         device += f", {torch.get_num_threads()} threads"
+
+    def encode(texts: Sequence[str], role: Role) -> Encoded:
+        with _without_warnings("kvembed.embedder"):  # cut texts are in the result
+            return embedder.encode_with_report(texts, role=role)
+
     return Subject(
         model=model,
         method=embedder.config.method,
@@ -68,8 +75,19 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         identity=_digest(f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}"),
         passes=embedder.config.forward_passes,
         device=f"{device}, {dtype}",
-        encode=lambda texts, role: embedder.encode_with_report(texts, role=role),
+        encode=encode,
     )
+
+
+@contextlib.contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def sentence_transformer_subject(folder: str | os.PathLike[str], name: str | None = None) -> Subject:
