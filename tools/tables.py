@@ -231,7 +231,7 @@ def _ablation(results: list[Result]) -> str:
         for (name, method, _), rows in groups.items():
             if name == model and sorted(result.task for result in rows) == tasks:
                 (windows if method.startswith("window ") else controls).append((method, rows))
-        controls.sort(key=lambda pair: (pair[0].startswith("bias"), _bias(pair[1]), pair[0]))
+        controls.sort(key=_control_order)
         lines = [
             _row([f"{model}: control", "mean", "against `kv`", *tasks]),
             _row(["---", *["---:"] * (2 + len(tasks))]),
@@ -241,6 +241,8 @@ def _ablation(results: list[Result]) -> str:
             gap = "" if rows is base else _gap(difference(rows, base))
             lines.append(_row([method, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
         parts.append("\n".join(lines))
+        if any(method.startswith("bias ") for method, _ in controls):
+            parts.append(f"![](bias-{model}.svg)")
         if windows:
             parts.append(_windows(model, windows, base))
     if not parts:
@@ -249,8 +251,12 @@ def _ablation(results: list[Result]) -> str:
     return "\n\n".join([title, *parts])
 
 
-def _bias(rows: list[Result]) -> float:
-    return float(rows[0].config["bias"])
+def _control_order(control: tuple[str, list[Result]]) -> tuple[int, float]:
+    """`kv`, then the controls by score, then the sweep by bias."""
+    method, rows = control
+    if method.startswith("bias "):
+        return 2, float(rows[0].config["bias"])
+    return (0, 0.0) if method == "kv" else (1, -mean(rows).value)
 
 
 def _windows(model: str, windows: list[tuple[str, list[Result]]], base: list[Result]) -> str:
