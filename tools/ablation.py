@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from kvembed import Embedder
 from kvembed.attention import Reroute
 from kvembed.evaluate import evaluate
 from kvembed.models import label
-from kvembed.subjects import Subject, embedder_subject
+from kvembed.results import mean
+from kvembed.subjects import Subject, digest, embedder_subject
 from kvembed.tasks import MINI_TOKENS, load_tasks, mini
 
 ROOT = Path(__file__).parent.parent
@@ -122,15 +122,14 @@ def main() -> None:
     for control, subject in subjects.items():
         subject = dataclasses.replace(subject, method=control)
         rows = list(evaluate(subject, tasks, suite="ablation", results=arguments.results, progress=True))
-        print(f"{sum(row.score for row in rows) / len(rows):6.2f}  {control}", flush=True)
+        print(f"{mean(rows).value:6.2f}  {control}", flush=True)
 
 
 def _controlled(embedder: Embedder, control: str, rerouting: type[Reroute], name: str) -> Subject:
     embedder.backbone.rerouting = rerouting
     subject = embedder_subject(embedder, name)
     config = subject.config | {"control": control}
-    config_hash = hashlib.sha256(f"{subject.config_hash} {control}".encode()).hexdigest()[:16]
-    identity = hashlib.sha256(f"{subject.identity} {control}".encode()).hexdigest()[:16]
+    config_hash, identity = digest(f"{subject.config_hash} {control}"), digest(f"{subject.identity} {control}")
     return dataclasses.replace(subject, config=config, config_hash=config_hash, identity=identity)
 
 

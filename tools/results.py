@@ -15,8 +15,9 @@ from pathlib import Path
 from kvembed import Embedder
 from kvembed.evaluate import evaluate
 from kvembed.methods import METHODS
-from kvembed.subjects import Subject, embedder_subject, sentence_transformer_subject, tfidf_subject
-from kvembed.tasks import LIMITS, load_tasks, sample
+from kvembed.results import mean
+from kvembed.subjects import Subject, at_limits, embedder_subject, sentence_transformer_subject, tfidf_subject
+from kvembed.tasks import load_tasks, sample
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = "smollm2"  # gets all methods, and the long texts
@@ -38,8 +39,7 @@ def main() -> None:
         for subject in _subjects(arguments.models, suite, arguments.method):
             chosen = [task for task in sample(tasks, suite) if suite != "full" or task.name in PROOF]
             rows = list(evaluate(subject, chosen, suite=suite, results=arguments.results, progress=True))
-            mean = sum(row.score for row in rows) / len(rows)
-            print(f"{mean:6.2f}  {suite}, {subject.model}, {subject.method}", flush=True)
+            print(f"{mean(rows).value:6.2f}  {suite}, {subject.model}, {subject.method}", flush=True)
 
 
 def _subjects(models: Sequence[str], suite: str, methods: Sequence[str] | None) -> Iterator[Subject]:
@@ -53,8 +53,8 @@ def _subjects(models: Sequence[str], suite: str, methods: Sequence[str] | None) 
         elif suite == "mini" or (suite == "long" and name == SMALLEST):
             for method in methods or (METHODS if name == SMALLEST else SOME):
                 embedder = Embedder.from_pretrained(path or name, method=method, dtype="bfloat16", progress=True)
-                for limit in LIMITS[suite]:
-                    yield embedder_subject(embedder.replace(max_tokens=limit), name)
+                for limited in at_limits(embedder, suite):
+                    yield embedder_subject(limited, name)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from figures import draw
 
 from kvembed.methods import METHODS
-from kvembed.results import Estimate, Result, by_method, difference, mean, read_results
+from kvembed.results import REFERENCES, Estimate, Result, by_method, difference, mean, read_results
 from kvembed.tasks import MINI_TOKENS
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +17,6 @@ BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->
 # Published scores of all-MiniLM-L6-v2 (MTEB leaderboard): what our harness has to give.
 PUBLISHED = {"sts12": 72.37, "sts13": 80.60, "sts14": 75.60, "stsb": 82.03, "banking77": 79.8, "scifact": 64.5}
 TOLERANCE = {"banking77": 0.5, "scifact": 0.5}
-REFERENCES = {"sentence-transformer": "trained", "tf-idf": "lexical"}
 # Fields that a preset leaves to the model, so that a result spells out what the preset does not.
 RESOLVED = {"kv": ["layers"], "bidirectional": ["layers"], "token-prepending": ["output_layer"]}
 MODELS = ("smollm2", "gemma3-270m", "qwen2.5-coder-0.5b")
@@ -58,7 +57,7 @@ def _is_preset(method: str, result: Result) -> bool:
     preset = METHODS[method].to_dict()
     if result.config["max_tokens"] not in (MINI_TOKENS, None):
         return False
-    free = {"max_tokens", *(name for name in ("layers", "output_layer") if name in RESOLVED.get(method, ()))}
+    free = {"max_tokens", *RESOLVED.get(method, ())}
     return all(result.config[name] == value for name, value in preset.items() if name not in free)
 
 

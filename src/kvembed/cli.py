@@ -231,7 +231,7 @@ def evaluate(
 ) -> None:
     """Score a method on local tasks (STS, pairs, classification, clustering, reranking, retrieval) or on MTEB's."""
     with one_line_errors():
-        from .tasks import LIMITS, load_tasks, sample
+        from .tasks import load_tasks, sample
 
         if (data is None) == (not mteb):
             raise InputError("say what to score on: --data FOLDER, or --mteb TASK")
@@ -247,7 +247,7 @@ def evaluate(
             return
         found = sample(load_tasks(data, tasks or ()), suite)
         from .evaluate import evaluate as run
-        from .subjects import embedder_subject, sentence_transformer_subject, tfidf_subject
+        from .subjects import at_limits, embedder_subject, sentence_transformer_subject, tfidf_subject
 
         if reference and (method or layers or bias is not None or max_tokens):
             raise InputError(
@@ -257,8 +257,7 @@ def evaluate(
             subjects = [tfidf_subject() if reference == "tf-idf" else sentence_transformer_subject(model, name)]
         else:
             embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
-            limits = [limit for limit in LIMITS[suite] if limit < embedder.max_tokens] if max_tokens is None else []
-            limited = [embedder.replace(max_tokens=limit) for limit in limits] or [embedder]
+            limited = at_limits(embedder, suite) if max_tokens is None else [embedder]
             subjects = [embedder_subject(one, name or _label(model)) for one in limited]
         done = []
         for subject in subjects:

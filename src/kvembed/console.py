@@ -98,14 +98,16 @@ def print_table(head: list[str], body: list[list[str]]) -> None:
 
 def print_results(rows: list[Result]) -> None:
     """Print one subject's scores, and their mean."""
+    from .results import mean
+
     body = [
         [r.task, r.metric, f"{r.score:.2f}", f"{r.low:.1f} to {r.high:.1f}", str(r.n), str(r.truncated)] for r in rows
     ]
     print_table(["task", "metric", "score", "95 %", "n", "cut"], body)
-    one, mean = rows[0], sum(r.score for r in rows) / len(rows)
+    one = rows[0]
     limit = one.config.get("max_tokens")
     print_line(
-        f"{one.model}, {one.method}: mean {mean:.2f} over {len(rows)} tasks, "
+        f"{one.model}, {one.method}: mean {mean(rows).value:.2f} over {len(rows)} tasks, "
         f"{f'at most {limit:,} tokens, ' if limit else ''}config {one.config_hash}"
     )
 

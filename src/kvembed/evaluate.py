@@ -172,12 +172,9 @@ class _Store:
     def close(self) -> None:
         self._base.close()
 
-    def missing(self, texts: Sequence[str], role: Role) -> list[str]:
-        """Those that are not stored, each once."""
-        if self._subject.fit is not None:
-            return list(texts)
-        unique = {_key(text, role): text for text in texts}
-        return [text for key, text in unique.items() if self._row("1", key) is None]
+    def lacks(self, texts: Sequence[str], role: Role) -> bool:
+        """Whether any of them is not stored."""
+        return any(self._row("1", _key(text, role)) is None for text in texts)
 
     def encode(self, texts: Sequence[str], role: Role, bar: tqdm[Any]) -> tuple[Encoded, float]:
         """Vectors of the texts, from the store or made now, and the seconds that the model took for them."""
@@ -187,7 +184,7 @@ class _Store:
             bar.update(_cost(texts))
             return encoded, time.perf_counter() - start
         for chunk in _chunks(texts):
-            if not self.missing(chunk, role):
+            if not self.lacks(chunk, role):
                 continue
             start = time.perf_counter()
             encoded = self._subject.encode(chunk, role)
@@ -252,7 +249,7 @@ def _bar(store: _Store, tasks: Sequence[Task], progress: bool) -> Iterator[tqdm[
     for task in tasks:
         for role, texts in _inputs(task).items():
             for chunk in _chunks(texts):
-                if store.missing(chunk, role):
+                if store.lacks(chunk, role):
                     waiting |= {(role, text): _cost([text]) for text in chunk}
     with tqdm(
         total=sum(waiting.values()), desc="embedding", unit="char", unit_scale=True, disable=None if progress else True

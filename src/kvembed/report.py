@@ -17,7 +17,7 @@ from . import __version__
 from .charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Axis, apart, chart, label_beside, line, linear_axis, log_axis, mark
 from .errors import InputError
 from .page import LINES, STEPS, box, page, safe
-from .results import Result
+from .results import REFERENCES, Result, mean
 
 if TYPE_CHECKING:
     from .embedder import Explanation
@@ -27,7 +27,6 @@ __all__ = ["report_html"]
 
 _NOTHING = "&ndash;"
 _TOKENS = 400  # shown of a text, lest the page grow to megabytes
-_REFERENCES = {"tf-idf": "lexical reference", "sentence-transformer": "trained reference"}
 
 Column = tuple[str, str]  # a task and the digest of its data: other data is another task
 
@@ -85,7 +84,8 @@ class _Row:
 
     @property
     def kind(self) -> str:
-        return _REFERENCES.get(self.done[0].method, "")
+        reference = REFERENCES.get(self.done[0].method)
+        return f"{reference} reference" if reference else ""
 
     @property
     def tokens(self) -> float:
@@ -105,7 +105,7 @@ def _tables(results: Sequence[Result]) -> list[_Table]:
     """For each suite and model, with the suite's references as far as they have the model's tasks."""
     groups: dict[Column, list[Result]] = defaultdict(list)
     for result in results:
-        groups[result.suite, "" if result.method in _REFERENCES else result.model].append(result)
+        groups[result.suite, "" if result.method in REFERENCES else result.model].append(result)
     tables = []
     for suite, model in sorted(groups):
         own, references = groups[suite, model], groups.get((suite, ""), []) if model else []
@@ -123,7 +123,7 @@ def _rows(results: Sequence[Result], columns: Sequence[Column]) -> list[_Row]:
         if (result.task, result.data) in columns:
             found[result.model, result.method, result.identity + result.config_hash][result.task, result.data] = result
     first = [next(iter(row.values())) for row in found.values()]
-    labels = _labels([(one.model if one.method in _REFERENCES else one.method, one.config) for one in first])
+    labels = _labels([(one.model if one.method in REFERENCES else one.method, one.config) for one in first])
     rows = []
     for label, cells in zip(labels, found.values(), strict=True):
         row = tuple(map(cells.get, columns))
@@ -133,13 +133,13 @@ def _rows(results: Sequence[Result], columns: Sequence[Column]) -> list[_Row]:
 
 def _mean(cells: Sequence[Result]) -> tuple[float, ...]:
     """Mean over tasks and, if every task has equally many replicates, its interval; nothing without finite scores."""
-    mean = float(np.mean([cell.score for cell in cells]))
-    ends = ()
-    if len({len(cell.replicates) for cell in cells} | {0}) == 2:
-        ends = tuple(np.percentile(np.mean([cell.replicates for cell in cells], axis=0), [2.5, 97.5]).tolist())
-    if not math.isfinite(mean):
+    value = float(np.mean([cell.score for cell in cells]))
+    if not math.isfinite(value):
         return ()
-    return (mean, *ends) if all(map(math.isfinite, ends)) else (mean,)
+    if len({len(cell.replicates) for cell in cells} | {0}) != 2:
+        return (value,)
+    whole = mean(cells)
+    return (value, whole.low, whole.high) if math.isfinite(whole.low) and math.isfinite(whole.high) else (value,)
 
 
 def _labels(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -391,7 +391,7 @@ def _facts(results: Sequence[Result], sweep: Sequence[Result]) -> str:
     facts = {
         "results": [f"{len(results)}" + (f", and {len(sweep)} of the sweep" if sweep else "")],
         "suites": [result.suite for result in every],
-        "models": [result.model for result in every if result.method not in _REFERENCES],
+        "models": [result.model for result in every if result.method not in REFERENCES],
         "hardware": [result.hardware for result in every],
         "device": [result.device for result in every],
         "made with": [f"{name} {version}" for result in every for name, version in result.versions.items()],

@@ -10,10 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from .errors import InputError
 from .scoring import REPLICATES
 
-__all__ = ["Estimate", "Result", "by_method", "difference", "mean", "read_results", "result_path"]
+__all__ = ["REFERENCES", "Estimate", "Result", "by_method", "difference", "mean", "read_results", "result_path"]
+
+# Methods that are no methods of ours, but stand beside them in every table, and what they are.
+REFERENCES = {"sentence-transformer": "trained", "tf-idf": "lexical"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Estimate:
 def mean(results: Iterable[Result]) -> Estimate:
     """The mean score over tasks."""
     results = list(results)
-    return _estimate(sum(r.score for r in results) / len(results), [r.replicates for r in results])
+    return _estimate([r.score for r in results], [r.replicates for r in results])
 
 
 def difference(ours: Iterable[Result], theirs: Iterable[Result]) -> Estimate:
@@ -130,8 +136,8 @@ def difference(ours: Iterable[Result], theirs: Iterable[Result]) -> Estimate:
     pairs = list(itertools.zip_longest(sorted(ours, key=_task), sorted(theirs, key=_task)))
     if not pairs or any(a is None or b is None or (a.task, a.data) != (b.task, b.data) for a, b in pairs):
         raise InputError("results of different tasks or data can't be compared")
-    rows = [[x - y for x, y in zip(a.replicates, b.replicates, strict=True)] for a, b in pairs]
-    return _estimate(sum(a.score - b.score for a, b in pairs) / len(pairs), rows)
+    rows = [np.subtract(a.replicates, b.replicates) for a, b in pairs]
+    return _estimate([a.score - b.score for a, b in pairs], rows)
 
 
 def by_method(results: Iterable[Result]) -> dict[tuple[str, str, str], list[Result]]:
@@ -146,11 +152,10 @@ def _task(result: Result) -> str:
     return result.task
 
 
-def _estimate(value: float, rows: Sequence[Sequence[float]]) -> Estimate:
+def _estimate(values: Sequence[float], replicates: Sequence[ArrayLike]) -> Estimate:
     """Replicates of different tasks are independent; their means are replicates of the mean."""
-    means = sorted(sum(column) / len(rows) for column in zip(*rows, strict=True))
-    low, high = (means[round(share * (len(means) - 1))] for share in (0.025, 0.975))
-    return Estimate(value, low, high)
+    low, high = np.percentile(np.mean(np.array(replicates), axis=0), [2.5, 97.5]).tolist()
+    return Estimate(float(np.mean(values)), low, high)
 
 
 def result_path(folder: Path, suite: str, model: str, method: str, task: str) -> Path:

@@ -18,13 +18,12 @@ from .config import Role
 from .errors import InputError, ModelNotFound
 from .files import Encoded, needed
 from .models import bars_off
+from .tasks import LIMITS
 
 if TYPE_CHECKING:
     from .embedder import Embedder
 
-__all__ = ["REFERENCES", "Subject", "embedder_subject", "sentence_transformer_subject", "tfidf_subject"]
-
-REFERENCES = ("sentence-transformer", "tf-idf")
+__all__ = ["Subject", "at_limits", "digest", "embedder_subject", "sentence_transformer_subject", "tfidf_subject"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Subject:
 
     Attributes:
         model: its name in tables.
-        method: a preset, or one of `REFERENCES`.
+        method: a preset, or one of `kvembed.results.REFERENCES`.
         config: what else decides its vectors, plain JSON types.
         config_hash: 16 hex digits.
         identity: 16 hex digits that tell vectors apart: model weights, dtype and config.
@@ -72,11 +71,17 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         method=embedder.config.method,
         config=embedder.config.to_dict(),
         config_hash=embedder.config.hash(),
-        identity=_digest(f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}"),
+        identity=digest(f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}"),
         passes=embedder.config.forward_passes,
         device=f"{device}, {dtype}",
         encode=encode,
     )
+
+
+def at_limits(embedder: Embedder, suite: str) -> list[Embedder]:
+    """The embedder at each of a suite's limits of tokens that it can take; as it is if there is none."""
+    limits = [limit for limit in LIMITS[suite] if limit < embedder.max_tokens]
+    return [embedder.replace(max_tokens=limit) for limit in limits] or [embedder]
 
 
 @contextlib.contextmanager
@@ -152,9 +157,10 @@ def _reference(
     encode: Callable[[Sequence[str], Role], Encoded],
     fit: Callable[[Sequence[str]], None] | None = None,
 ) -> Subject:
-    config_hash = _digest(json.dumps(config | {"method": method}, sort_keys=True))
-    return Subject(model, method, config, config_hash, _digest(weights + config_hash), 1, "cpu, float32", encode, fit)
+    config_hash = digest(json.dumps(config | {"method": method}, sort_keys=True))
+    return Subject(model, method, config, config_hash, digest(weights + config_hash), 1, "cpu, float32", encode, fit)
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """16 hex digits of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
