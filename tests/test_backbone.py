@@ -73,7 +73,7 @@ def test_exactly_one_decoder_forward_without_cache_head_or_hidden_states(llama):
     ids, lengths = backbone.pad([[5, 6, 7], [8]])
     calls.clear()
     try:
-        backbone.states(ids, lengths, EmbedConfig(layers=(1, 2), output_layer=3))
+        backbone.states(ids, lengths, EmbedConfig(layers=(1, 2)))
     finally:
         decoder_hook.remove()
         head_hook.remove()
@@ -93,6 +93,19 @@ def test_output_layer_reads_before_the_final_norm(llama):
         assert torch.equal(backbone.states(ids, lengths, EmbedConfig(output_layer=1)), hidden[2])
         assert torch.equal(backbone.states(ids, lengths, EmbedConfig()), hidden[-1])
         assert torch.equal(llama.model.norm(below_norm), hidden[-1])
+
+
+def test_no_layer_runs_above_the_one_that_is_read(llama):
+    backbone = Backbone(llama)
+    ids, lengths = backbone.pad([[5, 6, 7]])
+    ran = []
+    with backbone.observing({index: lambda _, index=index: ran.append(index) for index in range(5)}):
+        backbone.states(ids, lengths, EmbedConfig(layers=(1, 4), output_layer=2))
+        assert ran == [0, 1, 2]
+        betas = {}  # wanted of every re-routed layer
+        backbone.states(ids, lengths, EmbedConfig(layers=(1, 4), output_layer=2), betas)
+    assert ran[3:] == [0, 1, 2, 3, 4]
+    assert sorted(betas) == [1, 4]
 
 
 @pytest.mark.parametrize("layers", [[5], [0, 99]])

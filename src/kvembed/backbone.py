@@ -171,7 +171,7 @@ class Backbone:
         betas: dict[int, Tensor] | None = None,
         placeholders: Tensor | None = None,
     ) -> Tensor:
-        """One forward of the decoder: no head, no cache, no stack of hidden states.
+        """One forward of the decoder: no head, no cache, no stack of hidden states, no layer above the one to read.
 
         Args:
             ids: (B,n) int64, right-padded.
@@ -186,14 +186,19 @@ class Backbone:
         kept: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the model's own dtype, always
-            if config.output_layer is not None:
-                stack.enter_context(self.observing({config.output_layer: kept.append}))
             if config.layers:
                 stack.enter_context(self._attention_changed(lengths, config, betas))
             if config.prepend_layers and placeholders is not None:
                 stack.enter_context(self._prepending(lengths - 1, placeholders, config.prepend_layers))
+            if config.output_layer is not None:
+                # `betas` are wanted of all layers, so then the forward goes on to the top
+                reader = kept.append if betas is not None else _stop
+                stack.enter_context(self.observing({config.output_layer: reader}))
             # No mask: with padding on the right, causality already hides it, and no (n,n) mask need be made.
-            output = self.decoder(input_ids=ids, use_cache=False)
+            try:
+                output = self.decoder(input_ids=ids, use_cache=False)
+            except _Reached as reached:
+                return reached.states
         states: Tensor = kept[0] if kept else output[0]
         return states
 
@@ -331,6 +336,17 @@ def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
         return hook(*args) if threading.get_ident() == owner else None
 
     return act
+
+
+class _Reached(Exception):
+    """The forward has come to the layer that is to be read; thrown from a hook there, since nothing else ends it."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+def _stop(states: Tensor) -> None:
+    raise _Reached(states)
 
 
 def _set(cell: list[Any], value: Any, *_: Any) -> None:
