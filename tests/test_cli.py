@@ -296,3 +296,38 @@ def test_report_is_one_page(run, folder, tmp_path):
     empty = run("report", tmp_path / "data", "-o", page)
     assert empty.exit_code == 1
     assert "holds no results; `kvembed eval --results" in empty.stderr
+
+
+def test_tune_and_its_file(run, folder, tmp_path):
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "t.safetensors"
+    corpus.write_text("\n".join(f"{number} {text}" for number in range(9) for text in NOTICES))
+    told = run("tune", folder, "--texts", corpus, "-o", out, "--dtype", "float32")
+    assert told.exit_code == 0, told.stderr
+    assert "read      mean over the text's own tokens, after layer 0" in told.stdout
+    assert f"to use    kvembed embed --method auto --fitted {out}" in told.stdout
+    info = json.loads(run("tune", folder, "--texts", corpus, "--json").stdout)
+    assert (info["texts"], info["dim"], len(info["views"])) == ("given", 48, 4)
+    options = ["--model", folder, "--method", "auto", "--fitted", out]
+    rows = [json.loads(line) for line in run("embed", *options, "--dim", 9, stdin="one\ntwo\n").stdout.splitlines()]
+    expected = Embedder.from_pretrained(folder, method="auto", fitted=out, dim=9).encode(["one", "two"])
+    np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-6)
+    assert "given texts" in run("explain", "text", *options).stdout
+    assert run("similarity", "a", "b", *options).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--method", "kv"], "kv has nothing to fit; auto has"),
+        (["-o", "t.npy"], "a transform is a .safetensors file"),
+        (["--texts", "few.txt"], "on 100 different texts or more, not 2"),
+        (["--texts", "no.txt"], "no.txt"),
+    ],
+)
+def test_tune_told_wrong(run, folder, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    result = run("tune", folder, *args)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") <= 2

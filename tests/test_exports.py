@@ -11,7 +11,7 @@ import kvembed
 def test_the_public_names():
     assert kvembed.__all__ == sorted(kvembed.__all__, key=lambda name: (not name.isupper(), name.startswith("_"), name))
     assert set(kvembed.__all__) == {
-        *("METHODS", "EmbedConfig", "Embedder", "Encoded", "Explanation", "__version__"),
+        *("METHODS", "EmbedConfig", "Embedder", "Encoded", "Explanation", "Readout", "__version__"),
         *("InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"),
     }
     assert all(getattr(kvembed, name) is not None for name in kvembed.__all__)
@@ -26,6 +26,6 @@ def test_importing_the_package_or_the_command_line_does_not_import_torch():
 def test_no_module_is_imported_by_one_it_imports():
     """No cycles: `python -c "import kvembed.X"` works for every module on its own."""
     names = ["attention", "backbone", "batching", "cli", "config", "embedder", "errors", "layers", "methods", "models"]
-    names += ["plots", "pooling", "prompts", "files", "writing"]
+    names += ["plots", "pooling", "prompts", "files", "transform", "tuning", "writing"]
     code = "; ".join(f"import kvembed.{name}" for name in reversed(names))
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -74,7 +74,7 @@ def test_the_curve_is_that_of_the_last_tokens_states(llama, tokenizer):
 
 def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypatch):
     backbone = Backbone(tiny(seed=5))
-    monkeypatch.setattr("kvembed.layers._COUNT", 40)
+    monkeypatch.setattr("kvembed.writing._COUNT", 40)
     first = choose_layers(backbone, tokenizer, "In: {text}", model="tiny")
     stored = list((models.cache_folder() / "profiles").iterdir())
     assert [Profile.from_json(path.read_text()) for path in stored] == [first]

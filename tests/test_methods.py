@@ -66,7 +66,8 @@ def expected(method, model, tokenizer, text):
     return unit(torch.stack([definition(model, tokenizer, t, text)[0][-1] for t in templates]).mean(0))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "kv"])  # kv: tests/test_embedder.py
+# kv: tests/test_embedder.py; auto: tests/test_transform.py
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("kv", "auto")])
 @torch.no_grad()
 def test_the_definition(plain, tokenizer, method):
     options = {"prepend_layers": (1, 2)} if method == "token-prepending" else {}

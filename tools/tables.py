@@ -8,9 +8,11 @@ from pathlib import Path
 
 from figures import draw
 
+from kvembed.config import EmbedConfig
 from kvembed.methods import METHODS
 from kvembed.results import REFERENCES, Estimate, Result, by_method, difference, mean, read_results
 from kvembed.tasks import MINI_TOKENS
+from kvembed.writing import SELF_WRITTEN
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
@@ -54,11 +56,14 @@ def _presets(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def _is_preset(method: str, result: Result) -> bool:
-    preset = METHODS[method].to_dict()
+    preset, unset = METHODS[method].to_dict(), EmbedConfig().to_dict()
+    if result.config.get("fitted_on", {}).get("texts", SELF_WRITTEN) != SELF_WRITTEN:
+        return False
     if result.config["max_tokens"] not in (MINI_TOKENS, None):
         return False
     free = {"max_tokens", *RESOLVED.get(method, ())}
-    return all(result.config[name] == value for name, value in preset.items() if name not in free)
+    # A result written before a field was there has it at its default.
+    return all(result.config.get(name, unset[name]) == value for name, value in preset.items() if name not in free)
 
 
 def _methods(presets: dict[tuple[str, str], list[Result]], model: str) -> list[str]:
@@ -92,25 +97,32 @@ def _summary(mini: list[Result]) -> str:
 
 
 def _verdicts(presets: dict[tuple[str, str], list[Result]], models: Sequence[str]) -> list[str]:
-    """Where `kv` wins, ties and loses: only an interval that leaves out 0 is called a win or a loss."""
-    lines = ["`kv` against each method, mean over the tasks (points, 95 % interval):", ""]
-    for model in models:
-        ours = presets.get((model, "kv"))
-        if not ours:
-            continue
-        found: dict[int, list[str]] = {1: [], 0: [], -1: []}
-        for method in METHODS:
-            theirs = presets.get((model, method))
-            if theirs and method != "kv" and {r.task for r in theirs} == {r.task for r in ours}:
-                gap = difference(ours, theirs)
-                found[gap.sign].append(f"`{method}` {gap.value:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})")
-        told = [
-            f"{word} {', '.join(found[sign])}"
-            for sign, word in ((1, "beats"), (0, "ties"), (-1, "loses to"))
-            if found[sign]
-        ]
-        lines.append(f"- **{model}**: {'; '.join(told)}.")
-    return lines
+    """Where `kv` and `auto` win, tie and lose: only an interval that leaves out 0 is called a win or a loss."""
+    lines: list[str] = []
+    for ours in ("kv", "auto"):
+        told = [_verdict(presets, model, ours) for model in models if (model, ours) in presets]
+        if told:
+            lines += [f"`{ours}` against each method, mean over the tasks (points, 95 % interval):", "", *told, ""]
+    return lines[:-1]
+
+
+def _verdict(presets: dict[tuple[str, str], list[Result]], model: str, ours: str) -> str:
+    rows = presets[model, ours]
+    rivals = {f"`{method}`": presets.get((model, method), []) for method in METHODS if method != ours}
+    if ours == "auto":
+        rivals |= {
+            "TF-IDF" if name == method else name: theirs
+            for (name, method), theirs in presets.items()
+            if method in REFERENCES
+        }
+    found: dict[int, list[str]] = {1: [], 0: [], -1: []}
+    for rival, theirs in rivals.items():
+        if {r.task for r in theirs} == {r.task for r in rows}:
+            gap = difference(rows, theirs)
+            found[gap.sign].append(f"{rival} {gap.value:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})")
+    words = {1: "beats", 0: "ties", -1: "loses to"}
+    told = [f"{word} {', '.join(found[sign])}" for sign, word in words.items() if found[sign]]
+    return f"- **{model}**: {'; '.join(told)}."
 
 
 def _document(mini: list[Result], results: list[Result]) -> str:

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import EmbedConfig
+    from .config import EmbedConfig, Readout
     from .embedder import Embedder, Explanation
     from .errors import InputError, KvembedError, ModelNotFound, OutOfMemory, UnsupportedModel
     from .files import Encoded
@@ -24,6 +24,7 @@ __all__ = [
     "KvembedError",
     "ModelNotFound",
     "OutOfMemory",
+    "Readout",
     "UnsupportedModel",
     "__version__",
 ]
@@ -34,6 +35,7 @@ _HOMES = {
     "Embedder": "embedder",
     "Encoded": "files",
     "Explanation": "embedder",
+    "Readout": "config",
     **dict.fromkeys(["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"], "errors"),
 }
 

@@ -170,6 +170,7 @@ class Backbone:
         config: EmbedConfig,
         betas: dict[int, Tensor] | None = None,
         placeholders: Tensor | None = None,
+        readers: Mapping[int, Callable[[Tensor], None]] | None = None,
     ) -> Tensor:
         """One forward of the decoder: no head, no cache, no stack of hidden states, no layer above the one to read.
 
@@ -179,6 +180,7 @@ class Backbone:
             config: what to change (layers, bias, slot, prepend_layers) and where to read (output_layer).
             betas: if given, filled as in `Reroute`.
             placeholders: (B,) int64, position of each text's `{pst}`; needed for `config.prepend_layers`.
+            readers: as in `observing`, for other layers' states.
 
         Returns:
             (B,n,D) in the model's dtype; the padding's rows are meaningless.
@@ -190,10 +192,10 @@ class Backbone:
                 stack.enter_context(self._attention_changed(lengths, config, betas))
             if config.prepend_layers and placeholders is not None:
                 stack.enter_context(self._prepending(lengths - 1, placeholders, config.prepend_layers))
+            stack.enter_context(self.observing(readers or {}))
             if config.output_layer is not None:
-                # `betas` are wanted of all layers, so then the forward goes on to the top
-                reader = kept.append if betas is not None else _stop
-                stack.enter_context(self.observing({config.output_layer: reader}))
+                above = betas is not None or any(layer > config.output_layer for layer in readers or ())
+                stack.enter_context(self.observing({config.output_layer: kept.append if above else _stop}))
             # No mask: with padding on the right, causality already hides it, and no (n,n) mask need be made.
             try:
                 output = self.decoder(input_ids=ids, use_cache=False)

@@ -20,6 +20,7 @@ from .console import (
     print_line,
     print_results,
     print_table,
+    print_tuned,
     quiet,
 )
 from .errors import InputError
@@ -48,6 +49,10 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 Role = Annotated[Literal["document", "query"], typer.Option("--role", help="Which template.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Cut longer texts. Default: the model's limit.")]
 BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", help="Padded tokens in a batch.")]
+Dim = Annotated[int | None, typer.Option("--dim", min=1, help="Keep the best dimensions of a method that orders them.")]
+Fitted = Annotated[
+    Path | None, typer.Option("--fitted", help="A transform that `kvembed tune -o` wrote. None: the stored one.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -76,6 +81,8 @@ def embed(
     bias: Bias = None,
     dtype: Dtype = "auto",
     role: Role = "document",
+    dim: Dim = None,
+    fitted: Fitted = None,
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -88,7 +95,7 @@ def embed(
             if output and output.exists() and file.exists() and output.samefile(file):
                 raise InputError(f"{output} is an input too; it would be overwritten")
         texts = read_texts(files or [], field)
-        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
+        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         write_vectors(embedder.encode_with_report(texts, role=role, progress=True), output)
 
 
@@ -106,6 +113,8 @@ def similarity(
     bias: Bias = None,
     dtype: Dtype = "auto",
     role: Role = "document",
+    dim: Dim = None,
+    fitted: Fitted = None,
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -114,7 +123,7 @@ def similarity(
         from .files import read_texts
 
         texts = texts or read_texts([])
-        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
+        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         vectors = embedder.encode(texts, role=role)
         rows = query or texts
         scores = embedder.similarity(embedder.encode_query(query) if query else vectors, vectors).tolist()
@@ -190,16 +199,52 @@ def explain(
     bias: Bias = None,
     dtype: Dtype = "auto",
     role: Role = "document",
+    fitted: Fitted = None,
     max_tokens: MaxTokens = None,
 ) -> None:
     """What happens to a text: prompt, tokens, layers, and how much each token reads the slot (beta)."""
     with one_line_errors():
-        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, None)
+        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, fitted=fitted)
         explanation = embedder.explain(text, role=role)
         if as_json:
             print_json(explanation.to_dict())
         else:
             print_explanation(explanation)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="smollm2, a hub id, a folder or a .gguf file.")] = "smollm2",
+    texts: Annotated[
+        Path | None,
+        typer.Option("--texts", help="Your unlabelled texts (.txt, .jsonl, .csv, .parquet). None: self-written."),
+    ] = None,
+    field: Annotated[str, typer.Option("--field", help="Key or column that holds the text.")] = "text",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the transform here (.safetensors), for --fitted.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="A method with a transform.")] = "auto",
+    layers: Layers = None,
+    bias: Bias = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Fit a method's transform to a model, with no labels: once, in minutes; a stopped run goes on where it was."""
+    with one_line_errors():
+        from .files import check_writable, read_texts
+        from .methods import preset
+
+        if preset(method).transform == "none":
+            raise InputError(f"{method} has nothing to fit; auto has")
+        if output is not None:
+            if output.suffix != ".safetensors":
+                raise InputError(f"{output}: a transform is a .safetensors file")
+            check_writable(output)
+        given = None if texts is None else read_texts([texts], field)
+        embedder = _embedder(model, method, layers, bias, dtype, texts=given)
+        if output is not None and embedder.transform is not None:
+            embedder.transform.save(output)
+        print_tuned(embedder, output, as_json=as_json)
 
 
 @app.command("eval")
@@ -226,6 +271,8 @@ def evaluate(
     layers: Layers = None,
     bias: Bias = None,
     dtype: Dtype = "auto",
+    dim: Dim = None,
+    fitted: Fitted = None,
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -238,7 +285,7 @@ def evaluate(
         if data is None:
             from .mteb_encoder import run_mteb
 
-            embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
+            embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
             scores = run_mteb(embedder, name or _label(model), mteb or [], progress=True)
             if as_json:
                 print_json(scores)
@@ -249,14 +296,15 @@ def evaluate(
         from .evaluate import evaluate as run
         from .subjects import at_limits, embedder_subject, sentence_transformer_subject, tfidf_subject
 
-        if reference and (method or layers or bias is not None or max_tokens):
+        if reference and (method or layers or bias is not None or max_tokens or dim or fitted):
             raise InputError(
-                "--reference stands instead of a method: it takes no --method, --layers, --bias, --max-tokens"
+                "--reference stands instead of a method: it takes no --method, --layers, --bias, --max-tokens, --dim, "
+                "--fitted"
             )
         if reference:
             subjects = [tfidf_subject() if reference == "tf-idf" else sentence_transformer_subject(model, name)]
         else:
-            embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens)
+            embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
             limited = at_limits(embedder, suite) if max_tokens is None else [embedder]
             subjects = [embedder_subject(one, name or _label(model)) for one in limited]
         done = []
@@ -284,6 +332,7 @@ def report(
     layers: Layers = None,
     bias: Bias = None,
     dtype: Dtype = "auto",
+    fitted: Fitted = None,
 ) -> None:
     """One HTML page from results: methods by tasks, cost, layers, bias, one text's attention, similarities."""
     with one_line_errors():
@@ -297,7 +346,7 @@ def report(
         if not found:
             raise InputError(f"{results}: holds no results; `kvembed eval --results {results}` writes some")
         listed = read_texts([texts]) if texts else []
-        embedder = _embedder(model, method, layers, bias, dtype, None, None) if text or listed else None
+        embedder = _embedder(model, method, layers, bias, dtype, fitted=fitted) if text or listed else None
         vectors = embedder.encode(listed) if embedder and listed else None
         page = report_html(
             [result for result in found if result.suite in ("mini", "full")],
@@ -343,10 +392,13 @@ def _embedder(
     layers: str | None,
     bias: float | None,
     dtype: str,
-    max_tokens: int | None,
-    batch_tokens: int | None,
+    max_tokens: int | None = None,
+    batch_tokens: int | None = None,
+    dim: int | None = None,
+    fitted: Path | None = None,
+    texts: list[str] | None = None,
 ) -> Embedder:
-    options: dict[str, Any] = {"bias": bias, "max_tokens": max_tokens}
+    options: dict[str, Any] = {"bias": bias, "max_tokens": max_tokens, "dim": dim}
     options = {name: value for name, value in options.items() if value is not None}
     if layers is not None:
         options["layers"] = _parse_layers(layers)
@@ -357,7 +409,14 @@ def _embedder(
     from .embedder import Embedder
 
     return Embedder.from_pretrained(
-        model, method=method, dtype=dtype, batch_tokens=batch_tokens, progress=True, **options
+        model,
+        method=method,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        fitted=fitted,
+        texts=texts,
+        progress=True,
+        **options,
     )
 
 

@@ -12,13 +12,32 @@ from typing import Any, Literal, get_args
 
 from .errors import InputError
 
-__all__ = ["Attention", "EmbedConfig", "MeanTokens", "Pooling", "Role", "SlotPosition"]
+__all__ = ["Attention", "EmbedConfig", "MeanTokens", "Pooling", "Readout", "Role", "SlotPosition", "TransformKind"]
 
 Role = Literal["document", "query"]
 Attention = Literal["reroute", "bidirectional"]
 Pooling = Literal["last", "mean", "weighted-mean", "hybrid"]
 MeanTokens = Literal["all", "content"]
 SlotPosition = Literal["last", "first"]
+TransformKind = Literal["none", "whiten"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Readout:
+    """One way to read a text's states; the fields are those of `EmbedConfig` with the same names.
+
+    Raises:
+        InputError: a field does not have one of the values given there.
+    """
+
+    pooling: Pooling = "mean"
+    mean_tokens: MeanTokens = "all"
+    output_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if self.output_layer is not None and not _is_whole(self.output_layer):
+            raise InputError(f"output_layer must be a whole number, not {self.output_layer!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +64,12 @@ class EmbedConfig:
             A text with no token of its own falls back on all.
         output_layer: `None`: the last layer's states after the final norm; `k`: the output of decoder layer `k`, before
             any final norm (the last layer's index gives the unnormed top); `-2`: the layer below the last.
+        more_readouts: further ways to read the same forward; together with the one above they are the views of a text
+            that the transform puts together.
+        transform: `"none"`: the read-out itself, the mean of it over several templates; `"whiten"`: every read-out
+            under every template is a view, and all are whitened and joined as `kvembed.transform` says, fitted on
+            unlabelled text.
+        dim: how many dimensions to keep of those that the transform gives, the best first. `None`: all.
         prepend_layers: layers, from 1, at whose input the state of the placeholder `{pst}`, which then stands once
             before the text in every template, is replaced by the last token's (Token Prepending). `()`: none.
         max_tokens: longest input in tokens, template included; a longer text is cut and counted. `None`: the model's
@@ -65,6 +90,9 @@ class EmbedConfig:
     pooling: Pooling = "mean"
     mean_tokens: MeanTokens = "all"
     output_layer: int | None = None
+    more_readouts: tuple[Readout, ...] = ()
+    transform: TransformKind = "none"
+    dim: int | None = None
     prepend_layers: tuple[int, ...] = ()
     max_tokens: int | None = None
 
@@ -74,16 +102,19 @@ class EmbedConfig:
             object.__setattr__(self, "layers", _indices("layers", self.layers, least=0))
         for role in get_args(Role):
             object.__setattr__(self, role, self._checked_templates(role))
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        _check_choices(self)
         object.__setattr__(self, "bias", _finite(self.bias))
         if not isinstance(self.slot_self, bool):
             raise InputError(f"slot_self must be true or false, not {self.slot_self!r}")
         if self.output_layer is not None and not _is_whole(self.output_layer):
             raise InputError(f"output_layer must be a whole number, not {self.output_layer!r}")
-        if self.max_tokens is not None and not (_is_whole(self.max_tokens) and self.max_tokens > 0):
-            raise InputError(f"max_tokens must be a whole number from 1, not {self.max_tokens!r}")
+        object.__setattr__(self, "more_readouts", _readouts(self.more_readouts))
+        for name in ("max_tokens", "dim"):
+            value = getattr(self, name)
+            if value is not None and not (_is_whole(value) and value > 0):
+                raise InputError(f"{name} must be a whole number from 1, not {value!r}")
+        if self.transform == "none" and (self.more_readouts or self.dim):
+            raise InputError(f"{'dim' if self.dim else 'more_readouts'} needs a transform, and transform is none")
 
     def _checked_templates(self, role: str) -> str | tuple[str, ...]:
         given = getattr(self, role)
@@ -105,6 +136,12 @@ class EmbedConfig:
             raise InputError(f"role must be document or query, not {role!r}")
         given = self.query if role == "query" else self.document
         return (given,) if isinstance(given, str) else given
+
+    @property
+    def readouts(self) -> tuple[Readout, ...]:
+        """All ways to read a forward, the one in the config's own fields first."""
+        own = Readout(pooling=self.pooling, mean_tokens=self.mean_tokens, output_layer=self.output_layer)
+        return (own, *self.more_readouts)
 
     @property
     def forward_passes(self) -> int:
@@ -148,7 +185,22 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "slot_position": get_args(SlotPosition),
     "pooling": get_args(Pooling),
     "mean_tokens": get_args(MeanTokens),
+    "transform": get_args(TransformKind),
 }
+
+
+def _check_choices(config: object) -> None:
+    for name, allowed in _CHOICES.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _readouts(given: Any) -> tuple[Readout, ...]:
+    try:
+        return tuple(part if isinstance(part, Readout) else Readout(**part) for part in given)
+    except TypeError:
+        raise InputError(f"more_readouts must be a list of read-outs, not {given!r}") from None
 
 
 def _is_whole(value: object) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -17,7 +18,10 @@ import typer
 from .errors import KvembedError
 
 if TYPE_CHECKING:
-    from .embedder import Explanation
+    from pathlib import Path
+
+    from .config import EmbedConfig
+    from .embedder import Embedder, Explanation
     from .results import Result
 
 __all__ = [
@@ -28,6 +32,7 @@ __all__ = [
     "print_line",
     "print_results",
     "print_table",
+    "print_tuned",
     "quiet",
 ]
 
@@ -112,6 +117,39 @@ def print_results(rows: list[Result]) -> None:
     )
 
 
+def print_tuned(embedder: Embedder, output: Path | None, *, as_json: bool) -> None:
+    """Print what a transform was fitted on, and what it joins."""
+    config, transform = embedder.config, embedder.transform
+    if transform is None:
+        return
+    if as_json:
+        views = [
+            {"template": template, **dataclasses.asdict(one)}
+            for template in config.templates("document")
+            for one in config.readouts
+        ]
+        print_json({**transform.info, "dim": transform.dim, "views": views, "output": output and str(output)})
+        return
+    for template in config.templates("document"):
+        print_line(f"template  {template!r}")
+    _print_readouts(config, transform.info)
+    use = f" --fitted {output}" if output else ""
+    print_line(f"to use    kvembed embed --method {config.method}{use}")
+
+
+def _print_readouts(config: EmbedConfig, fitted_on: Mapping[str, Any] | None) -> None:
+    for one in config.readouts:
+        place = "after the final norm" if one.output_layer is None else f"after layer {one.output_layer}"
+        tokens = " over the text's own tokens" if one.mean_tokens == "content" else ""
+        print_line(f"read      {one.pooling}{tokens}, {place}")
+    if fitted_on:
+        size = f"the best {config.dim} dimensions, " if config.dim else ""
+        print_line(
+            f"transform {config.transform}: {size}fitted on {fitted_on['count']} {fitted_on['texts']} texts "
+            f"({fitted_on['texts_sha256'][:8]}); what the read-outs agree on comes first"
+        )
+
+
 def print_explanation(explanation: Explanation) -> None:
     """Print a text's tokens, coloured by how much they read the slot, and what was done."""
     from rich.console import Console
@@ -131,11 +169,12 @@ def print_explanation(explanation: Explanation) -> None:
     console.print(line)
     cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
     print_line(f"tokens    {len(explanation.tokens)}; the text's own {end - first} are underlined{cut}")
-    print_line(f"method    {config.method}: {config.pooling} pooling, bias {config.bias:g}, config {config.hash()}")
+    print_line(f"method    {config.method}, config {config.hash()}")
+    _print_readouts(config, explanation.fitted_on)
     if not beta:
         print_line("layers    none re-routed")
         return
-    print_line(f"layers    {', '.join(map(str, beta))} re-routed")
+    print_line(f"layers    {', '.join(map(str, beta))} re-routed, bias {config.bias:g}")
     print_line(
         f"beta      share of attention on the slot, mean {sum(mean) / len(mean):.3f}; the deeper the colour the more"
     )

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import models
 from .backbone import Backbone
 from .batching import run_batches
-from .config import EmbedConfig, Role
+from .config import EmbedConfig, Readout, Role
 from .errors import InputError, KvembedError
-from .files import Encoded, whole_file
+from .files import Encoded, whole_file, why
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
 from .prompts import Prompt, Prompter
+from .transform import Transform
+from .tuning import FIT_TOKENS, UNBOUND, choose_transform, fitted_for
+from .writing import own_texts
 
 __all__ = ["Embedder", "Explanation"]
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "kvembed.json"
+TRANSFORM_FILE = "kvembed.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Explanation:
         tokens_cut: tokens of the text that were left out.
         config: the embedder's, layers spelled out.
         beta: layer -> for each token the share of its attention that goes to the slot, mean over heads, 0 to 1.
+        fitted_on: the transform's `info`, or None if the config has no transform.
     """
 
     prompt: str
@@ -57,6 +63,7 @@ class Explanation:
     tokens_cut: int
     config: EmbedConfig
     beta: dict[int, tuple[float, ...]]
+    fitted_on: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -80,6 +87,7 @@ class Embedder:
         tokenizer: its tokenizer, likewise.
         config: what is done to a text; layers spelled out.
         backbone: the model as kvembed sees it.
+        transform: what the config's transform was fitted to, or None if it has none.
         dim: length of a vector.
         max_tokens: the longest prompt in tokens: the config's, or else the model's own limit.
     """
@@ -92,6 +100,7 @@ class Embedder:
         *,
         batch_tokens: int | None = None,
         texts: Sequence[str] | None = None,
+        transform: Transform | None = None,
         name: str = "",
         revision: str | None = None,
         progress: bool = False,
@@ -120,12 +129,13 @@ class Embedder:
         config = config.replace(layers=self.backbone.changed_layers(config))
         if config.prepend_layers and config.prepend_layers[-1] >= depth:
             raise InputError(f"prepend_layers go up to {config.prepend_layers[-1]}; the last layer is {depth - 1}")
-        if config.output_layer is not None:
-            if not -depth <= config.output_layer < depth:
-                raise InputError(f"output_layer is {config.output_layer}; the last layer is {depth - 1}")
-            config = config.replace(output_layer=config.output_layer % depth)
-        self.config = config
-        self.dim = self.backbone.dim
+        self.config = config = config.replace(
+            output_layer=_from_zero(config.output_layer, depth),
+            more_readouts=tuple(
+                dataclasses.replace(part, output_layer=_from_zero(part.output_layer, depth))
+                for part in config.more_readouts
+            ),
+        )
         limit = self.backbone.max_tokens
         if limit is None and tokenizer.model_max_length < 1e9:  # 1e30 stands for "not known"
             limit = tokenizer.model_max_length
@@ -133,6 +143,15 @@ class Embedder:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
         self.max_tokens = config.max_tokens or limit or 2**31
         self.batch_tokens = batch_tokens or (2048 if self.backbone.device.type == "cpu" else 16384)
+        self._texts = texts
+        self.transform: Transform | None = None
+        if transform is not None and config.transform == "none":
+            raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
+        if config.transform != "none":
+            self.transform = self._fitted(transform, progress)
+            if config.dim and config.dim > self.transform.dim:
+                raise InputError(f"dim is {config.dim}, but the transform gives {self.transform.dim} at most")
+        self.dim = self.backbone.dim if self.transform is None else config.dim or self.transform.dim
 
     @classmethod
     def from_pretrained(
@@ -145,6 +164,7 @@ class Embedder:
         revision: str | None = None,
         batch_tokens: int | None = None,
         texts: Sequence[str] | None = None,
+        fitted: str | os.PathLike[str] | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Embedder:
@@ -157,8 +177,10 @@ class Embedder:
             device: a torch device, or `"auto"`.
             revision: of a hub id.
             batch_tokens: padded tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
-            texts: calibration texts for choosing layers. Default: a stored profile, or text the model writes itself.
-            progress: show bars on a terminal while layers are chosen.
+            texts: unlabelled texts to choose layers by and to fit a transform on, if the method has one. Default: what
+                is stored for this model, or else text that the model writes itself.
+            fitted: a file with a transform (`Transform.save`, `kvembed tune -o`), instead of the stored one.
+            progress: show bars on a terminal while layers are chosen and a transform is fitted.
             options: fields of `EmbedConfig` to change, for example `layers=[20, 21, 22]`, `bias=1.0`, `max_tokens=512`.
 
         Raises:
@@ -172,6 +194,15 @@ class Embedder:
             config = _read_config(saved).replace(**options)
         else:
             config = preset(method or "kv", **options)
+        transform = None
+        own = saved.with_name(TRANSFORM_FILE)
+        if fitted is not None:
+            try:
+                transform = Transform.load(Path(fitted).expanduser())
+            except OSError as error:
+                raise InputError(f"{fitted}: {why(error)}") from None
+        elif method is None and texts is None and not options.keys() - UNBOUND and own.is_file():
+            transform = Transform.load(own)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
         return cls(
             model,
@@ -179,6 +210,7 @@ class Embedder:
             config,
             batch_tokens=batch_tokens,
             texts=texts,
+            transform=transform,
             name=models.label(source),
             revision=revision,
             progress=progress,
@@ -206,10 +238,23 @@ class Embedder:
     def replace(self, **options: Any) -> Embedder:
         """The same model under another config: some fields of `config` changed. Weights are shared, not copied.
 
+        A transform is kept if the change leaves it valid (`dim`, say), and else fitted anew on the same texts.
+
         Raises:
             InputError: bad option.
         """
-        return Embedder(self.model, self.tokenizer, self.config.replace(**options), batch_tokens=self.batch_tokens)
+        config = self.config.replace(**options)
+        transform = self.transform
+        if transform is not None and not transform.is_for(fitted_for(self.fingerprint(), config)):
+            transform = None
+        return Embedder(
+            self.model,
+            self.tokenizer,
+            config,
+            batch_tokens=self.batch_tokens,
+            texts=self._texts,
+            transform=transform,
+        )
 
     def encode(
         self, texts: str | Iterable[str], *, role: Role = "document", progress: bool = False
@@ -244,11 +289,50 @@ class Embedder:
 
     def encode_with_report(self, texts: Iterable[str], *, role: Role = "document", progress: bool = False) -> Encoded:
         """`encode`, with the token counts (over all templates, if there are several) and what was cut."""
-        by_template = self._prompts(texts, role)
-        count = len(by_template[0])
+        views, tokens, cut = self._views(texts, role, self.max_tokens, progress)
+        vectors = views.mean(1) if self.transform is None else self.transform(views, role, self.config.dim)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+        encoded = Encoded(vectors, tokens, cut)
+        if encoded.truncated:
+            logger.warning("%d of %d texts were cut to %d tokens", encoded.truncated, len(cut), self.max_tokens)
+        return encoded
+
+    def _fitted(self, transform: Transform | None, progress: bool) -> Transform:
+        """`transform` itself, or else the stored one, or one fitted now. Raises `InputError` if it is not for this."""
+        bound = fitted_for(self.backbone.fingerprint(), self.config)
+        if transform is not None:
+            if transform.is_for(bound):
+                return transform
+            raise InputError("the transform was fitted for another model, or for another config")
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        with tqdm(desc="fitting", unit="text", disable=None if progress else True) as bar:
+            return choose_transform(
+                bound,
+                [
+                    one.output_layer is not None
+                    for _ in self.config.templates("document")
+                    for one in self.config.readouts
+                ],
+                lambda texts, role: self._views(texts, role, min(FIT_TOKENS, self.max_tokens))[0],
+                lambda: own_texts(self.model, self.tokenizer, bound["fingerprint"], progress=progress),
+                texts=self._texts,
+                roles_alike=self.config.document == self.config.query,
+                report=report,
+            )
+
+    def _views(
+        self, texts: Iterable[str], role: Role, max_tokens: int, progress: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """Every read-out under every template: (n,V,D) float32; and (n,) tokens over all templates, (n,) tokens cut."""
+        by_template = self._prompts(texts, role, max_tokens)
+        count, readouts = len(by_template[0]), len(self.config.readouts)
         prompts = [prompt for rendered in by_template for prompt in rendered]
         lengths = [len(prompt.ids) for prompt in prompts]
-        vectors = np.zeros((count, self.dim), np.float32)
+        views = np.zeros((len(by_template), count, readouts, self.backbone.dim), np.float32)
 
         def run(batch: list[int]) -> torch.Tensor:
             return self._forward([prompts[i] for i in batch]).cpu()
@@ -257,19 +341,16 @@ class Embedder:
             total=sum(lengths), desc="embedding", unit="tok", unit_scale=True, disable=None if progress else True
         ) as bar:
             for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border):
-                np.add.at(vectors, [i % count for i in batch], rows.numpy())
+                template, text = np.divmod(batch, max(count, 1))
+                views[template, text] = rows.numpy()
                 bar.update(sum(lengths[i] for i in batch))
-        if not np.isfinite(vectors).all():
+        if not np.isfinite(views).all():
             raise KvembedError(
                 f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
             )
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
         tokens = np.array(lengths, np.int64).reshape(len(by_template), count).sum(0)
         cut = np.array([prompt.tokens_cut for prompt in prompts], np.int64).reshape(len(by_template), count).max(0)
-        encoded = Encoded(vectors, tokens, cut)
-        if encoded.truncated:
-            logger.warning("%d of %d texts were cut to %d tokens", encoded.truncated, count, self.max_tokens)
-        return encoded
+        return views.swapaxes(0, 1).reshape(count, len(by_template) * readouts, self.backbone.dim), tokens, cut
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
@@ -284,7 +365,7 @@ class Embedder:
         """
         prompt = self._prompts([text], role)[0][0]
         betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
-        self._states([prompt], betas)
+        self._forward([prompt], betas)
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
         return Explanation(
             prompt=prompt.text,
@@ -296,6 +377,7 @@ class Embedder:
             tokens_cut=prompt.tokens_cut,
             config=self.config,
             beta={layer: tuple(betas[layer][0].mean(0).tolist()) for layer in sorted(betas)},
+            fitted_on=None if self.transform is None else self.transform.info,
         )
 
     def fingerprint(self) -> str:
@@ -328,10 +410,12 @@ class Embedder:
                     shutil.copytree(path, target / path.name, dirs_exist_ok=True)
                 else:
                     os.replace(path, target / path.name)
+        if self.transform is not None:
+            self.transform.save(target / TRANSFORM_FILE)
         with whole_file(target / CONFIG_FILE) as file:
             file.write((json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
 
-    def _prompts(self, texts: Iterable[str], role: Role) -> list[list[Prompt]]:
+    def _prompts(self, texts: Iterable[str], role: Role, max_tokens: int | None = None) -> list[list[Prompt]]:
         """For each template, a prompt for each text."""
         if isinstance(texts, str | bytes):
             raise InputError("texts must be a list of strings, not one string")
@@ -339,23 +423,38 @@ class Embedder:
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"text {index} is a {type(text).__name__}, not a string")
-        return [self._prompter(texts, template, self.max_tokens) for template in self.config.templates(role)]
-
-    def _states(
-        self, prompts: Sequence[Prompt], betas: dict[int, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward of the decoder: states (B,n,D) and lengths (B,)."""
-        ids, lengths = self.backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
-        placeholders = torch.tensor([prompt.placeholder or 0 for prompt in prompts])  # (B,)
-        return self.backbone.states(ids, lengths, self.config, betas, placeholders), lengths
+        limit = max_tokens or self.max_tokens
+        return [self._prompter(texts, template, limit) for template in self.config.templates(role)]
 
     @torch.inference_mode()
-    def _forward(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """Pooled states: (B, dim) float32 on the model's device."""
-        states, lengths = self._states(prompts)
-        spans = torch.tensor([prompt.span for prompt in prompts], device=states.device)  # (B,2)
-        with torch.autocast(states.device.type, enabled=False):
-            return pool(states, lengths.to(states.device), spans, self.config.pooling, self.config.mean_tokens)
+    def _forward(self, prompts: Sequence[Prompt], betas: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+        """One forward of the decoder, pooled: (B, read-outs, D) float32."""
+        ids, lengths = self.backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
+        placeholders = torch.tensor([prompt.placeholder or 0 for prompt in prompts])  # (B,)
+        spans = torch.tensor([prompt.span for prompt in prompts])  # (B,2)
+        readouts = self.config.readouts
+        pooled: dict[Readout, torch.Tensor] = {}
+
+        def read(layer: int | None, states: torch.Tensor) -> None:
+            """Pools at once, so that no layer's states (B,n,D) outlive it."""
+            with torch.autocast(states.device.type, enabled=False):
+                for one in readouts:
+                    if one.output_layer == layer:
+                        device = states.device
+                        found = pool(states, lengths.to(device), spans.to(device), one.pooling, one.mean_tokens)
+                        pooled[one] = found.to(self.backbone.device)
+
+        main = self.config.output_layer
+        readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != main}
+        read(main, self.backbone.states(ids, lengths, self.config, betas, placeholders, readers))
+        return torch.stack([pooled[one] for one in readouts], 1)
+
+
+def _from_zero(layer: int | None, depth: int) -> int | None:
+    """A layer counted from the bottom. Raises `InputError` for one that is not there."""
+    if layer is not None and not -depth <= layer < depth:
+        raise InputError(f"output_layer is {layer}; the last layer is {depth - 1}")
+    return None if layer is None else layer % depth
 
 
 def _read_config(path: Path) -> EmbedConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -114,6 +115,8 @@ def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any]
     for role, texts in _inputs(task).items():
         encoded[role], spent = store.encode(texts, role, bar)
         seconds += spent
+        if subject.shorten is not None:
+            encoded[role] = dataclasses.replace(encoded[role], vectors=subject.shorten(encoded[role].vectors))
     if vectors is not None:
         _export(vectors / task.name, task, encoded)
     documents = encoded["document"].vectors
@@ -158,7 +161,7 @@ class _Store:
         self._subject = subject
         path = ":memory:"
         if subject.fit is None:
-            path = str(cache_folder() / "embeddings" / f"{subject.identity}.sqlite")
+            path = str(cache_folder() / "embeddings" / f"{subject.cached_as or subject.identity}.sqlite")
         try:
             if path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True)

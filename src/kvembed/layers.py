@@ -26,15 +26,11 @@ from .errors import InputError
 from .files import store
 from .models import cache_folder, label, load
 from .prompts import Prompter
-from .writing import write_texts
+from .writing import SELF_WRITTEN, own_texts, texts_digest
 
 __all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "shipped_profiles", "twonn", "window"]
 
 logger = logging.getLogger(__name__)
-
-SELF_WRITTEN = "self-written"
-_SEED = 0
-_COUNT = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +190,7 @@ def choose_layers(
         InputError: too few distinct texts, or a model that can't write any.
     """
     fingerprint = backbone.fingerprint()
-    source, digest = (SELF_WRITTEN, None) if texts is None else ("given", _digest(texts))
+    source, digest = (SELF_WRITTEN, None) if texts is None else ("given", texts_digest(texts))
 
     def fits(profile: Profile) -> bool:
         return (profile.fingerprint, profile.template, profile.texts) == (fingerprint, template, source) and digest in (
@@ -209,8 +205,7 @@ def choose_layers(
             return profile
     logger.info("choosing layers for %s by intrinsic dimension, once", model or backbone.model_type)
     if texts is None:
-        keep = cache_folder() / "texts" / f"{fingerprint}-{_SEED}.json"
-        texts = write_texts(backbone.model, tokenizer, count=_COUNT, seed=_SEED, cache=keep, progress=progress)
+        texts = own_texts(backbone.model, tokenizer, fingerprint, progress=progress)
     curve = id_curve(backbone, Prompter(tokenizer), texts, template, progress=progress)
     profile = Profile(
         model=model or backbone.model_type,
@@ -218,7 +213,7 @@ def choose_layers(
         fingerprint=fingerprint,
         template=template,
         texts=source,
-        texts_sha256=_digest(texts),
+        texts_sha256=texts_digest(texts),
         count=len(texts),
         curve=tuple(round(value, 4) for value in curve),
         attention_layers=backbone.attention_layers,
@@ -240,10 +235,6 @@ def profile_of(
     """`choose_layers` for a model by name (see `kvembed.models.load`)."""
     model, tokenizer = load(name, dtype=dtype, device=device)
     return choose_layers(Backbone(model), tokenizer, template, texts=texts, model=label(name), progress=progress)
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def shipped_profiles() -> list[Profile]:

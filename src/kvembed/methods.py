@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import EmbedConfig
+from .config import EmbedConfig, Readout
 from .errors import InputError
 
 __all__ = ["METHODS", "preset"]
 
+_COMPRESS = "{0}: {{text}}\nCompress the {0} in one word:"
 _PROMPT_EOL = 'This sentence : "{text}" means in one word:"'
 _PRETENDED_COT = 'After thinking step by step , this sentence : "{text}" means in one word:"'
 _KNOWLEDGE = (
@@ -55,8 +56,8 @@ METHODS: dict[str, EmbedConfig] = {
         # intrinsic dimension with bias 1, normalize((last + mean) / 2) over the last layer's states.
         EmbedConfig(
             method="kv",
-            document="Context: {text}\nCompress the Context in one word:",
-            query="Query: {text}\nCompress the Query in one word:",
+            document=_COMPRESS.format("Context"),
+            query=_COMPRESS.format("Query"),
             layers=None,
             bias=1.0,
             pooling="hybrid",
@@ -90,6 +91,18 @@ METHODS: dict[str, EmbedConfig] = {
         ),
         # MetaEOL (Lei et al. 2024, arXiv 2402.18458): the last token's states under eight task prompts, averaged.
         EmbedConfig(method="meta-eol", document=_META_TASKS, query=_META_TASKS, pooling="last"),
+        # Ours, for the best vectors: what the model would call a text in one word, asked in two ways, and its own
+        # tokens' states after the first layer, where words are still themselves. These views are whitened and joined
+        # by a transform (see `kvembed.transform`). Two templates, since no one template is good on every model;
+        # nothing is re-routed, since that adds nothing that could be told from chance once the views are whitened.
+        EmbedConfig(
+            method="auto",
+            document=(_PROMPT_EOL, _COMPRESS.format("Context")),
+            query=(_PROMPT_EOL, _COMPRESS.format("Query")),
+            pooling="last",
+            more_readouts=(Readout(pooling="mean", mean_tokens="content", output_layer=0),),
+            transform="whiten",
+        ),
     )
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .config import Role
 from .errors import InputError, ModelNotFound
@@ -40,6 +41,8 @@ class Subject:
         device: where it runs, for the ledger.
         encode: (texts, role) -> vectors and token counts.
         fit: if given, called with all texts of a task before they are encoded; such vectors are not cached.
+        shorten: if given, what is done to vectors, from `encode` or the cache, before they are scored.
+        cached_as: the identity that vectors are cached under, if they are another's before `shorten`.
     """
 
     model: str
@@ -51,6 +54,8 @@ class Subject:
     device: str
     encode: Callable[[Sequence[str], Role], Encoded]
     fit: Callable[[Sequence[str]], None] | None = None
+    shorten: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    cached_as: str | None = None
 
 
 def embedder_subject(embedder: Embedder, model: str) -> Subject:
@@ -62,19 +67,36 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
     if device == "cpu":
         device += f", {torch.get_num_threads()} threads"
 
+    dim = embedder.config.dim
+    full = embedder.replace(dim=None) if dim else embedder  # fewer dimensions are the first ones of all
+
     def encode(texts: Sequence[str], role: Role) -> Encoded:
         with _without_warnings("kvembed.embedder"):  # cut texts are in the result
-            return embedder.encode_with_report(texts, role=role)
+            return full.encode_with_report(texts, role=role)
 
+    def shorten(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        cut = vectors[:, :dim]
+        shortened: NDArray[np.float32] = cut / np.linalg.norm(cut, axis=1, keepdims=True).clip(1e-12)
+        return shortened
+
+    def identity(one: Embedder) -> str:
+        told = f"{one.fingerprint()}-{dtype}-{one.config.hash()}-{one.max_tokens}"
+        return digest(told if one.transform is None else f"{told}-{one.transform.digest()}")
+
+    fitted = {}
+    if embedder.transform is not None:
+        fitted = {"fitted_on": {name: embedder.transform.info[name] for name in ("texts", "texts_sha256", "count")}}
     return Subject(
         model=model,
         method=embedder.config.method,
-        config=embedder.config.to_dict(),
+        config=embedder.config.to_dict() | fitted,
         config_hash=embedder.config.hash(),
-        identity=digest(f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}"),
+        identity=identity(embedder),
         passes=embedder.config.forward_passes,
         device=f"{device}, {dtype}",
         encode=encode,
+        shorten=shorten if dim else None,
+        cached_as=identity(full),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,10 +16,36 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .errors import InputError
 from .files import store
+from .models import cache_folder
 
-__all__ = ["write_texts"]
+__all__ = ["SELF_WRITTEN", "own_texts", "texts_digest", "write_texts"]
 
 logger = logging.getLogger(__name__)
+
+SELF_WRITTEN = "self-written"  # where texts came from, in profiles and transforms; the other is "given"
+_SEED = 0
+_COUNT = 1000
+
+
+def own_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fingerprint: str, *, progress: bool = False
+) -> list[str]:
+    """About 1,000 short texts that the model wrote itself: from the cache, or written now and kept there.
+
+    Args:
+        model, tokenizer, progress: as in `write_texts`.
+        fingerprint: of the model's weights.
+
+    Raises:
+        InputError: as in `write_texts`.
+    """
+    keep = cache_folder() / "texts" / f"{fingerprint}-{_SEED}.json"
+    return write_texts(model, tokenizer, count=_COUNT, seed=_SEED, cache=keep, progress=progress)
+
+
+def texts_digest(texts: Sequence[str]) -> str:
+    """SHA-256 of the texts, joined by newlines, in hex."""
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def write_texts(
@@ -40,7 +68,8 @@ def write_texts(
         tokens: the longest text, in tokens.
         seed: the same seed on the same machine and dtype gives the same texts; torch's own generator is left as it was.
         batch: texts sampled at once.
-        cache: file to keep them in, and to read them from if it is there.
+        cache: file to keep them in, and to read them from if it is there. Beside it, what a stopped run had written;
+            the next run on a CPU goes on from there, and writes the same as if it had not been stopped.
         progress: show a bar on a terminal.
 
     Returns:
@@ -78,7 +107,11 @@ def write_texts(
         _own_sampling(model),
     ):
         torch.manual_seed(seed)
-        for _ in range(3 * count // batch + 3):
+        part = cache.with_suffix(".part") if cache is not None and model.device.type == "cpu" else None
+        asked = f"{count} {tokens} {seed} {batch}"
+        first = _resume(part, asked, texts) if part else 0
+        bar.update(min(len(texts), count))
+        for turn in range(first, 3 * count // batch + 3):
             rows = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
             for text in tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True):
                 text = text.strip().rstrip("\ufffd")  # half a character, cut off by the length limit
@@ -89,10 +122,32 @@ def write_texts(
                 written = list(texts)[:count]
                 if cache is not None:
                     store(cache, json.dumps(written, indent=0, ensure_ascii=False), "the texts")
+                if part:
+                    with contextlib.suppress(OSError):
+                        part.unlink()
                 return written
+            if part:
+                state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+                store(part, json.dumps({"asked": asked, "turn": turn, "rng": state, "texts": [*texts]}), "the texts")
     raise InputError(
         f"{type(model).__name__} wrote only {len(texts)} distinct texts; give layers=..., or calibration texts"
     )
+
+
+def _resume(part: Path, asked: str, texts: dict[str, None]) -> int:
+    """Take over what a stopped run left: its texts and torch's generator. Returns the turn to go on with."""
+    try:
+        left = json.loads(part.read_text(encoding="utf-8"))
+        if left["asked"] != asked:
+            return 0
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(left["rng"])), dtype=torch.uint8))
+        texts |= dict.fromkeys(left["texts"])
+        return int(left["turn"]) + 1
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        logger.warning("ignoring the damaged texts in %s: %s", part, error)
+        return 0
 
 
 @contextlib.contextmanager

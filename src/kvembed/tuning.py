@@ -1,0 +1,110 @@
+"""Tuning: the transform for a model and a config, stored, or else fitted now on unlabelled texts and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import EmbedConfig, Role
+from .errors import InputError
+from .files import whole_file
+from .models import cache_folder
+from .transform import Transform, fit
+from .writing import SELF_WRITTEN, texts_digest
+
+__all__ = ["FIT_TOKENS", "UNBOUND", "choose_transform", "fitted_for"]
+
+logger = logging.getLogger(__name__)
+
+FIT_TOKENS = 256  # of a calibration text; more would cost time, and say little more
+UNBOUND: dict[str, Any] = {"method": "custom", "dim": None, "max_tokens": None}  # fields that don't bear on a fit
+_FIT_TEXTS = 1000
+_PIECE = 100  # texts that are read at a time, and kept when a run is stopped
+
+
+def fitted_for(fingerprint: str, config: EmbedConfig) -> dict[str, str]:
+    """What a transform is bound to: the weights, and all of a config that bears on the views it was fitted on."""
+    views = config.replace(**UNBOUND)
+    return {"fingerprint": fingerprint, "config_hash": views.hash()}
+
+
+def choose_transform(
+    bound: dict[str, str],
+    inside: Sequence[bool],
+    read: Callable[[Sequence[str], Role], NDArray[np.float32]],
+    write: Callable[[], list[str]],
+    *,
+    texts: Sequence[str] | None = None,
+    roles_alike: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Transform:
+    """From the cache, or fitted now and cached. A run that is stopped keeps what it has read.
+
+    Args:
+        bound: see `fitted_for`.
+        inside: see `transform.fit`.
+        read: (texts, role) -> views (N,V,D), at most `FIT_TOKENS` tokens of each text.
+        write: gives texts that the model wrote itself; called if `texts` is None and nothing is in the cache.
+        texts: unlabelled texts, of which at most 1,000 different ones, drawn at random with a fixed seed, are used.
+        roles_alike: documents and queries are read alike, so each text is read once.
+        report: called with texts done and texts in all.
+
+    Raises:
+        InputError: too few different texts, or states that do not tell them apart (see `transform.fit`).
+    """
+    source = SELF_WRITTEN if texts is None else "given"
+    digest = None if texts is None else texts_digest(texts)
+    told = json.dumps([bound, source, digest], sort_keys=True)
+    cached = cache_folder() / "transforms" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
+    try:
+        return Transform.load(cached)
+    except FileNotFoundError:
+        pass
+    except (InputError, OSError) as error:
+        logger.warning("ignoring the damaged transform: %s", error)
+    logger.info("fitting a transform on %s texts, once", source)
+    found = list(dict.fromkeys(write() if texts is None else texts))
+    if len(found) > _FIT_TEXTS:
+        found = random.Random(0).sample(found, _FIT_TEXTS)
+    roles: list[Role] = ["document"] if roles_alike else ["document", "query"]
+    views: dict[Role, NDArray[np.float32]] = {}
+    pieces: list[Path] = []
+    for turn, role in enumerate(roles):
+        parts = []
+        for start in range(0, len(found), _PIECE):
+            piece = cached.with_suffix(f".{role}-{start}.npy")
+            parts.append(_kept(piece, lambda: read(found[start : start + _PIECE], role)))  # noqa: B023 (called at once)
+            pieces.append(piece)
+            report(turn * len(found) + min(start + _PIECE, len(found)), len(roles) * len(found))
+        views[role] = np.concatenate(parts)
+    views.setdefault("query", views["document"])
+    transform = fit(views, inside, bound | {"texts": source, "texts_sha256": digest or texts_digest(found)})
+    try:
+        transform.save(cached)
+    except OSError as error:
+        logger.warning("the transform could not be stored in %s: %s", cached.parent, error)
+    for piece in pieces:
+        piece.unlink(missing_ok=True)
+    return transform
+
+
+def _kept(path: Path, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+    """What a stopped run left in `path`, or else made now and left there."""
+    with contextlib.suppress(OSError, ValueError):
+        kept: NDArray[np.float32] = np.load(path, allow_pickle=False)
+        return kept
+    made = make()
+    with contextlib.suppress(OSError):  # then a stopped run starts again, no more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            np.save(file, made, allow_pickle=False)
+    return made

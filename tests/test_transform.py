@@ -1,0 +1,270 @@
+"""Transforms: the formulas written out once more, bad data, files; and tuning, which finds, fits and keeps them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import NOTICES, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvembed import Embedder, InputError
+from kvembed.transform import LEAST_TEXTS, Transform, fit
+from kvembed.tuning import choose_transform
+from kvembed.writing import write_texts
+
+TEXTS = [f"{one} {number}" for number in range(9) for one in NOTICES][:130]
+INSIDE = (False, True)
+
+
+def views(seed=0, texts=300, dim=8, shared=3):
+    """Two views of texts that have `shared` directions in common, with an offset and very unequal coordinates."""
+    draw = np.random.default_rng(seed)
+    common = draw.normal(size=(texts, shared))
+    both = [common @ draw.normal(size=(shared, dim)) + 0.5 * draw.normal(size=(texts, dim)) for _ in INSIDE]
+    return (np.stack(both, 1) * np.logspace(0, 2, dim) + 20).astype(np.float32)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_the_formulas():
+    read = views()
+    moved = read + np.float32([40, -40] * 4)
+    transform = fit({"document": read, "query": moved}, INSIDE, {}, shrink=0.2)
+    x = unit(read.astype(np.float64))
+    whitened = []
+    for v, inside in enumerate(INSIDE):
+        covariance = np.cov((x[:, v] - x[:, v].mean(0)).T)
+        target = np.diag(np.diag(covariance)) if inside else np.eye(8) * np.trace(covariance) / 8
+        shrunk = 0.8 * covariance + 0.2 * target
+        inverse = np.linalg.inv(np.linalg.cholesky(shrunk))  # any square root: rotations of a view cancel out
+        whitened.append(unit((x[:, v] - x[:, v].mean(0)) @ inverse.T))
+    side = np.hstack(whitened)
+    covariance = np.cov(side.T)
+    shrunk = 0.8 * covariance + 0.2 * np.eye(16) * np.trace(covariance) / 16
+    values, vectors = np.linalg.eigh(shrunk)
+    order = np.argsort(-values)[:8]
+    expected = (side @ vectors[:, order] * values[order] ** 0.25).astype(np.float32)
+    got = transform(read, "document")
+    np.testing.assert_allclose(got @ got.T, expected @ expected.T, atol=1e-4)
+    np.testing.assert_allclose(np.abs(got), np.abs(expected), atol=1e-3)
+    assert np.abs(transform(moved, "query").mean(0)).max() < np.abs(transform(moved, "document").mean(0)).max() / 3
+
+
+def test_what_the_views_share_comes_first():
+    """Two directions that both views have carry more than chance into the first two dimensions."""
+    draw = np.random.default_rng(1)
+    common = draw.normal(size=(2000, 2))
+    read = draw.normal(size=(2000, 2, 8))
+    read[:, 0, :2] += 2 * common
+    read[:, 1, 4:6] += 2 * common
+    got = fit({"document": read + 9, "query": read + 9}, INSIDE, {})((read + 9).astype(np.float32), "document")
+    fitted = np.linalg.lstsq(got[:, :2], common, rcond=None)[0]
+    assert np.corrcoef((got[:, :2] @ fitted).ravel(), common.ravel())[0, 1] > 0.9
+
+
+def test_fewer_dimensions_are_the_first_ones():
+    read = views()
+    transform = fit({"document": read, "query": read}, INSIDE, {})
+    np.testing.assert_allclose(transform(read, "query", 3), transform(read, "query")[:, :3], atol=1e-6)
+    assert transform(read[:0], "query").shape == (0, transform.dim)
+
+
+@settings(max_examples=30)
+@given(
+    texts=st.integers(LEAST_TEXTS, 140),
+    dim=st.integers(2, 200),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+    dead=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_never_a_nan(texts, dim, scale, dead, seed):
+    """Fewer texts than dimensions, tiny and huge states, a coordinate that never moves."""
+    read = np.random.default_rng(seed).normal(size=(texts, 2, dim)).astype(np.float32) * np.float32(scale)
+    if dead:
+        read[..., 0] = scale
+    got = fit({"document": read, "query": read}, INSIDE, {})(read, "document")
+    assert np.isfinite(got).all()
+    assert (np.linalg.norm(got, axis=1) > 1e-4).all()
+
+
+def test_texts_that_say_nothing():
+    read = views(texts=LEAST_TEXTS - 1)
+    with pytest.raises(InputError, match="on 100 different texts or more, not 99; give more, or none"):
+        fit({"document": read, "query": read}, INSIDE, {})
+    same = np.repeat(read[:1], 500, 0)
+    with pytest.raises(InputError, match="not 1;"):
+        fit({"document": same, "query": same}, INSIDE, {})
+    half = views()
+    half[:, 1] = half[0, 1]
+    with pytest.raises(InputError, match="the same for all calibration texts"):
+        fit({"document": half, "query": half}, INSIDE, {})
+
+
+def test_files(tmp_path):
+    read = views()
+    transform = fit({"document": read, "query": read + 1}, INSIDE, {"texts": "given"})
+    transform.save(tmp_path / "new" / "t.safetensors")
+    again = Transform.load(tmp_path / "new" / "t.safetensors")
+    assert np.array_equal(again(read, "query"), transform(read, "query"))
+    assert (again.info, again.digest()) == ({"texts": "given", "count": 300}, transform.digest())
+    assert again.digest() != fit({"document": read, "query": read}, INSIDE, {}).digest()
+    whole = (tmp_path / "new" / "t.safetensors").read_bytes()
+    renamed = [whole.replace(b"rotate", b"rotten"), whole.replace(b"mean.query", b"mean.quest")]
+    for content in (b"", b"{}", whole[:-9], *renamed):
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(InputError, match="bad is not a transform of kvembed"):
+            Transform.load(tmp_path / "bad")
+
+
+def tuned(read, tmp_path, **options):
+    return choose_transform({"config_hash": "x"}, INSIDE, read, lambda: TEXTS, **options)
+
+
+def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
+    asked = []
+
+    def read(texts, role):
+        asked.append((role, len(texts)))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return views(len(texts[0]), texts=len(texts))
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(read, tmp_path)
+    assert asked == [("document", 100), ("document", 30), ("query", 100)]
+    told = []
+    first = tuned(read, tmp_path, report=lambda done, total: told.append((done, total)))
+    assert asked[3:] == [("query", 100), ("query", 30)]  # the documents were kept
+    assert told == [(100, 260), (130, 260), (230, 260), (260, 260)]
+    assert first.info["texts"] == "self-written"
+    assert tuned(lambda *_: pytest.fail("it was stored"), tmp_path).digest() == first.digest()
+    kept = list((tmp_path / "cache" / "transforms").iterdir())
+    assert [path.suffix for path in kept] == [".safetensors"]
+    kept[0].write_bytes(b"damaged")
+    assert tuned(read, tmp_path).digest() == first.digest()
+
+
+def test_given_texts_have_a_transform_of_their_own(tmp_path):
+    seen = []
+
+    def read(texts, role):
+        seen.extend(texts)
+        return views(len(seen), texts=len(texts))
+
+    given_texts = [f"text {number}" for number in range(1500)]
+    transform = tuned(read, tmp_path, texts=[*given_texts, *given_texts], roles_alike=True)
+    assert len(seen) == len({*seen}) == 1000
+    assert (transform.info["texts"], transform.info["count"]) == ("given", 1000)
+    with pytest.raises(InputError, match="not 2; give more"):
+        tuned(read, tmp_path, texts=["one", "two"])
+
+
+def test_a_stopped_writer_goes_on_as_if_it_had_not_been(llama, tokenizer, tmp_path, monkeypatch):
+    whole = write_texts(llama, tokenizer, count=30, batch=4, cache=tmp_path / "whole.json")
+    generate, turns = llama.generate, []
+
+    def stops(*args, **kwargs):
+        turns.append(1)
+        if len(turns) == 4:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(llama, "generate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        write_texts(llama, tokenizer, count=30, batch=4, cache=tmp_path / "half.json")
+    state = torch.get_rng_state()
+    assert write_texts(llama, tokenizer, count=30, batch=4, cache=tmp_path / "half.json") == whole
+    assert torch.equal(state, torch.get_rng_state())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.json", "whole.json"]
+    (tmp_path / "other.part").write_text("{}")
+    assert write_texts(llama, tokenizer, count=30, batch=4, cache=tmp_path / "other.json") == whole
+
+
+@pytest.fixture(scope="module")
+def auto(llama, tokenizer):
+    return Embedder.from_model(llama, tokenizer, method="auto", texts=TEXTS)
+
+
+def test_auto_is_its_views_transformed(auto, llama, tokenizer):
+    """Two read-outs of one forward under two templates: the same as from four embedders that read one each."""
+    alone = []
+    for document in auto.config.document:
+        last = Embedder.from_model(llama, tokenizer, method="last", document=document)
+        mean = Embedder.from_model(
+            llama, tokenizer, method="mean", mean_tokens="content", output_layer=0, document=document
+        )
+        alone += [one._views(NOTICES, "document", 400)[0] for one in (last, mean)]
+    together = auto._views(NOTICES, "document", 400)[0]
+    np.testing.assert_allclose(together, np.concatenate(alone, 1), atol=1e-4)
+    np.testing.assert_allclose(auto.encode(NOTICES), unit(auto.transform(together, "document")), atol=1e-5)
+
+
+def test_fewer_dimensions(auto):
+    short = auto.replace(dim=7)
+    assert short.transform is auto.transform
+    assert (short.dim, auto.dim) == (7, 48)
+    np.testing.assert_allclose(short.encode(NOTICES), unit(auto.encode(NOTICES)[:, :7]), atol=1e-5)
+    with pytest.raises(InputError, match="dim is 49, but the transform gives 48 at most"):
+        auto.replace(dim=49)
+
+
+def test_another_config_is_fitted_anew(auto):
+    other = auto.replace(layers=(1, 2))
+    assert other.transform is not auto.transform
+    assert other.transform.info["config_hash"] != auto.transform.info["config_hash"]
+    assert auto.replace(max_tokens=30).transform is auto.transform
+
+
+def test_any_method_can_be_whitened(llama, tokenizer):
+    plain = Embedder.from_model(llama, tokenizer, method="mean", texts=TEXTS)
+    white = plain.replace(transform="whiten")
+    close = [embedder.encode(TEXTS) @ embedder.encode(TEXTS).T for embedder in (plain, white)]
+    assert close[0].mean() > 5 * abs(close[1].mean())  # no direction that all texts share is left
+
+
+def test_saving_and_fitted_files(auto, tmp_path, llama, tokenizer, monkeypatch):
+    auto.save_pretrained(tmp_path / "saved")
+    auto.transform.save(tmp_path / "t.safetensors")
+    monkeypatch.setattr("kvembed.embedder.choose_transform", lambda *_, **__: pytest.fail("it was there"))
+    again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32")
+    np.testing.assert_allclose(again.encode(NOTICES), auto.encode(NOTICES), atol=1e-6)
+    assert Embedder.from_pretrained(tmp_path / "saved", dim=5).dim == 5
+    given_file = Embedder.from_pretrained(tmp_path / "saved", method="auto", fitted=tmp_path / "t.safetensors")
+    np.testing.assert_allclose(given_file.encode(NOTICES), auto.encode(NOTICES), atol=1e-6)
+    for options, message in (
+        ({"method": "auto", "pooling": "mean"}, "fitted for another model, or for another config"),
+        ({"method": "kv", "layers": (1,)}, "method kv has no transform"),
+        ({"fitted": tmp_path / "no.safetensors"}, "no such file"),
+        ({"fitted": tmp_path / "saved" / "kvembed.json"}, "is not a transform"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Embedder.from_pretrained(tmp_path / "saved", **{"fitted": tmp_path / "t.safetensors"} | options)
+    with pytest.raises(InputError, match="fitted for another model"):
+        Embedder(tiny(seed=3), tokenizer, auto.config, transform=auto.transform)
+
+
+def test_a_model_without_a_head_wants_texts(tokenizer):
+    headless = tiny().model
+    with pytest.raises(InputError, match="can't write calibration texts itself"):
+        Embedder.from_model(headless, tokenizer, method="auto")
+    assert Embedder.from_model(headless, tokenizer, method="auto", texts=TEXTS).encode("a").shape == (48,)
+
+
+def test_the_results_of_a_fitted_method_say_what_it_was_fitted_on(auto, llama, tokenizer):
+    from kvembed.subjects import embedder_subject
+
+    subject = embedder_subject(auto, "tiny")
+    assert subject.config["fitted_on"] == {
+        "texts": "given",
+        "count": len(TEXTS),
+        "texts_sha256": auto.transform.info["texts_sha256"],
+    }
+    other = Embedder.from_model(llama, tokenizer, method="auto", texts=TEXTS[:110])
+    assert embedder_subject(other, "tiny").identity != subject.identity
+    json.dumps(subject.config)
