@@ -106,6 +106,7 @@ def test_costs():
     costs = {name: (config.forward_passes, config.text_copies) for name, config in METHODS.items()}
     assert costs.pop("meta-eol") == (8, 8)
     assert costs.pop("echo") == (1, 2)
+    assert costs.pop("auto") == (2, 2)
     assert set(costs.values()) == {(1, 1)}
 
 
