@@ -193,6 +193,8 @@ def test_ctrl_c_is_one_line_and_no_file(folder, tmp_path, seconds):
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        # Ignored, and so inherited, where tests run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)

@@ -68,6 +68,22 @@ def test_nothing_is_done_twice(subject, tmp_path, monkeypatch):
     assert run(counted, STS, results=tmp_path) == first
 
 
+def test_views_are_read_once_for_every_transform_and_number_of_dimensions(llama, tokenizer, tmp_path):
+    texts = [f"{number} {text}" for number in range(4) for text in NOTICES]
+    auto = Embedder.from_model(llama, tokenizer, method="auto", texts=texts)
+    few = auto.replace(dim=5)
+    calls = []
+    run(recording(embedder_subject(auto, "tiny"), calls), RETRIEVAL, results=tmp_path)
+    assert len(calls) == 24
+    run(recording(embedder_subject(few, "tiny"), calls), RETRIEVAL, results=tmp_path, vectors=tmp_path / "vectors")
+    assert len(calls) == 24
+    assert len(read_results(tmp_path)) == 2
+    exported = np.load(tmp_path / "vectors" / "ret" / "document.npy")
+    np.testing.assert_allclose(exported, few.encode(RETRIEVAL.documents), atol=1e-5)
+    exported = np.load(tmp_path / "vectors" / "ret" / "query.npy")
+    np.testing.assert_allclose(exported, few.encode_query(RETRIEVAL.queries), atol=1e-5)
+
+
 def test_batch_mates_do_not_depend_on_what_is_stored(subject, tmp_path, monkeypatch):
     """In bfloat16 they matter a little, so a task's chunks are the same whether some of its texts are known or not."""
     calls = []

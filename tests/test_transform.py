@@ -199,8 +199,8 @@ def test_auto_is_its_views_transformed(auto, llama, tokenizer):
         mean = Embedder.from_model(
             llama, tokenizer, method="mean", mean_tokens="content", output_layer=0, document=document
         )
-        alone += [one._views(NOTICES, "document", 400)[0] for one in (last, mean)]
-    together = auto._views(NOTICES, "document", 400)[0]
+        alone += [one.encode_views(NOTICES).vectors for one in (last, mean)]
+    together = auto.encode_views(NOTICES).vectors
     np.testing.assert_allclose(together, np.concatenate(alone, 1), atol=1e-4)
     np.testing.assert_allclose(auto.encode(NOTICES), unit(auto.transform(together, "document")), atol=1e-5)
 

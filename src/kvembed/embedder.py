@@ -289,13 +289,24 @@ class Embedder:
 
     def encode_with_report(self, texts: Iterable[str], *, role: Role = "document", progress: bool = False) -> Encoded:
         """`encode`, with the token counts (over all templates, if there are several) and what was cut."""
-        views, tokens, cut = self._views(texts, role, self.max_tokens, progress)
+        read = self.encode_views(texts, role=role, progress=progress)
+        if read.truncated:
+            logger.warning("%d of %d texts were cut to %d tokens", read.truncated, len(read.vectors), self.max_tokens)
+        return dataclasses.replace(read, vectors=self.join(read.vectors, role=role))
+
+    def encode_views(self, texts: Iterable[str], *, role: Role = "document", progress: bool = False) -> Encoded:
+        """What `encode` makes vectors of: every read-out under every template, `vectors` being (n, V, model's width).
+
+        Neither normalised nor transformed; `join` does the rest. For trying transforms without embedding anew.
+        Arguments and errors as in `encode`.
+        """
+        return self._views(texts, role, self.max_tokens, progress)
+
+    def join(self, views: NDArray[np.float32], *, role: Role = "document") -> NDArray[np.float32]:
+        """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1."""
         vectors = views.mean(1) if self.transform is None else self.transform(views, role, self.config.dim)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-        encoded = Encoded(vectors, tokens, cut)
-        if encoded.truncated:
-            logger.warning("%d of %d texts were cut to %d tokens", encoded.truncated, len(cut), self.max_tokens)
-        return encoded
+        unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+        return unit
 
     def _fitted(self, transform: Transform | None, progress: bool) -> Transform:
         """`transform` itself, or else the stored one, or one fitted now. Raises `InputError` if it is not for this."""
@@ -317,17 +328,14 @@ class Embedder:
                     for _ in self.config.templates("document")
                     for one in self.config.readouts
                 ],
-                lambda texts, role: self._views(texts, role, min(FIT_TOKENS, self.max_tokens))[0],
+                lambda texts, role: self._views(texts, role, min(FIT_TOKENS, self.max_tokens)).vectors,
                 lambda: own_texts(self.model, self.tokenizer, bound["fingerprint"], progress=progress),
                 texts=self._texts,
                 roles_alike=self.config.document == self.config.query,
                 report=report,
             )
 
-    def _views(
-        self, texts: Iterable[str], role: Role, max_tokens: int, progress: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """Every read-out under every template: (n,V,D) float32; and (n,) tokens over all templates, (n,) tokens cut."""
+    def _views(self, texts: Iterable[str], role: Role, max_tokens: int, progress: bool = False) -> Encoded:
         by_template = self._prompts(texts, role, max_tokens)
         count, readouts = len(by_template[0]), len(self.config.readouts)
         prompts = [prompt for rendered in by_template for prompt in rendered]
@@ -350,7 +358,8 @@ class Embedder:
             )
         tokens = np.array(lengths, np.int64).reshape(len(by_template), count).sum(0)
         cut = np.array([prompt.tokens_cut for prompt in prompts], np.int64).reshape(len(by_template), count).max(0)
-        return views.swapaxes(0, 1).reshape(count, len(by_template) * readouts, self.backbone.dim), tokens, cut
+        flat = views.swapaxes(0, 1).reshape(count, len(by_template) * readouts, self.backbone.dim)
+        return Encoded(flat, tokens, cut)
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""

@@ -115,8 +115,8 @@ def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any]
     for role, texts in _inputs(task).items():
         encoded[role], spent = store.encode(texts, role, bar)
         seconds += spent
-        if subject.shorten is not None:
-            encoded[role] = dataclasses.replace(encoded[role], vectors=subject.shorten(encoded[role].vectors))
+        if subject.finish is not None:
+            encoded[role] = dataclasses.replace(encoded[role], vectors=subject.finish(encoded[role].vectors, role))
     if vectors is not None:
         _export(vectors / task.name, task, encoded)
     documents = encoded["document"].vectors

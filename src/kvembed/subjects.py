@@ -41,8 +41,8 @@ class Subject:
         device: where it runs, for the ledger.
         encode: (texts, role) -> vectors and token counts.
         fit: if given, called with all texts of a task before they are encoded; such vectors are not cached.
-        shorten: if given, what is done to vectors, from `encode` or the cache, before they are scored.
-        cached_as: the identity that vectors are cached under, if they are another's before `shorten`.
+        finish: if given, makes vectors (n,dim) of what `encode` gives and the cache keeps, for a role.
+        cached_as: the identity of what is cached, if that is not the vectors themselves.
     """
 
     model: str
@@ -54,7 +54,7 @@ class Subject:
     device: str
     encode: Callable[[Sequence[str], Role], Encoded]
     fit: Callable[[Sequence[str]], None] | None = None
-    shorten: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    finish: Callable[[NDArray[np.float32], Role], NDArray[np.float32]] | None = None
     cached_as: str | None = None
 
 
@@ -67,36 +67,38 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
     if device == "cpu":
         device += f", {torch.get_num_threads()} threads"
 
-    dim = embedder.config.dim
-    full = embedder.replace(dim=None) if dim else embedder  # fewer dimensions are the first ones of all
-
     def encode(texts: Sequence[str], role: Role) -> Encoded:
         with _without_warnings("kvembed.embedder"):  # cut texts are in the result
-            return full.encode_with_report(texts, role=role)
+            return embedder.encode_with_report(texts, role=role)
 
-    def shorten(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        cut = vectors[:, :dim]
-        shortened: NDArray[np.float32] = cut / np.linalg.norm(cut, axis=1, keepdims=True).clip(1e-12)
-        return shortened
+    def encode_views(texts: Sequence[str], role: Role) -> Encoded:
+        read = embedder.encode_views(texts, role=role)
+        return dataclasses.replace(read, vectors=read.vectors.reshape(len(read.vectors), -1))
 
-    def identity(one: Embedder) -> str:
-        told = f"{one.fingerprint()}-{dtype}-{one.config.hash()}-{one.max_tokens}"
-        return digest(told if one.transform is None else f"{told}-{one.transform.digest()}")
+    def join(flat: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
+        return embedder.join(flat.reshape(len(flat), -1, embedder.backbone.dim), role=role)
 
+    told = f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}"
     fitted = {}
+    views = None
     if embedder.transform is not None:
+        # Another transform of the same views, or fewer of its dimensions, needs no new forward.
+        from .tuning import fitted_for
+
+        views = digest(f"{fitted_for(embedder.fingerprint(), embedder.config)}-{dtype}-{embedder.max_tokens}")
+        told += f"-{embedder.transform.digest()}"
         fitted = {"fitted_on": {name: embedder.transform.info[name] for name in ("texts", "texts_sha256", "count")}}
     return Subject(
         model=model,
         method=embedder.config.method,
         config=embedder.config.to_dict() | fitted,
         config_hash=embedder.config.hash(),
-        identity=identity(embedder),
+        identity=digest(told),
         passes=embedder.config.forward_passes,
         device=f"{device}, {dtype}",
-        encode=encode,
-        shorten=shorten if dim else None,
-        cached_as=identity(full),
+        encode=encode_views if views else encode,
+        finish=join if views else None,
+        cached_as=views,
     )
 
 
