@@ -100,13 +100,14 @@ def _verdicts(presets: dict[tuple[str, str], list[Result]], models: Sequence[str
     """Where `kv` and `auto` win, tie and lose: only an interval that leaves out 0 is called a win or a loss."""
     lines: list[str] = []
     for ours in ("kv", "auto"):
-        told = [_verdict(presets, model, ours) for model in models if (model, ours) in presets]
+        told = [told for model in models if (model, ours) in presets and (told := _verdict(presets, model, ours))]
         if told:
             lines += [f"`{ours}` against each method, mean over the tasks (points, 95 % interval):", "", *told, ""]
     return lines[:-1]
 
 
 def _verdict(presets: dict[tuple[str, str], list[Result]], model: str, ours: str) -> str:
+    """One model's line; empty if there is nothing to compare with."""
     rows = presets[model, ours]
     rivals = {f"`{method}`": presets.get((model, method), []) for method in METHODS if method != ours}
     if ours == "auto":
@@ -122,7 +123,7 @@ def _verdict(presets: dict[tuple[str, str], list[Result]], model: str, ours: str
             found[gap.sign].append(f"{rival} {gap.value:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})")
     words = {1: "beats", 0: "ties", -1: "loses to"}
     told = [f"{word} {', '.join(found[sign])}" for sign, word in words.items() if found[sign]]
-    return f"- **{model}**: {'; '.join(told)}."
+    return f"- **{model}**: {'; '.join(told)}." if told else ""
 
 
 def _document(mini: list[Result], results: list[Result]) -> str:
