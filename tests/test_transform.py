@@ -11,7 +11,7 @@ from conftest import NOTICES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvembed import Embedder, InputError
+from kvembed import EmbedConfig, Embedder, InputError, Readout
 from kvembed.transform import LEAST_TEXTS, Transform, fit
 from kvembed.tuning import choose_transform
 from kvembed.writing import write_texts
@@ -122,8 +122,11 @@ def test_files(tmp_path):
             Transform.load(tmp_path / "bad")
 
 
-def tuned(read, tmp_path, **options):
-    return choose_transform({"config_hash": "x"}, INSIDE, read, lambda: TEXTS, **options)
+TWO_VIEWS = EmbedConfig(more_readouts=[Readout(output_layer=0)], transform="whiten", query="Q {text}")
+
+
+def tuned(read, tmp_path, config=TWO_VIEWS, **options):
+    return choose_transform("x", config, read, lambda: TEXTS, **options)
 
 
 def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
@@ -158,7 +161,7 @@ def test_given_texts_have_a_transform_of_their_own(tmp_path):
         return views(len(seen), texts=len(texts))
 
     given_texts = [f"text {number}" for number in range(1500)]
-    transform = tuned(read, tmp_path, texts=[*given_texts, *given_texts], roles_alike=True)
+    transform = tuned(read, tmp_path, TWO_VIEWS.replace(query="{text}"), texts=[*given_texts, *given_texts])
     assert len(seen) == len({*seen}) == 1000
     assert (transform.info["texts"], transform.info["count"]) == ("given", 1000)
     with pytest.raises(InputError, match="not 2; give more"):

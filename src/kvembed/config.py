@@ -36,8 +36,7 @@ class Readout:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        if self.output_layer is not None and not _is_whole(self.output_layer):
-            raise InputError(f"output_layer must be a whole number, not {self.output_layer!r}")
+        _check_layer(self.output_layer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,8 +105,7 @@ class EmbedConfig:
         object.__setattr__(self, "bias", _finite(self.bias))
         if not isinstance(self.slot_self, bool):
             raise InputError(f"slot_self must be true or false, not {self.slot_self!r}")
-        if self.output_layer is not None and not _is_whole(self.output_layer):
-            raise InputError(f"output_layer must be a whole number, not {self.output_layer!r}")
+        _check_layer(self.output_layer)
         object.__setattr__(self, "more_readouts", _readouts(self.more_readouts))
         for name in ("max_tokens", "dim"):
             value = getattr(self, name)
@@ -142,6 +140,11 @@ class EmbedConfig:
         """All ways to read a forward, the one in the config's own fields first."""
         own = Readout(pooling=self.pooling, mean_tokens=self.mean_tokens, output_layer=self.output_layer)
         return (own, *self.more_readouts)
+
+    @property
+    def views(self) -> tuple[tuple[str, Readout], ...]:
+        """A document's template and the way to read it, for every view of a text, in the order of the views."""
+        return tuple((template, one) for template in self.templates("document") for one in self.readouts)
 
     @property
     def forward_passes(self) -> int:
@@ -194,6 +197,11 @@ def _check_choices(config: object) -> None:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _check_layer(layer: object) -> None:
+    if layer is not None and not _is_whole(layer):
+        raise InputError(f"output_layer must be a whole number, not {layer!r}")
 
 
 def _readouts(given: Any) -> tuple[Readout, ...]:

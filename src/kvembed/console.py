@@ -123,11 +123,7 @@ def print_tuned(embedder: Embedder, output: Path | None, *, as_json: bool) -> No
     if transform is None:
         return
     if as_json:
-        views = [
-            {"template": template, **dataclasses.asdict(one)}
-            for template in config.templates("document")
-            for one in config.readouts
-        ]
+        views = [{"template": template, **dataclasses.asdict(one)} for template, one in config.views]
         print_json({**transform.info, "dim": transform.dim, "views": views, "output": output and str(output)})
         return
     for template in config.templates("document"):

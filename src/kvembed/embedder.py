@@ -305,14 +305,13 @@ class Embedder:
     def join(self, views: NDArray[np.float32], *, role: Role = "document") -> NDArray[np.float32]:
         """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1."""
         vectors = views.mean(1) if self.transform is None else self.transform(views, role, self.config.dim)
-        unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-        return unit
+        return _unit(vectors)
 
     def _fitted(self, transform: Transform | None, progress: bool) -> Transform:
         """`transform` itself, or else the stored one, or one fitted now. Raises `InputError` if it is not for this."""
-        bound = fitted_for(self.backbone.fingerprint(), self.config)
+        fingerprint = self.fingerprint()
         if transform is not None:
-            if transform.is_for(bound):
+            if transform.is_for(fitted_for(fingerprint, self.config)):
                 return transform
             raise InputError("the transform was fitted for another model, or for another config")
 
@@ -322,16 +321,11 @@ class Embedder:
 
         with tqdm(desc="fitting", unit="text", disable=None if progress else True) as bar:
             return choose_transform(
-                bound,
-                [
-                    one.output_layer is not None
-                    for _ in self.config.templates("document")
-                    for one in self.config.readouts
-                ],
+                fingerprint,
+                self.config,
                 lambda texts, role: self._views(texts, role, min(FIT_TOKENS, self.max_tokens)).vectors,
-                lambda: own_texts(self.model, self.tokenizer, bound["fingerprint"], progress=progress),
+                lambda: own_texts(self.model, self.tokenizer, fingerprint, progress=progress),
                 texts=self._texts,
-                roles_alike=self.config.document == self.config.query,
                 report=report,
             )
 
@@ -340,7 +334,7 @@ class Embedder:
         count, readouts = len(by_template[0]), len(self.config.readouts)
         prompts = [prompt for rendered in by_template for prompt in rendered]
         lengths = [len(prompt.ids) for prompt in prompts]
-        views = np.zeros((len(by_template), count, readouts, self.backbone.dim), np.float32)
+        views = np.zeros((count, len(by_template), readouts, self.backbone.dim), np.float32)
 
         def run(batch: list[int]) -> torch.Tensor:
             return self._forward([prompts[i] for i in batch]).cpu()
@@ -350,7 +344,7 @@ class Embedder:
         ) as bar:
             for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border):
                 template, text = np.divmod(batch, max(count, 1))
-                views[template, text] = rows.numpy()
+                views[text, template] = rows.numpy()
                 bar.update(sum(lengths[i] for i in batch))
         if not np.isfinite(views).all():
             raise KvembedError(
@@ -358,12 +352,11 @@ class Embedder:
             )
         tokens = np.array(lengths, np.int64).reshape(len(by_template), count).sum(0)
         cut = np.array([prompt.tokens_cut for prompt in prompts], np.int64).reshape(len(by_template), count).max(0)
-        flat = views.swapaxes(0, 1).reshape(count, len(by_template) * readouts, self.backbone.dim)
-        return Encoded(flat, tokens, cut)
+        return Encoded(views.reshape(count, len(by_template) * readouts, self.backbone.dim), tokens, cut)
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
-        unit_a, unit_b = (x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12) for x in map(np.atleast_2d, (a, b)))
+        unit_a, unit_b = map(_unit, map(np.atleast_2d, (a, b)))
         cosine: NDArray[np.float32] = (unit_a @ unit_b.T).clip(-1, 1).astype(np.float32)
         return cosine
 
@@ -457,6 +450,11 @@ class Embedder:
         readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != main}
         read(main, self.backbone.states(ids, lengths, self.config, betas, placeholders, readers))
         return torch.stack([pooled[one] for one in readouts], 1)
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=-1, keepdims=True).clip(1e-12)
+    return unit
 
 
 def _from_zero(layer: int | None, depth: int) -> int | None:

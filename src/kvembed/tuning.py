@@ -38,29 +38,28 @@ def fitted_for(fingerprint: str, config: EmbedConfig) -> dict[str, str]:
 
 
 def choose_transform(
-    bound: dict[str, str],
-    inside: Sequence[bool],
+    fingerprint: str,
+    config: EmbedConfig,
     read: Callable[[Sequence[str], Role], NDArray[np.float32]],
     write: Callable[[], list[str]],
     *,
     texts: Sequence[str] | None = None,
-    roles_alike: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transform:
     """From the cache, or fitted now and cached. A run that is stopped keeps what it has read.
 
     Args:
-        bound: see `fitted_for`.
-        inside: see `transform.fit`.
+        fingerprint: of the model's weights.
+        config: what makes the views. Where documents and queries are read alike, each text is read once.
         read: (texts, role) -> views (N,V,D), at most `FIT_TOKENS` tokens of each text.
         write: gives texts that the model wrote itself; called if `texts` is None and nothing is in the cache.
         texts: unlabelled texts, of which at most 1,000 different ones, drawn at random with a fixed seed, are used.
-        roles_alike: documents and queries are read alike, so each text is read once.
         report: called with texts done and texts in all.
 
     Raises:
         InputError: too few different texts, or states that do not tell them apart (see `transform.fit`).
     """
+    bound = fitted_for(fingerprint, config)
     source = SELF_WRITTEN if texts is None else "given"
     digest = None if texts is None else texts_digest(texts)
     told = json.dumps([bound, source, digest], sort_keys=True)
@@ -75,7 +74,7 @@ def choose_transform(
     found = list(dict.fromkeys(write() if texts is None else texts))
     if len(found) > _FIT_TEXTS:
         found = random.Random(0).sample(found, _FIT_TEXTS)
-    roles: list[Role] = ["document"] if roles_alike else ["document", "query"]
+    roles: list[Role] = ["document"] if config.document == config.query else ["document", "query"]
     views: dict[Role, NDArray[np.float32]] = {}
     pieces: list[Path] = []
     for turn, role in enumerate(roles):
@@ -87,6 +86,7 @@ def choose_transform(
             report(turn * len(found) + min(start + _PIECE, len(found)), len(roles) * len(found))
         views[role] = np.concatenate(parts)
     views.setdefault("query", views["document"])
+    inside = [one.output_layer is not None for _, one in config.views]
     transform = fit(views, inside, bound | {"texts": source, "texts_sha256": digest or texts_digest(found)})
     try:
         transform.save(cached)
