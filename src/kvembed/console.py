@@ -57,6 +57,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         logger.error("interrupted")
+        # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the signal
+        # whatever the exit code, unless another `exec` has run since.
+        exec("")
         raise typer.Exit(130) from None
     except (BrokenPipeError, typer.Exit):
         raise
