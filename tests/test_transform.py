@@ -35,21 +35,21 @@ def unit(x):
 def test_the_formulas():
     read = views()
     moved = read + np.float32([40, -40] * 4)
-    transform = fit({"document": read, "query": moved}, INSIDE, {}, shrink=0.2)
+    transform = fit({"document": read, "query": moved}, INSIDE, {})
     x = unit(read.astype(np.float64))
     whitened = []
     for v, inside in enumerate(INSIDE):
         covariance = np.cov((x[:, v] - x[:, v].mean(0)).T)
         target = np.diag(np.diag(covariance)) if inside else np.eye(8) * np.trace(covariance) / 8
-        shrunk = 0.8 * covariance + 0.2 * target
+        shrunk = 0.85 * covariance + 0.15 * target if inside else 0.5 * covariance + 0.5 * target
         inverse = np.linalg.inv(np.linalg.cholesky(shrunk))  # any square root: rotations of a view cancel out
         whitened.append(unit((x[:, v] - x[:, v].mean(0)) @ inverse.T))
     side = np.hstack(whitened)
     covariance = np.cov(side.T)
-    shrunk = 0.8 * covariance + 0.2 * np.eye(16) * np.trace(covariance) / 16
+    shrunk = 0.7 * covariance + 0.3 * np.eye(16) * np.trace(covariance) / 16
     values, vectors = np.linalg.eigh(shrunk)
     order = np.argsort(-values)[:8]
-    expected = (side @ vectors[:, order] * values[order] ** 0.25).astype(np.float32)
+    expected = (side @ vectors[:, order] * values[order] ** 0.5).astype(np.float32)
     got = transform(read, "document")
     np.testing.assert_allclose(got @ got.T, expected @ expected.T, atol=1e-4)
     np.testing.assert_allclose(np.abs(got), np.abs(expected), atol=1e-3)

@@ -4,17 +4,16 @@ Each read-out of a text (the prompt's last state, say, and the mean of the text'
 of it. Raw views are poor vectors: a few directions that all texts share drown the rest. So
 
     x_v = unit((unit(r_v) - m_v) W_v)        every view centred (by role), and whitened: W_v = C_v^(-1/2)
-    y   = [x_1 .. x_V] U diag(l^(1/4))       U, l: eigenvectors and eigenvalues of the covariance of [x_1 .. x_V]
+    y   = [x_1 .. x_V] U diag(l^(1/2))       U, l: eigenvectors and eigenvalues of the covariance of [x_1 .. x_V]
 
 Whitening (Su et al. 2021, arXiv 2103.15316) is shrunk, so few texts do and no direction blows up:
 
-    C_v = (1 - s) C + s mean(diag C) I       for a view read after the model's final norm, which put it to scale
-    C_v = (1 - s) C + s diag(C)              for one read inside, where a few coordinates of many models are huge
+    C_v = (1 - s) C + s mean(diag C) I       s = 1/2, for a view read after the model's final norm, which put it to scale
+    C_v = (1 - s) C + s diag(C)              s = 0.15, for one read inside, where a few coordinates are often huge
 
 The second line is generalised canonical correlation of the views (Kettenring 1971, MAXVAR): where whitened views agree,
 l is large. What two views of a text agree on is its meaning, what they don't is how each was read; so directions are
-ordered by l, and stretched a little by it (l^(1/2) in variance). The first `dim` columns are therefore the best `dim`
-dimensions.
+ordered by l, and stretched by it once more. The first `dim` columns are therefore the best `dim` dimensions.
 
 Letters: N texts, V views, D the model's width, K directions of a view that are kept, at most `DIRECTIONS`.
 """
@@ -39,9 +38,10 @@ from .config import Role
 from .errors import InputError
 from .files import whole_file
 
-__all__ = ["LEAST_TEXTS", "Transform", "fit"]
+__all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "fit"]
 
-SHRINK = 0.3
+FORMULA = 2  # counts changes of the formulas above and the constants below: a stored fit of another is not re-used
+SHRINK_TOP, SHRINK_INSIDE, SHRINK_JOINT = 0.5, 0.15, 0.3
 DIRECTIONS = 1024
 LEAST_TEXTS = 100
 
@@ -120,16 +120,13 @@ class Transform:
         return transform
 
 
-def fit(
-    views: dict[Role, NDArray[np.float32]], inside: Sequence[bool], info: dict[str, Any], *, shrink: float = SHRINK
-) -> Transform:
+def fit(views: dict[Role, NDArray[np.float32]], inside: Sequence[bool], info: dict[str, Any]) -> Transform:
     """Fit a transform on unlabelled texts.
 
     Args:
         views: role -> (N,V,D) raw read-outs of the same texts, as a document and as a query.
         inside: for each view, whether it was read below the final norm.
         info: see `Transform`.
-        shrink: s, between 0 and 1.
 
     Raises:
         InputError: fewer than `LEAST_TEXTS` different texts, or states that do not tell them apart.
@@ -150,12 +147,12 @@ def fit(
         if not spread.max() > 1e-7:
             raise InputError("the model's states are the same for all calibration texts")
         spread = spread.clip(1e-6 * spread.max()) if is_inside else torch.ones_like(spread)
-        values, vectors = _spectrum(view / spread, shrink)
+        values, vectors = _spectrum(view / spread, SHRINK_INSIDE if is_inside else SHRINK_TOP)
         whiten.append(vectors[:, :kept] * values[:kept].rsqrt() / spread[:, None])
     matrix = torch.stack(whiten)  # (V,D,K)
     side_by_side = _unit(torch.einsum("nvd,vdk->nvk", centred, matrix)).flatten(1)  # (N,V*K)
-    values, vectors = _spectrum(side_by_side - side_by_side.mean(0), shrink)
-    rotate = (vectors * values.sqrt().sqrt())[:, : centred.shape[-1]]
+    values, vectors = _spectrum(side_by_side - side_by_side.mean(0), SHRINK_JOINT)
+    rotate = (vectors * values.sqrt())[:, : centred.shape[-1]]
     return Transform(
         means={role: mean.float() for role, mean in means.items()},
         whiten=matrix.float().contiguous(),  # as they are in a file: the layout decides the last bit

@@ -18,7 +18,7 @@ from .config import EmbedConfig, Role
 from .errors import InputError
 from .files import whole_file
 from .models import cache_folder
-from .transform import Transform, fit
+from .transform import FORMULA, Transform, fit
 from .writing import SELF_WRITTEN, texts_digest
 
 __all__ = ["FIT_TOKENS", "UNBOUND", "choose_transform", "fitted_for"]
@@ -62,7 +62,7 @@ def choose_transform(
     bound = fitted_for(fingerprint, config)
     source = SELF_WRITTEN if texts is None else "given"
     digest = None if texts is None else texts_digest(texts)
-    told = json.dumps([bound, source, digest], sort_keys=True)
+    told = json.dumps([bound, source, digest, FORMULA], sort_keys=True)
     cached = cache_folder() / "transforms" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
     try:
         return Transform.load(cached)
