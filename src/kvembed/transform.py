@@ -8,7 +8,7 @@ of it. Raw views are poor vectors: a few directions that all texts share drown t
 
 Whitening (Su et al. 2021, arXiv 2103.15316) is shrunk, so few texts do and no direction blows up:
 
-    C_v = (1 - s) C + s mean(diag C) I       s = 1/2, for a view read after the model's final norm, which put it to scale
+    C_v = (1 - s) C + s mean(diag C) I       s = 1/2, for a view read after the final norm, which put it to scale
     C_v = (1 - s) C + s diag(C)              s = 0.15, for one read inside, where a few coordinates are often huge
 
 The second line is generalised canonical correlation of the views (Kettenring 1971, MAXVAR): where whitened views agree,
