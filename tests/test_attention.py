@@ -235,7 +235,7 @@ def test_a_model_that_came_with_eager_attention_goes_back_to_it():
 
 def test_without_routed_layers_the_hook_gives_the_stock_model_bit_for_bit(llama):
     backbone = Backbone(llama)
-    ids, lengths = backbone.pad([[5, 6, 7, 8], [9, 10]])
+    ids, lengths = backbone.pad([[5, 6, 7, 8], [9, 10, 11, 12]])
     with torch.inference_mode():
         stock = backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state
         with attending(backbone.decoder, stock_attention):

@@ -70,7 +70,7 @@ def test_exactly_one_decoder_forward_without_cache_head_or_hidden_states(llama):
     )
     head_hook = llama.lm_head.register_forward_hook(lambda *_: heads.append(1))
     backbone = Backbone(llama)
-    ids, lengths = backbone.pad([[5, 6, 7], [8]])
+    ids, lengths = backbone.pad([[5, 6, 7], [8, 9, 10]])
     calls.clear()
     try:
         backbone.states(ids, lengths, EmbedConfig(layers=(1, 2)))

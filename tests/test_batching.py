@@ -13,12 +13,13 @@ from kvembed import OutOfMemory
 from kvembed.batching import run_batches, token_batches
 
 
-@given(lengths=st.lists(st.integers(1, 300), max_size=60), budget=st.integers(1, 500))
-def test_every_text_once_within_the_budget(lengths, budget):
-    batches = token_batches(lengths, budget)
+@given(lengths=st.lists(st.integers(1, 300), max_size=60), budget=st.integers(1, 500), packed=st.booleans())
+def test_every_text_once_within_the_budget(lengths, budget, packed):
+    batches = token_batches(lengths, budget, packed=packed)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+        of_each = [lengths[i] for i in batch]
+        assert len(batch) == 1 or (sum(of_each) if packed else len(batch) * max(of_each)) <= budget
     longest = [max(lengths[i] for i in batch) for batch in batches]
     assert longest == sorted(longest, reverse=True)
 
@@ -45,8 +46,8 @@ def test_out_of_memory_halves_and_says_so(error, caplog):
         rows = {i: float(x) for batch, out in run_batches(lengths, 100, run) for i, x in zip(batch, out, strict=True)}
     assert rows == {i: float(i) for i in range(len(lengths))}
     assert caplog.messages == [
-        "out of memory: batches halved to 5 texts of up to 10 tokens",
-        "out of memory: batches halved to 3 texts of up to 10 tokens",
+        "out of memory: batches cut from 100 tokens to 55",
+        "out of memory: batches cut from 50 tokens to 30",
     ]
     assert all(sum(lengths[i] for i in batch) <= 45 for batch in ran)
 

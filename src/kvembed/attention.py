@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 import threading
 from collections import Counter
@@ -67,7 +68,8 @@ class Reroute:
     Attributes:
         layers: decoder layers whose attention is changed.
         layer_calls: attention module -> the decoder layer of its first, second, ... call in a forward (see `Backbone`).
-        last: (B,) int64, index of each text's last real token.
+        last: (B,) int64, index of each text's last real token; not looked at if `packed`.
+        packed: lengths of the texts, falling, if they lie behind one another in one row (see `kvembed.packing`).
         bias, slot_self: see `EmbedConfig`.
         bidirectional: take the causal mask off in `layers`, instead of re-routing there.
         turned: layers whose slot is turned back to position 0: for `slot_position="first"`, those that rotate keys.
@@ -88,6 +90,7 @@ class Reroute:
     rotations: Mapping[Any, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     betas: dict[int, Tensor] | None = None
     prefer_closed: bool = True
+    packed: tuple[int, ...] = ()
     _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
 
     def __call__(
@@ -105,10 +108,44 @@ class Reroute:
             raise UnsupportedModel(f"{type(module).__name__} can't be re-routed: {reason}")
         layer = self.layer_calls[module][self._calls[module]]
         self._calls[module] += 1
+        if not self.packed:
+            last = self.last.to(key.device)
+            return self._attend(module, layer, last, query, key, value, attention_mask, scaling, kwargs)
+        if extra := [name for name in ("position_bias", "sinks") if kwargs.get(name) is not None]:
+            raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
+        outs = []
+        start = 0
+        for n, same in itertools.groupby(self.packed):
+            texts = len(list(same))
+            end = start + texts * n
+            # (1,H,T,D) -> (texts,H,n,D), without a copy
+            q, k, v = (
+                tensor[0, :, start:end].view(-1, texts, n, tensor.shape[-1]).transpose(0, 1)
+                for tensor in (query, key, value)
+            )
+            first = start if attention_mask is not None and attention_mask.shape[-1] == key.shape[2] else 0
+            mask = None if attention_mask is None else attention_mask[..., first : first + n, first : first + n]
+            last = torch.full((texts,), n - 1, device=key.device)
+            outs.append(self._attend(module, layer, last, q, k, v, mask, scaling, kwargs)[0].flatten(0, 1))
+            start = end
+        return torch.cat(outs)[None], None  # (1,T,Hq,Dv)
+
+    def _attend(
+        self,
+        module: nn.Module,
+        layer: int,
+        last: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """A padded batch's attention in one layer; arguments as in `__call__`."""
         if layer not in self.layers:
             return stock_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        last = self.last.to(key.device)
         if self.bidirectional:
             return unmasked(module, query, key, value, last, scale, kwargs), None
         slot_key, slot_value = self.slot(module, layer, key, value, last)  # (B,Hkv,Dk), (B,Hkv,Dv)
@@ -404,7 +441,13 @@ def _hook(stock: str) -> str:
         return attend(module, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        make = sdpa_mask if _ACTIVE.get() is not None else ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
+        attend = _ACTIVE.get()
+        if packed := getattr(attend, "packed", ()):
+            # The longest text's mask: a corner of it is any other's. And none if it would be the plain causal one,
+            # which transformers leaves out for a padded batch but not for packed texts. `use_vmap`: it is another.
+            plain = not kwargs.get("use_vmap", False)
+            kwargs |= {"q_length": packed[0], "kv_length": packed[0], "allow_is_causal_skip": plain}
+        make = sdpa_mask if attend is not None else ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
         return None if make is None else make(*args, **kwargs)
 
     AttentionInterface.register(name, attention)

@@ -14,36 +14,46 @@ __all__ = ["run_batches", "token_batches"]
 logger = logging.getLogger(__name__)
 
 
-def token_batches(lengths: Sequence[int], batch_tokens: int, border: int | None = None) -> list[list[int]]:
-    """Group texts of similar length; a batch's padded size (rows x longest) stays within the budget.
+def token_batches(
+    lengths: Sequence[int], batch_tokens: int, border: int | None = None, *, packed: bool = False
+) -> list[list[int]]:
+    """Group texts of similar length; the tokens that a batch computes stay within the budget.
 
     Args:
         lengths: tokens of each text.
         batch_tokens: the budget in tokens; a single longer text still gets a batch of its own.
         border: texts longer than this never share a batch with others (see `Backbone.rope_border`).
+        packed: nothing is padded, so that a batch computes the tokens of its texts; else rows x longest.
 
     Returns:
         Lists of indices into `lengths`; every index once, longest texts first, so that memory runs out early or never.
     """
     batches: list[list[int]] = []
-    longest = 0
+    longest = used = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        mixed = border is not None and lengths[index] <= border < longest
-        if batches and not mixed and (len(batches[-1]) + 1) * longest <= batch_tokens:
+        tokens = lengths[index]
+        mixed = border is not None and tokens <= border < longest
+        if batches and not mixed and used + (tokens if packed else longest) <= batch_tokens:
             batches[-1].append(index)
+            used += tokens if packed else longest
         else:
             batches.append([index])
-            longest = lengths[index]
+            longest = used = tokens
     return batches
 
 
 def run_batches(
-    lengths: Sequence[int], batch_tokens: int, run: Callable[[list[int]], torch.Tensor], border: int | None = None
+    lengths: Sequence[int],
+    batch_tokens: int,
+    run: Callable[[list[int]], torch.Tensor],
+    border: int | None = None,
+    *,
+    packed: bool = False,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Run every batch; one that does not fit in memory is halved, with a warning, and so are the batches after it.
 
     Args:
-        lengths, batch_tokens, border: as in `token_batches`.
+        lengths, batch_tokens, border, packed: as in `token_batches`.
         run: takes indices, returns one row each.
 
     Yields:
@@ -52,7 +62,7 @@ def run_batches(
     Raises:
         OutOfMemory: a single text does not fit.
     """
-    todo = token_batches(lengths, batch_tokens, border)[::-1]
+    todo = token_batches(lengths, batch_tokens, border, packed=packed)[::-1]
     while todo:
         batch = todo.pop()
         try:
@@ -60,20 +70,21 @@ def run_batches(
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            tokens = max(lengths[i] for i in batch)
+            longest = max(lengths[i] for i in batch)
             if len(batch) == 1:
                 raise OutOfMemory(
-                    f"a text of {tokens:,} tokens does not fit in memory; set max_tokens lower"
+                    f"a text of {longest:,} tokens does not fit in memory; set max_tokens lower"
                 ) from error
             rows = None
         # Outside the handler: the traceback would keep the failed batch's tensors alive.
         if rows is None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            half = (len(batch) + 1) // 2
-            logger.warning("out of memory: batches halved to %d texts of up to %d tokens", half, tokens)
+            used = sum(lengths[i] for i in batch) if packed else longest * len(batch)
+            budget = (used + longest) // 2  # a half, but never less than the longest text
+            logger.warning("out of memory: batches cut from %d tokens to %d", used, budget)
             left = [index for waiting in (batch, *todo[::-1]) for index in waiting]
-            smaller = token_batches([lengths[index] for index in left], half * tokens, border)
+            smaller = token_batches([lengths[index] for index in left], budget, border, packed=packed)
             todo = [[left[i] for i in part] for part in smaller][::-1]
             continue
         yield batch, rows

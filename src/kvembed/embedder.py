@@ -176,7 +176,7 @@ class Embedder:
             dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`: float32 on a CPU, bfloat16 elsewhere.
             device: a torch device, or `"auto"`.
             revision: of a hub id.
-            batch_tokens: padded tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
+            batch_tokens: tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
             texts: unlabelled texts to choose layers by and to fit a transform on, if the method has one. Default: what
                 is stored for this model, or else text that the model writes itself.
             fitted: a file with a transform (`Transform.save`, `kvembed tune -o`), instead of the stored one.
@@ -342,7 +342,8 @@ class Embedder:
         with tqdm(
             total=sum(lengths), desc="embedding", unit="tok", unit_scale=True, disable=None if progress else True
         ) as bar:
-            for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border):
+            packed = len(prompts) > 1 and self.backbone.can_pack
+            for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
                 template, text = np.divmod(batch, max(count, 1))
                 views[text, template] = rows.numpy()
                 bar.update(sum(lengths[i] for i in batch))

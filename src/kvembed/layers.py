@@ -151,11 +151,10 @@ def id_curve(
     plain = EmbedConfig()
     lengths = [len(prompt.ids) for prompt in prompts]
     with tqdm(total=len(texts), desc="reading layers", unit="text", disable=None if progress else True) as bar:
-        for batch in token_batches(lengths, batch_tokens, backbone.rope_border):
+        for batch in token_batches(lengths, batch_tokens, backbone.rope_border, packed=backbone.can_pack):
             ids, real = backbone.pad([prompts[i].ids for i in batch])
             readers = {layer: partial(_keep_last, states[layer], batch, real) for layer in range(len(states))}
-            with backbone.observing(readers):
-                backbone.states(ids, real, plain)
+            backbone.states(ids, real, plain, readers=readers)
             bar.update(len(batch))
     return tuple(twonn(layer) for layer in states)
 
