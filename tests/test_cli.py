@@ -55,6 +55,16 @@ def test_embed_composes_with_pipes(run, folder):
     assert result.stderr == ""
 
 
+def test_embed_in_fewer_bits(run, folder, tmp_path):
+    whole = Embedder.from_pretrained(folder).encode(["one", "two"])
+    result = run("embed", "--model", folder, "--precision", "int8", stdin="one\ntwo\n")
+    rows = np.array([json.loads(line)["embedding"] for line in result.stdout.splitlines()])
+    assert rows.dtype.kind == "i"
+    assert np.abs(rows / np.linalg.norm(rows, axis=1, keepdims=True) - whole).max() < 0.01
+    run("embed", "--model", folder, "--precision", "binary", "-o", tmp_path / "bits.npy", stdin="one\ntwo\n")
+    assert np.array_equal(np.load(tmp_path / "bits.npy"), np.packbits(whole > 0, axis=1))
+
+
 def test_options_reach_the_config(run, folder):
     result = run(
         *("explain", "some text", "--json", "--model", folder, "--method", "kv", "--layers", "0,3-4", "--bias", "2.5"),

@@ -59,7 +59,7 @@ def _is_preset(method: str, result: Result) -> bool:
     preset, unset = METHODS[method].to_dict(), EmbedConfig().to_dict()
     if result.config.get("fitted_on", {}).get("texts", SELF_WRITTEN) != SELF_WRITTEN:
         return False
-    if result.config["max_tokens"] not in (MINI_TOKENS, None):
+    if result.config["max_tokens"] not in (MINI_TOKENS, None) or "precision" in result.config:
         return False
     free = {"max_tokens", *RESOLVED.get(method, ())}
     # A result written before a field was there has it at its default.

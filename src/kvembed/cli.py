@@ -48,7 +48,11 @@ Bias = Annotated[float | None, typer.Option("--bias", help="Bias of the slot's l
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Role = Annotated[Literal["document", "query"], typer.Option("--role", help="Which template.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Cut longer texts. Default: the model's limit.")]
-BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", help="Padded tokens in a batch.")]
+BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", help="Tokens in a batch.")]
+Precision = Annotated[
+    Literal["float32", "int8", "binary"],
+    typer.Option("--precision", help="int8: a byte a dimension. binary: a bit, for Hamming distance."),
+]
 Dim = Annotated[int | None, typer.Option("--dim", min=1, help="Keep the best dimensions of a method that orders them.")]
 Fitted = Annotated[
     Path | None, typer.Option("--fitted", help="A transform that `kvembed tune -o` wrote. None: the stored one.")
@@ -83,6 +87,7 @@ def embed(
     role: Role = "document",
     dim: Dim = None,
     fitted: Fitted = None,
+    precision: Precision = "float32",
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -96,7 +101,10 @@ def embed(
                 raise InputError(f"{output} is an input too; it would be overwritten")
         texts = read_texts(files or [], field)
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
-        write_vectors(embedder.encode_with_report(texts, role=role, progress=True), output)
+        encoded = embedder.encode_with_report(texts, role=role, progress=True)
+        from .quantize import quantize
+
+        write_vectors(dataclasses.replace(encoded, vectors=quantize(encoded.vectors, precision)), output)
 
 
 @app.command()
@@ -273,6 +281,7 @@ def evaluate(
     dtype: Dtype = "auto",
     dim: Dim = None,
     fitted: Fitted = None,
+    precision: Precision = "float32",
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
@@ -282,6 +291,8 @@ def evaluate(
 
         if (data is None) == (not mteb):
             raise InputError("say what to score on: --data FOLDER, or --mteb TASK")
+        if data is None and precision != "float32":
+            raise InputError("--precision is for --data; mteb scores float32 vectors")
         if data is None:
             from .mteb_encoder import run_mteb
 
@@ -294,7 +305,13 @@ def evaluate(
             return
         found = sample(load_tasks(data, tasks or ()), suite)
         from .evaluate import evaluate as run
-        from .subjects import at_limits, embedder_subject, sentence_transformer_subject, tfidf_subject
+        from .subjects import (
+            at_limits,
+            embedder_subject,
+            quantized_subject,
+            sentence_transformer_subject,
+            tfidf_subject,
+        )
 
         if reference and (method or layers or bias is not None or max_tokens or dim or fitted):
             raise InputError(
@@ -309,6 +326,7 @@ def evaluate(
             subjects = [embedder_subject(one, name or _label(model)) for one in limited]
         done = []
         for subject in subjects:
+            subject = quantized_subject(subject, precision)
             rows = list(run(subject, found, suite=suite, results=results, vectors=vectors, progress=True))
             done += rows
             if not as_json:

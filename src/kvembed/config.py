@@ -12,7 +12,17 @@ from typing import Any, Literal, get_args
 
 from .errors import InputError
 
-__all__ = ["Attention", "EmbedConfig", "MeanTokens", "Pooling", "Readout", "Role", "SlotPosition", "TransformKind"]
+__all__ = [
+    "Attention",
+    "EmbedConfig",
+    "MeanTokens",
+    "Pooling",
+    "Precision",
+    "Readout",
+    "Role",
+    "SlotPosition",
+    "TransformKind",
+]
 
 Role = Literal["document", "query"]
 Attention = Literal["reroute", "bidirectional"]
@@ -20,6 +30,7 @@ Pooling = Literal["last", "mean", "weighted-mean", "hybrid"]
 MeanTokens = Literal["all", "content"]
 SlotPosition = Literal["last", "first"]
 TransformKind = Literal["none", "whiten"]
+Precision = Literal["float32", "int8", "binary"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

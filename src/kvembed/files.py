@@ -182,7 +182,8 @@ def check_writable(path: Path) -> None:
 def write_vectors(encoded: Encoded, path: Path | None) -> None:
     """Write vectors in order; standard output, as .jsonl, if `path` is None or `-`.
 
-    `.npy` holds (n, dim) float32; `.jsonl` and `.parquet` rows of `index`, `tokens`, `tokens_cut`, `embedding`.
+    `.npy` holds (n, dim) in the vectors' dtype; `.jsonl` and `.parquet` rows of `index`, `tokens`, `tokens_cut`,
+    `embedding`.
 
     Raises:
         InputError: the file can't be written; what was there before is still there.
@@ -227,7 +228,8 @@ def _write_jsonl(encoded: Encoded, file: BinaryIO) -> None:
     rows = zip(encoded.token_counts.tolist(), encoded.tokens_cut.tolist(), encoded.vectors, strict=True)
     for index, (tokens, cut, vector) in enumerate(rows):
         # float(str(x)) of a float32 keeps 9 digits, enough to read the same float32 back
-        row = {"index": index, "tokens": tokens, "tokens_cut": cut, "embedding": [float(str(x)) for x in vector]}
+        numbers = [float(str(x)) for x in vector] if vector.dtype.kind == "f" else vector.tolist()
+        row = {"index": index, "tokens": tokens, "tokens_cut": cut, "embedding": numbers}
         file.write(json.dumps(row).encode() + b"\n")
 
 

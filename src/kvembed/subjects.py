@@ -15,16 +15,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Role
+from .config import Precision, Role
 from .errors import InputError, ModelNotFound
 from .files import Encoded, needed
 from .models import bars_off
+from .quantize import dequantize, quantize
 from .tasks import LIMITS
 
 if TYPE_CHECKING:
     from .embedder import Embedder
 
-__all__ = ["Subject", "at_limits", "digest", "embedder_subject", "sentence_transformer_subject", "tfidf_subject"]
+__all__ = [
+    "Subject",
+    "at_limits",
+    "digest",
+    "embedder_subject",
+    "quantized_subject",
+    "sentence_transformer_subject",
+    "tfidf_subject",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +108,26 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         encode=encode_views if views else encode,
         finish=join if views else None,
         cached_as=views,
+    )
+
+
+def quantized_subject(subject: Subject, precision: Precision) -> Subject:
+    """The same, with its vectors rounded; the cache is that of the vectors as they were."""
+    if precision == "float32":
+        return subject
+    before = subject.finish
+
+    def finish(found: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
+        vectors = found if before is None else before(found, role)
+        return dequantize(quantize(vectors, precision), precision, vectors.shape[1])
+
+    return dataclasses.replace(
+        subject,
+        config=subject.config | {"precision": precision},
+        config_hash=digest(f"{subject.config_hash} {precision}"),
+        identity=digest(f"{subject.identity} {precision}"),
+        finish=finish,
+        cached_as=subject.cached_as or subject.identity,
     )
 
 

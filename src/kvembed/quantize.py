@@ -1,0 +1,48 @@
+"""Smaller vectors: 8-bit integers, or one bit a dimension."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import Precision
+from .errors import InputError
+
+__all__ = ["dequantize", "quantize"]
+
+
+def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[Any]:
+    """Round unit vectors to fewer bits.
+
+    Args:
+        vectors: (n, dim) float32.
+        precision: `"float32"`: as they are, 4 bytes a dimension. `"int8"`: each vector times 127 over its own largest
+            entry, rounded, 1 byte; cosine similarity does not ask for a vector's length, so no scale need be kept.
+            `"binary"`: the sign of every entry, 8 to a byte, the first in the highest bit, for Hamming distance. Signs
+            say little of vectors that all point the same way, as those of most methods do; a transform centres them.
+
+    Returns:
+        (n, dim) float32 or int8, or (n, ceil(dim / 8)) uint8.
+
+    Raises:
+        InputError: another precision.
+    """
+    if precision not in get_args(Precision):
+        raise InputError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+    if precision == "binary":
+        return np.packbits(vectors > 0, axis=1)
+    if precision == "int8":
+        largest = np.abs(vectors).max(1, keepdims=True, initial=1e-12)
+        codes: NDArray[np.int8] = np.rint(vectors * (127 / largest)).astype(np.int8)
+        return codes
+    return vectors
+
+
+def dequantize(codes: NDArray[Any], precision: Precision, dim: int) -> NDArray[np.float32]:
+    """Unit vectors (n, dim) float32 of what `quantize` gave; bits become 1 and -1, so cosine is Hamming, rescaled."""
+    bits = precision == "binary"
+    found = np.unpackbits(codes, axis=1, count=dim).astype(np.float32) * 2 - 1 if bits else codes.astype(np.float32)
+    unit: NDArray[np.float32] = found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
+    return unit
