@@ -1,0 +1,159 @@
+"""What makes `auto` good, and what it costs to make its vectors smaller; and how it does fitted on a task's own texts.
+
+Writes to the ledger under the suites `auto` and `own`; a run that was stopped goes on where it was. `parts` and `sizes`
+read the states that `tools/results.py --suite mini --method auto` has cached. `make tables` makes the tables.
+
+    python tools/auto.py --data ../shared/eval-data [--model smollm2] [--name NAME] [parts|sizes|own|rerouted ...]
+
+`parts` takes one part of the method away at a time; `sizes` keeps fewer dimensions, or fewer bits of each; `own` fits
+on the texts that a task has besides those that are scored; `rerouted` re-routes the layers that `kv` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvembed import Embedder
+from kvembed.config import Precision, Role
+from kvembed.evaluate import evaluate
+from kvembed.models import label
+from kvembed.results import mean
+from kvembed.subjects import Subject, digest, embedder_subject, quantized_subject
+from kvembed.tasks import MINI_TOKENS, Task, load_tasks, mini, sample
+from kvembed.transform import Transform, fit
+from kvembed.tuning import FIT_TOKENS
+from kvembed.writing import own_texts
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("parts", "sizes", "own", "rerouted")
+Views = dict[Role, NDArray[np.float32]]
+SIZES: tuple[tuple[int | None, Precision], ...] = (
+    *((dim, "float32") for dim in (512, 256, 128, 64)),
+    *((dim, precision) for precision in ("int8", "binary") for dim in (None, 256)),
+)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--name")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
+    arguments = parser.parse_args()
+    parts = arguments.parts or PARTS
+    name = arguments.name or label(arguments.model)
+    tasks = load_tasks(arguments.data)
+    small = list(sample(tasks, "mini"))
+    auto = Embedder.from_pretrained(
+        arguments.model, method="auto", dtype="bfloat16", max_tokens=MINI_TOKENS, progress=True
+    )
+
+    def run(subject: Subject, chosen: Sequence[Task], suite: str, told: str) -> None:
+        rows = list(
+            evaluate(
+                dataclasses.replace(subject, method=told),
+                chosen,
+                suite=suite,
+                results=arguments.results,
+                progress=True,
+            )
+        )
+        print(f"{mean(rows).value:6.2f}  {suite}, {name}, {told}", flush=True)
+
+    if "parts" in parts:
+        for told, transform in _variants(auto):
+            run(_with(auto, name, told, transform), small, "auto", told)
+    for dim, precision in SIZES if "sizes" in parts else ():
+        if dim is None or dim < auto.dim:
+            told = f"size {dim or auto.dim} {precision}"
+            run(quantized_subject(embedder_subject(auto.replace(dim=dim), name), precision), small, "auto", told)
+    for task in tasks if "own" in parts else ():
+        if texts := _own(task):
+            fitted = Embedder.from_model(
+                auto.model, auto.tokenizer, method="auto", max_tokens=MINI_TOKENS, texts=texts, progress=True
+            )
+            run(embedder_subject(fitted, name), [mini(task)], "own", "auto, fitted on the task's texts")
+    if "rerouted" in parts:
+        kv = Embedder.from_model(auto.model, auto.tokenizer, method="kv")
+        run(embedder_subject(auto.replace(layers=kv.config.layers), name), small, "auto", "re-routed as in kv")
+
+
+def _own(task: Task) -> tuple[str, ...]:
+    """A task's unlabelled texts that are not scored: what is searched, or the texts to train a classifier on."""
+    if task.kind == "classification":
+        return task.documents[: task.train]
+    return task.documents if task.kind in ("retrieval", "reranking") else ()
+
+
+def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float32], Role], NDArray[np.float32]]]]:
+    """Name, and what makes vectors (N,dim) of all views (N,V,D)."""
+    texts = own_texts(auto.model, auto.tokenizer, auto.fingerprint(), progress=True)
+    short = auto.replace(max_tokens=FIT_TOKENS)
+    roles: tuple[Role, ...] = ("document", "query")
+    views: Views = {role: short.encode_views(texts, role=role, progress=True).vectors for role in roles}
+    inside = [readout.output_layer is not None for _, readout in auto.config.views]
+
+    def fitted(kept: Sequence[int], some: Views) -> Transform:
+        return fit({role: part[:, kept] for role, part in some.items()}, [inside[view] for view in kept], {})
+
+    def on(kept: Sequence[int], transform: Transform) -> Callable[[NDArray[np.float32], Role], NDArray[np.float32]]:
+        return lambda found, role: transform(found[:, kept], role)
+
+    every = range(len(inside))
+    whole = fitted(every, views)
+    kept = whole.whiten.shape[2]
+    apart = torch.eye(len(inside) * kept)
+    yield "auto", on(every, whole)
+    yield "without PromptEOL's template", on([2, 3], fitted([2, 3], views))
+    yield "without the paper's template", on([0, 1], fitted([0, 1], views))
+    yield "without the mean of the text's tokens", on([0, 2], fitted([0, 2], views))
+    yield "without the last token", on([1, 3], fitted([1, 3], views))
+    yield (
+        "neither whitened nor joined",
+        on(
+            every,
+            dataclasses.replace(
+                whole,
+                whiten=torch.eye(auto.backbone.dim).expand(len(inside), -1, -1),
+                rotate=torch.eye(len(inside) * auto.backbone.dim),
+            ),
+        ),
+    )
+    yield "whitened, not joined", on(every, dataclasses.replace(whole, rotate=apart))
+    yield "joined, not stretched", on(every, dataclasses.replace(whole, rotate=whole.rotate / whole.rotate.norm(dim=0)))
+    one_mean = {role: whole.means["document"] for role in whole.means}
+    yield "one mean for both roles", on(every, dataclasses.replace(whole, means=one_mean))
+    yield "fitted on 250 texts", on(every, fitted(every, {role: part[:250] for role, part in views.items()}))
+
+
+def _with(
+    auto: Embedder, name: str, told: str, join: Callable[[NDArray[np.float32], Role], NDArray[np.float32]]
+) -> Subject:
+    subject = embedder_subject(auto, name)
+    views = len(auto.config.views)
+
+    def finish(flat: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
+        vectors = join(flat.reshape(len(flat), views, -1), role)
+        unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+        return unit
+
+    return dataclasses.replace(
+        subject,
+        config=subject.config | {"variant": told},
+        config_hash=digest(f"{subject.config_hash} {told}"),
+        identity=digest(f"{subject.identity} {told}"),
+        finish=finish,
+    )
+
+
+if __name__ == "__main__":
+    main()
