@@ -146,7 +146,12 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         table = {method: presets[model, method] for method in methods}
         table |= {f"{name} ({REFERENCES[method]})": rows for (name, method), rows in references.items()}
         parts += [f"## {model}, `mini`", _machine(presets[model, methods[0]]), _scores(table), _differences(table)]
-    parts += [_long(results), _ablation([result for result in results if result.suite == "ablation"])]
+    parts += [
+        _auto([result for result in results if result.suite == "auto"]),
+        _own(mini, [result for result in results if result.suite == "own"]),
+        _long(results),
+        _ablation([result for result in results if result.suite == "ablation"]),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -200,6 +205,86 @@ def _differences(table: dict[str, list[Result]]) -> str:
             gaps = [difference(ours.values(), rows), *(difference([ours[task]], [theirs[task]]) for task in tasks)]
             lines.append(_row([method, *map(_gap, gaps)]))
     return "\n".join(lines) if len(lines) > 4 else ""
+
+
+def _auto(results: list[Result]) -> str:
+    """`auto` without one of its parts at a time, and with smaller vectors."""
+    groups = by_method(results)
+    parts = []
+    for model in MODELS:
+        found = {method: rows for (name, method, _), rows in groups.items() if name == model}
+        base = found.get("auto")
+        if base is None:
+            continue
+        tasks = sorted(result.task for result in base)
+        whole = {method: rows for method, rows in found.items() if sorted(r.task for r in rows) == tasks}
+        choices = {method: rows for method, rows in whole.items() if not method.startswith("size ")}
+        lines = [
+            _row([f"{model}: variant", "mean", "against `auto`", *tasks]),
+            _row(["---", *["---:"] * (2 + len(tasks))]),
+        ]
+        for method, rows in sorted(choices.items(), key=lambda pair: (pair[0] != "auto", -mean(pair[1]).value)):
+            scores = {result.task: f"{result.score:.1f}" for result in rows}
+            gap = "" if rows is base else _gap(difference(rows, base))
+            lines.append(_row([method, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
+        parts += ["\n".join(lines), _one_left_out(choices, base)]
+        if sizes := {method: rows for method, rows in whole.items() if method.startswith("size ")}:
+            parts.append(_sizes(sizes, base))
+    if not parts:
+        return ""
+    title = "## `auto`, part by part\n\n**Bold**: the interval of the difference leaves out 0."
+    return "\n\n".join([title, *parts])
+
+
+def _one_left_out(choices: dict[str, list[Result]], base: list[Result]) -> str:
+    """What choosing a variant by all tasks but one would have given on that one."""
+    scores = {method: {result.task: result.score for result in rows} for method, rows in choices.items()}
+    got = {}
+    for task in scores["auto"]:
+        others = {method: sum(found.values()) - found[task] for method, found in scores.items()}
+        chosen = max(others, key=others.__getitem__)
+        got[task] = scores[chosen][task]
+    value = sum(got.values()) / len(got)
+    return (
+        f"Leaving one task out: the best of these {len(scores)} by the other {len(got) - 1} tasks scores {value:.1f} "
+        f"in the mean on the task left out; `auto` {mean(base).value:.1f}."
+    )
+
+
+def _sizes(sizes: dict[str, list[Result]], base: list[Result]) -> str:
+    bits = {"float32": 32, "int8": 8, "binary": 1}
+    lines = [
+        _row(["dimensions", "numbers", "bytes a vector", "mean", "of `auto`"]),
+        _row(["---:", "---", *["---:"] * 3]),
+    ]
+    told = {method: (int(method.split()[1]), method.split()[2]) for method in sizes}
+    for method, (dim, precision) in sorted(told.items(), key=lambda pair: -pair[1][0] * bits[pair[1][1]]):
+        rows = sizes[method]
+        share = mean(rows).value / mean(base).value
+        cells = [str(dim), precision, f"{dim * bits[precision] // 8:,}", _interval(mean(rows)), f"{share:.1%}"]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _own(mini: list[Result], results: list[Result]) -> str:
+    """`auto` fitted on a task's own unlabelled texts, against the same fitted on what the model wrote itself."""
+    presets = _presets(mini)
+    lines = []
+    for model in MODELS:
+        usual = {result.task: result for result in presets.get((model, "auto"), [])}
+        rows = [result for result in results if result.model == model and result.task in usual]
+        for own in sorted(rows, key=lambda result: result.task):
+            scores = [f"{x.score:.1f} ± {(x.high - x.low) / 2:.1f}" for x in (usual[own.task], own)]
+            fitted_on = f"{own.config['fitted_on']['count']:,}"
+            lines.append(_row([model, own.task, *scores, _gap(difference([own], [usual[own.task]])), fitted_on]))
+    if not lines:
+        return ""
+    head = ["model", "task", "self-written", "own texts", "difference", "own texts used"]
+    title = (
+        "## `auto`, fitted on the task's own texts\n\nWhat is searched, or a classifier's training texts without their "
+        "labels; never what is scored. **Bold**: the interval of the difference leaves out 0."
+    )
+    return "\n\n".join([title, "\n".join([_row(head), _row(["---", "---", *["---:"] * 4]), *lines])])
 
 
 def _long(results: list[Result]) -> str:

@@ -173,7 +173,8 @@ class Embedder:
         Args:
             name: a bundled name (`"smollm2"`), a hub id, a folder (one of `save_pretrained` too) or a `.gguf` file.
             method: a preset, see `kvembed.METHODS`. Default: the one saved in the folder, or else `"kv"`.
-            dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`: float32 on a CPU, bfloat16 elsewhere.
+            dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`: bfloat16, or float32 on a CPU that can't multiply
+                bfloat16. Pooling and all after it are in float32.
             device: a torch device, or `"auto"`.
             revision: of a hub id.
             batch_tokens: tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.

@@ -70,7 +70,7 @@ def load(
 
     Args:
         name: a key of `BUNDLED`, a folder, a `.gguf` file (converted to safetensors in the cache, once), or a hub id.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: float32 on a CPU, bfloat16 elsewhere.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16, or float32 on a CPU that can't multiply bfloat16.
         device: a torch device, or `auto`: the first accelerator, else the CPU.
         revision: of a hub id.
 
@@ -81,7 +81,9 @@ def load(
     place = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
-    torch_dtype = DTYPES["float32" if place.type == "cpu" else "bfloat16"] if dtype == "auto" else DTYPES[dtype]
+    if dtype == "auto":
+        dtype = "float32" if place.type == "cpu" and not _cpu_multiplies_bfloat16() else "bfloat16"
+    torch_dtype = DTYPES[dtype]
     source = _local_folder(name) or _on_hub(name, revision)
     with _readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -157,6 +159,12 @@ def _on_hub(name: str, revision: str | None) -> str:
                 f"cache, and the hub can't be reached ({_first_line(error)})"
             ) from None
     return name
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """In hardware; else it is slower than float32."""
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.11 on
+    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
 def _device(device: str) -> torch.device:
