@@ -20,10 +20,10 @@ from test_shards import write
 from typer.testing import CliRunner
 
 from kvembed import Embedder, InputError
-from kvembed.bulk import _BLOCK_ROWS, bulk, run_here
+from kvembed.bulk import bulk, run_here
 from kvembed.cli import app
 
-TEXTS = [f"{i} {NOTICES[i % len(NOTICES)]}" for i in range(100)]
+TEXTS = [f"{i} {NOTICES[i % len(NOTICES)]}" for i in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def embedder(llama, tokenizer):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    for name, part in {"a.csv": TEXTS[:30], "b.jsonl": TEXTS[30:31], "c.parquet": TEXTS[31:]}.items():
+    for name, part in {"a.csv": TEXTS[:12], "b.jsonl": TEXTS[12:13], "c.parquet": TEXTS[13:]}.items():
         write(folder / name, part, [f"{name} {i}" for i in range(len(part))])
     return folder
 
@@ -43,7 +43,7 @@ def source(tmp_path_factory):
 def whole(embedder, source, tmp_path_factory):
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    bulk(embedder, source, out, shard_rows=8)
+    bulk(embedder, source, out, shard_rows=4)
     return out
 
 
@@ -57,15 +57,15 @@ def vectors(table):
 
 
 def test_every_text_once_with_the_vector_it_has_alone(embedder, source, tmp_path):
-    summary = bulk(embedder, source, tmp_path / "out", shard_rows=8, model="tiny", id_field="key")
+    summary = bulk(embedder, source, tmp_path / "out", shard_rows=4, model="tiny", id_field="key")
     table = pq.read_table(tmp_path / "out")  # the manifest and the lock do not disturb readers
     expected = embedder.encode_with_report(TEXTS)
-    assert table["id"].to_pylist()[28:33] == ["a.csv 28", "a.csv 29", "b.jsonl 0", "c.parquet 0", "c.parquet 1"]
+    assert table["id"].to_pylist()[10:15] == ["a.csv 10", "a.csv 11", "b.jsonl 0", "c.parquet 0", "c.parquet 1"]
     np.testing.assert_allclose(vectors(table), expected.vectors, atol=1e-5)
     assert table["tokens"].to_pylist() == expected.token_counts.tolist()
     assert table["tokens_cut"].to_pylist() == expected.tokens_cut.tolist()
     assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[48]"
-    assert (summary.rows, summary.shards, summary.made, summary.dim) == (100, 13, 13, 48)
+    assert (summary.rows, summary.shards, summary.made, summary.dim) == (40, 10, 10, 48)
     assert (summary.tokens, summary.texts_cut) == (expected.token_counts.sum(), expected.truncated)
     assert summary.texts_cut > 0
 
@@ -76,29 +76,27 @@ def test_the_manifest_says_what_is_where(embedder, source, whole):
     assert manifest["finished"] is True
     assert job["weights"] == embedder.fingerprint()
     assert job["config"] == json.loads(json.dumps(embedder.config.to_dict()))
-    assert (job["config_hash"], job["dim"], job["shard_rows"]) == (embedder.config.hash(), 48, 8)
-    assert [file["rows"] for file in job["inputs"]] == [[0, 30], [30, 31], [31, 100]]
+    assert (job["config_hash"], job["dim"], job["shard_rows"]) == (embedder.config.hash(), 48, 4)
+    assert [file["rows"] for file in job["inputs"]] == [[0, 12], [12, 13], [13, 40]]
     for file in job["inputs"]:
         assert file["sha256"] == hashlib.sha256((source / file["path"]).read_bytes()).hexdigest()
-    assert [shard["rows"] for shard in shards] == [[i, min(i + 8, 100)] for i in range(0, 100, 8)]
+    assert [shard["rows"] for shard in shards] == [[i, i + 4] for i in range(0, 40, 4)]
     for shard in shards:
         data = (whole / shard["name"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         assert pq.read_table(whole / shard["name"])["id"].to_pylist() == list(range(*shard["rows"]))
 
 
-@pytest.mark.parametrize("role", ["document", "query"])
-def test_a_transform_and_a_role(source, role, tmp_path, llama, tokenizer):
-    corpus = [f"{i} {text}" for i in range(5) for text in NOTICES]
+def test_a_transform_and_a_role(source, tmp_path, llama, tokenizer):
+    corpus = [f"{i} {text}" for i in range(3) for text in NOTICES]
     embedder = Embedder.from_model(llama, tokenizer, method="auto", texts=corpus, dim=7)
-    bulk(embedder, source, tmp_path / "out", role=role)
-    table = pq.read_table(tmp_path / "out")
-    np.testing.assert_allclose(vectors(table), embedder.encode(TEXTS, role=role), atol=1e-5)
+    bulk(embedder, source, tmp_path / "out", role="query")
+    np.testing.assert_allclose(vectors(pq.read_table(tmp_path / "out")), embedder.encode_query(TEXTS), atol=1e-5)
     job = json.loads((tmp_path / "out" / "_manifest.json").read_text())["job"]
-    assert (job["transform"], job["role"], job["dim"]) == (embedder.transform.digest(), role, 7)
+    assert (job["transform"], job["role"], job["dim"]) == (embedder.transform.digest(), "query", 7)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5, 12])
+@pytest.mark.parametrize("stop", [0, 1, 9])
 def test_a_stopped_job_ends_as_one_that_was_not(embedder, source, whole, tmp_path, stop):
     def until_stop(job, embedder, shards, report):
         for count, written in enumerate(run_here(job, embedder, shards, report)):
@@ -107,38 +105,38 @@ def test_a_stopped_job_ends_as_one_that_was_not(embedder, source, whole, tmp_pat
             yield written
 
     with pytest.raises(KeyboardInterrupt):
-        bulk(embedder, source, tmp_path / "out", shard_rows=8, engine=until_stop)
+        bulk(embedder, source, tmp_path / "out", shard_rows=4, engine=until_stop)
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["finished"] is False
     (tmp_path / "out" / ".shard-000003.parquet.xyz").write_bytes(b"half a sh")  # as a kill leaves it
     (tmp_path / "out" / "shard-000002.parquet").unlink(missing_ok=True)  # a gap
-    summary = bulk(embedder, source, tmp_path / "out", shard_rows=8)
-    assert summary.made == 13 - (stop + 1) + (stop >= 2)
+    summary = bulk(embedder, source, tmp_path / "out", shard_rows=4)
+    assert summary.made == 10 - (stop + 1) + (stop >= 2)
     assert content(tmp_path / "out") == content(whole)
-    assert bulk(embedder, source, tmp_path / "out", shard_rows=8).made == 0
+    assert bulk(embedder, source, tmp_path / "out", shard_rows=4).made == 0
     assert content(tmp_path / "out") == content(whole)
 
 
-def test_blocks_depend_on_the_shard_alone(embedder, tmp_path, monkeypatch):
-    """Long shards are embedded in blocks of rows and of characters; a row is in one of them."""
-    seen = []
-
-    class Watched(Embedder):
-        def encode_views(self, texts, **options):
-            seen.append(list(texts))
-            return super().encode_views(texts, **options)
-
-    texts = ["x", "y" * 400_000, "z" * 800_000, *(str(i) for i in range(_BLOCK_ROWS + 5))]
+def test_long_shards_are_embedded_in_blocks(embedder, tmp_path, monkeypatch):
+    """Of so many rows, and of so many characters; every row is in one of them."""
+    monkeypatch.setattr("kvembed.bulk._BLOCK_ROWS", 4)
+    monkeypatch.setattr("kvembed.bulk._BLOCK_CHARACTERS", 100)
+    texts = ["x", "y" * 40, "z" * 60, "z" * 300, *"123456789"]
     write(tmp_path / "in.jsonl", texts)
-    watched = Watched(embedder.model, embedder.tokenizer, embedder.config)
-    bulk(watched, tmp_path / "in.jsonl", tmp_path / "out")
-    assert [text for block in seen for text in block] == texts
-    assert [len(block) for block in seen] == [2, _BLOCK_ROWS, 6]
+    blocks = []
+
+    def watched(job, embedder, shards, report):
+        return run_here(job, embedder, shards, lambda rows, tokens: blocks.append(rows))
+
+    bulk(embedder, tmp_path / "in.jsonl", tmp_path / "out", engine=watched)
+    assert blocks == [2, 1, 1, 4, 4, 1]
+    found = vectors(pq.read_table(tmp_path / "out"))
+    np.testing.assert_allclose(found, embedder.encode(texts), atol=1e-5)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "other"])
 def test_a_damaged_shard_is_made_again(embedder, source, whole, tmp_path, damage, caplog):
     out = tmp_path / "out"
-    bulk(embedder, source, out, shard_rows=8)
+    bulk(embedder, source, out, shard_rows=4)
     path = out / "shard-000004.parquet"
     data = bytearray(path.read_bytes())
     if damage == "flip":
@@ -146,7 +144,7 @@ def test_a_damaged_shard_is_made_again(embedder, source, whole, tmp_path, damage
     path.write_bytes(
         data[:-5] if damage == "cut" else (out / "shard-000005.parquet").read_bytes() if damage == "other" else data
     )
-    assert bulk(embedder, source, out, shard_rows=8).made == 1
+    assert bulk(embedder, source, out, shard_rows=4).made == 1
     assert "shard-000004.parquet is damaged, and is made again" in caplog.text
     assert content(out) == content(whole)
 
@@ -156,20 +154,20 @@ def test_another_job_is_refused(embedder, source, whole, tmp_path, llama, tokeni
 
     def refused(message, embedder=embedder, source=source, **options):
         with pytest.raises(InputError, match=rf"out holds another job \({message}\); choose another folder"):
-            bulk(embedder, source, whole, **{"shard_rows": 8} | options)
+            bulk(embedder, source, whole, **{"shard_rows": 4} | options)
 
     refused("bias was 1.0, now 2.0", embedder.replace(bias=2.0))
     refused(r"layers was \[1, 2\], now \[1\]", embedder.replace(layers=[1]))
     refused("weights was .*, now .*", Embedder.from_model(tiny(seed=1), tokenizer, layers=[1, 2], max_tokens=40))
     refused("batch_tokens was 2048, now 100", Embedder(llama, tokenizer, embedder.config, batch_tokens=100))
-    refused("shard_rows was 8, now 9", shard_rows=9)
+    refused("shard_rows was 4, now 9", shard_rows=9)
     refused('role was "document", now "query"', role="query")
     refused('id_field was null, now "key"', id_field="key")
     copy = tmp_path / "corpus"
     copy.mkdir()
     for path in source.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    assert bulk(embedder, copy, whole, shard_rows=8).made == 0  # the same texts at another place
+    assert bulk(embedder, copy, whole, shard_rows=4).made == 0  # the same texts at another place
     write(copy / "b.jsonl", ["other"], ["b.jsonl 0"])
     refused(r"input b\.jsonl has changed, or is new", source=copy)
     (copy / "b.jsonl").unlink()
@@ -206,8 +204,8 @@ def test_one_process_at_a_time(embedder, source, tmp_path):
 
 
 def test_a_text_that_cannot_be_embedded_says_where(embedder, source, tmp_path):
-    with pytest.raises(InputError, match="in the 8 rows from row 0 on: max_tokens is 17, but the template"):
-        bulk(embedder.replace(max_tokens=17), source, tmp_path / "out", shard_rows=8)
+    with pytest.raises(InputError, match="in the 4 rows from row 0 on: max_tokens is 17, but the template"):
+        bulk(embedder.replace(max_tokens=17), source, tmp_path / "out", shard_rows=4)
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +221,13 @@ def run(*args):
 
 def test_the_command(folder, source, whole, tmp_path):
     out = tmp_path / "out"
-    done = run(source, out, "--model", folder, "--shard-rows", 8)
+    done = run(source, out, "--model", folder, "--shard-rows", 4)
     total = sum(pq.read_table(whole)["tokens"].to_pylist())
     cut = sum(x > 0 for x in pq.read_table(whole)["tokens_cut"].to_pylist())
-    told = f"{out}: 100 rows of 48 dimensions in 13 shards, {total:,} tokens; {cut} texts were cut to 40 tokens\n"
+    told = f"{out}: 40 rows of 48 dimensions in 10 shards, {total:,} tokens; {cut} texts were cut to 40 tokens\n"
     assert (done.stdout, done.stderr) == (told, "")
     (out / "shard-000000.parquet").unlink()
-    assert "in 13 shards (12 were there before)," in run(source, out, "--model", folder, "--shard-rows", 8).stdout
+    assert "in 10 shards (9 were there before)," in run(source, out, "--model", folder, "--shard-rows", 4).stdout
     assert {**content(out), "_manifest.json": b""} == {**content(whole), "_manifest.json": b""}
     assert json.loads((out / "_manifest.json").read_text())["model"] == "tiny"
 
@@ -259,16 +257,17 @@ def test_mistakes_are_one_line(folder, embedder, tmp_path, monkeypatch, args, me
 
 
 def start(folder, source, out, **options):
-    command = [sys.executable, "-m", "kvembed", "bulk", source, out, "--model", folder, "--shard-rows", "8"]
+    command = [sys.executable, "-m", "kvembed", "bulk", source, out, "--model", folder, "--shard-rows", "4"]
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_done(folder, source, whole, tmp_path):
-    """No file may grow over 2,000 bytes: the manifest's first lines fit, a shard does not."""
-    size = (whole / "shard-000000.parquet").stat().st_size
+    """No file may grow to more than the room that a shard takes."""
+    size = (whole / "shard-000000.parquet").stat().st_size - 10
     out = tmp_path / "out"
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 10, size - 10))}
-    with start(folder, source, out, **limit) as process:
+    with start(
+        folder, source, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    ) as process:
         _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     assert error == f"kvembed: {out / 'shard-000000.parquet'}: file too large\n"
@@ -293,9 +292,9 @@ def killed_at_random(folder, source, out, times, seed=0):
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9(folder, embedder, tmp_path, times):
     source, out = tmp_path / "in.jsonl", tmp_path / "out"
-    write(source, [f"{i} {text}" for i in range(10) for text in NOTICES])
+    write(source, [f"{i} {text}" for i in range(5) for text in NOTICES])
     seen = killed_at_random(folder, source, out, times)
-    assert bulk(embedder, source, out, shard_rows=8, model="tiny").made == 60 - seen[-1]
-    bulk(embedder, source, tmp_path / "whole", shard_rows=8, model="tiny")
-    assert pq.read_table(out)["id"].to_pylist() == list(range(480))
+    assert bulk(embedder, source, out, shard_rows=4, model="tiny").made == 60 - seen[-1]
+    bulk(embedder, source, tmp_path / "whole", shard_rows=4, model="tiny")
+    assert pq.read_table(out)["id"].to_pylist() == list(range(240))
     assert content(out) == content(tmp_path / "whole")

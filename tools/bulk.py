@@ -117,20 +117,25 @@ def kills(folder: Path, source: Path, model: str, method: str, times: int, shard
         raise SystemExit("kvembed bulk failed")
     seconds = time.monotonic() - begun
     print(f"uninterrupted: {seconds:.0f} s")
+    shards = len(list(whole.glob("shard-*")))
     draw = random.Random(0)
     for _ in range(times):
-        process, there = start(stopped), len(list(stopped.glob("shard-*")))
-        moment = draw.uniform(0, 2 * seconds / times) if draw.random() < 0.7 else None  # None: as a shard is written
+        there, stale = len(list(stopped.glob("shard-*"))), set(stopped.glob(".shard-*"))
+        writing = draw.random() < 0.3  # stop as a shard is being written, or else at any moment of making one
+        new = draw.randint(not writing, max(1, 2 * shards // times - 1))  # shards that are let through
+        delay = 0.0 if writing else draw.uniform(0, 1.5 * seconds / shards)
+        process = start(stopped)
         begun = time.monotonic()
         while process.poll() is None:
-            parts = list(stopped.glob(".shard-*"))
-            if (time.monotonic() - begun > moment) if moment is not None else parts:
+            parts = set(stopped.glob(".shard-*")) - stale
+            if len(list(stopped.glob("shard-*"))) >= there + new and (parts or not writing):
+                time.sleep(delay)
                 process.send_signal(signal.SIGKILL)
                 break
-            time.sleep(0.001)
+            time.sleep(0.0005)
         process.wait()
-        now = len(list(stopped.glob("shard-*")))
-        print(f"killed after {time.monotonic() - begun:.1f} s: {now} shards, {now - there} of them new")
+        now, left = len(list(stopped.glob("shard-*"))), len(set(stopped.glob(".shard-*")) - stale)
+        print(f"killed after {time.monotonic() - begun:.1f} s: {now} shards, {now - there} new, {left} half-written")
     if start(stopped).wait():
         raise SystemExit("kvembed bulk failed")
     one, other = pq.read_table(whole), pq.read_table(stopped)
