@@ -122,7 +122,7 @@ def kills(folder: Path, source: Path, model: str, method: str, times: int, shard
     for _ in range(times):
         there, stale = len(list(stopped.glob("shard-*"))), set(stopped.glob(".shard-*"))
         writing = draw.random() < 0.3  # stop as a shard is being written, or else at any moment of making one
-        new = draw.randint(not writing, max(1, 2 * shards // times - 1))  # shards that are let through
+        new = draw.randint(not writing, max(1, shards // times))  # shards that are let through
         delay = 0.0 if writing else draw.uniform(0, 1.5 * seconds / shards)
         process = start(stopped)
         begun = time.monotonic()
