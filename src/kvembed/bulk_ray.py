@@ -141,11 +141,11 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         ray.init(address=address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of lost nodes; standard output is for the result
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it has to tell of lost nodes
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _pool(ray: Any, workers: int | None) -> tuple[int, dict[str, int]]:
