@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -230,6 +233,19 @@ def test_the_command(folder, source, whole, tmp_path):
     assert "in 10 shards (9 were there before)," in run(source, out, "--model", folder, "--shard-rows", 4).stdout
     assert {**content(out), "_manifest.json": b""} == {**content(whole), "_manifest.json": b""}
     assert json.loads((out / "_manifest.json").read_text())["model"] == "tiny"
+
+
+def test_the_documented_commands(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "x.jsonl").write_text('{"key": "a", "body": "text"}\n')
+    text = (Path(__file__).parent.parent / "docs" / "bulk.md").read_text()
+    commands = [line for line in re.findall(r"^\$ kvembed bulk ([^#\n]+)", text, re.M) if "ray" not in line]
+    assert len(commands) == 2
+    for command in commands:
+        done = run(*shlex.split(command), "--model", folder)
+        assert (done.exit_code, done.stderr) == (0, "")
+    assert pq.read_table("OUT")["id"].to_pylist() == ["a"]
 
 
 @pytest.mark.parametrize(
