@@ -43,9 +43,9 @@ def cluster():
     cluster.shutdown()
 
 
-def start(cluster, folder, source, out, *options):
+def start(address, folder, source, out, *options):
     command = [sys.executable, "-m", "kvembed", "bulk", source, out, "--model", folder, "--engine", "ray"]
-    command += ["--address", cluster.address, *options]
+    command += ["--address", address, *options]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(list(map(str, command)), **output, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"})
 
@@ -65,7 +65,7 @@ def local(embedder, tmp_path_factory):
 @pytest.mark.parametrize("lose", [False, True])
 def test_two_nodes_make_what_one_process_makes(cluster, embedder, folder, local, tmp_path, lose):
     out = tmp_path / "out"
-    with start(cluster, folder, local / "in.parquet", out, "--id-field", "key", "--shard-rows", 15) as process:
+    with start(cluster.address, folder, local / "in.parquet", out, "--id-field", "key", "--shard-rows", 15) as process:
         if lose:
             while len(list(out.glob("shard-*"))) < 4 and process.poll() is None:
                 time.sleep(0.02)
@@ -91,13 +91,12 @@ def test_two_nodes_make_what_one_process_makes(cluster, embedder, folder, local,
 def test_mistakes_are_one_line(cluster, folder, tmp_path):
     source = tmp_path / "in.jsonl"
     write(source, ["a", "b"])
-    with start(cluster, folder, source, tmp_path / "out", "--max-tokens", 17) as process:
+    with start(cluster.address, folder, source, tmp_path / "out", "--max-tokens", 17) as process:
         _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     told = "kvembed: in the 2 rows from row 0 on: max_tokens is 17, but the template alone takes 31 tokens"
     assert error.splitlines()[-1] == told  # before it, Ray has a line of its own about restarts
-    cluster.address = "127.0.0.1:1"
-    with start(cluster, folder, source, tmp_path / "out2") as process:
+    with start("127.0.0.1:1", folder, source, tmp_path / "out2") as process:
         _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     assert error.startswith("kvembed: no Ray cluster at 127.0.0.1:1: ")
