@@ -96,8 +96,12 @@ def test_mistakes_are_one_line(cluster, folder, tmp_path):
     assert process.returncode == 1
     told = "kvembed: in the 2 rows from row 0 on: max_tokens is 17, but the template alone takes 31 tokens"
     assert error.splitlines()[-1] == told  # before it, Ray has a line of its own about restarts
-    with start("127.0.0.1:1", folder, source, tmp_path / "out2") as process:
+
+
+def test_no_cluster_there(folder, tmp_path):
+    write(tmp_path / "in.jsonl", ["a", "b"])
+    with start("127.0.0.1:1", folder, tmp_path / "in.jsonl", tmp_path / "out") as process:
         _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     assert error.startswith("kvembed: no Ray cluster at 127.0.0.1:1: ")
-    assert error.count("\n") == 1
+    assert error.endswith("Connection refused\n")
