@@ -48,6 +48,11 @@ def test_several_files_windows_line_ends_and_bom(tmp_path):
     assert read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one", "two", "three", "four"]
 
 
+def test_csv_of_old_line_ends(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b'id,text\r1,one\r\r2,"two\rlines"\r')
+    assert read_texts([tmp_path / "x.csv"]) == ["one", "two\rlines"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

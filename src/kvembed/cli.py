@@ -15,6 +15,7 @@ import typer
 from .console import (
     interrupt_again,
     one_line_errors,
+    print_bulk,
     print_explanation,
     print_json,
     print_line,
@@ -105,6 +106,71 @@ def embed(
         from .quantize import quantize
 
         write_vectors(dataclasses.replace(encoded, vectors=quantize(encoded.vectors, precision)), output)
+
+
+@app.command("bulk")
+def bulk_command(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help=".parquet, .jsonl, .csv, one text a line, or a folder of the first three."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shards: new, empty, or of the same job.")],
+    field: Annotated[str, typer.Option("--field", help="Key or column that holds the text.")] = "text",
+    id_field: Annotated[
+        str | None, typer.Option("--id-field", help="Key or column that holds the id. None: row numbers, from 0.")
+    ] = None,
+    shard_rows: Annotated[int, typer.Option("--shard-rows", min=1, help="Rows of a shard.")] = 10_000,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="This process, or a pool of actors on Ray Data.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of a running Ray cluster. None: Ray starts on this machine.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Ray actors at most. None: one a GPU, or else one a node.")
+    ] = None,
+    model: Model = "smollm2",
+    method: Method = None,
+    layers: Layers = None,
+    bias: Bias = None,
+    dtype: Dtype = "auto",
+    role: Role = "document",
+    dim: Dim = None,
+    fitted: Fitted = None,
+    max_tokens: MaxTokens = None,
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Embed millions of texts to Parquet shards; a stopped job, run again, goes on where it was."""
+    with one_line_errors():
+        if engine == "local" and (address or workers):
+            raise InputError("--address and --workers need --engine ray")
+        from .files import needed
+        from .shards import check_folders
+
+        check_folders(source, out)
+        if engine == "ray":
+            needed("ray.data", "ray")
+        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        from .bulk import bulk
+
+        run = None
+        if engine == "ray":
+            from .bulk_ray import ray_engine
+
+            run = ray_engine(model, address=address, workers=workers)
+        summary = bulk(
+            embedder,
+            source,
+            out,
+            model=_label(model),
+            field=field,
+            id_field=id_field,
+            role=role,
+            shard_rows=shard_rows,
+            engine=run,
+            progress=True,
+        )
+        print_bulk(summary, out)
 
 
 @app.command()

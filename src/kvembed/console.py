@@ -20,6 +20,7 @@ from .errors import KvembedError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .bulk import Summary
     from .config import EmbedConfig
     from .embedder import Embedder, Explanation
     from .results import Result
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "interrupt_again",
     "one_line_errors",
+    "print_bulk",
     "print_explanation",
     "print_json",
     "print_line",
@@ -117,6 +119,16 @@ def print_results(rows: list[Result]) -> None:
     print_line(
         f"{one.model}, {one.method}: mean {mean(rows).value:.2f} over {len(rows)} tasks, "
         f"{f'at most {limit:,} tokens, ' if limit else ''}config {one.config_hash}"
+    )
+
+
+def print_bulk(summary: Summary, out: Path) -> None:
+    """Print what a bulk job has made."""
+    before = f" ({summary.shards - summary.made:,} were there before)" if summary.made < summary.shards else ""
+    cut = f"; {summary.texts_cut:,} texts were cut to {summary.max_tokens:,} tokens" if summary.texts_cut else ""
+    print_line(
+        f"{out}: {summary.rows:,} rows of {summary.dim} dimensions in {summary.shards:,} shards{before}, "
+        f"{summary.tokens:,} tokens{cut}"
     )
 
 

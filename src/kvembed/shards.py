@@ -1,0 +1,232 @@
+"""The plan of a bulk job: its input files, and their rows cut into shards, each of which can be read by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .errors import InputError
+from .files import Mark, Row, needed, read_rows, sha256_of, why
+
+__all__ = [
+    "LOCK",
+    "MANIFEST",
+    "SUFFIXES",
+    "InputFile",
+    "Plan",
+    "Shard",
+    "ShardReader",
+    "check_folders",
+    "find_inputs",
+    "make_plan",
+]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "_manifest.json"  # readers of folders of Parquet pass over names that begin with "_" or "."
+LOCK = "_lock"
+SUFFIXES = (".parquet", ".jsonl", ".csv")
+
+
+@dataclasses.dataclass(frozen=True)
+class InputFile:
+    """A file of texts.
+
+    Attributes:
+        path: within the input folder, with `/`.
+        size: in bytes.
+        sha256: of its content.
+        first_row: number of its first row, counted from 0 over all files.
+        rows: how many it has.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    first_row: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Rows that are embedded together and written to one file.
+
+    Attributes:
+        index: from 0.
+        first_row: number of its first row, counted from 0 over all files.
+        rows: how many it has.
+        file: index of the input file in which it begins.
+        offset, line: where in it (see `Mark`).
+    """
+
+    index: int
+    first_row: int
+    rows: int
+    file: int
+    offset: int
+    line: int
+
+    @property
+    def name(self) -> str:
+        """Its file's name."""
+        return f"shard-{self.index:06d}.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is read, and in which pieces; the same inputs give the same plan.
+
+    Attributes:
+        folder: where the inputs are.
+        inputs: in the order in which they are read.
+        shards: all of them, in order.
+        field, id_field: as in `read_rows`; without `id_field`, ids are row numbers.
+        id_type: `"string"` or `"int64"`.
+    """
+
+    folder: Path
+    inputs: tuple[InputFile, ...]
+    shards: tuple[Shard, ...]
+    field: str
+    id_field: str | None
+    id_type: str
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        return sum(file.rows for file in self.inputs)
+
+
+def find_inputs(source: Path) -> tuple[Path, list[str]]:
+    """The folder, and the files in it to read, sorted; names that begin with `.` or `_` are passed over.
+
+    Raises:
+        InputError: there are none.
+    """
+    if source.is_file():
+        return source.parent, [source.name]
+    if not source.is_dir():
+        raise InputError(f"{source}: no such file or folder")
+    inside = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    plain = [path for path in inside if not any(part.startswith((".", "_")) for part in path.parts)]
+    found = [path.as_posix() for path in plain if path.suffix.lower() in SUFFIXES]
+    if not found:
+        raise InputError(f"{source}: no {', '.join(SUFFIXES)} files in this folder")
+    if others := len(plain) - len(found):
+        logger.info("%s: %d files are passed over, being none of %s", source, others, ", ".join(SUFFIXES))
+    return source, found
+
+
+def check_folders(source: Path, out: Path) -> None:
+    """Fail before a model is loaded. Raises `InputError` if there is nothing to read, or `out` is not for us."""
+    needed("pyarrow.parquet", "parquet")
+    find_inputs(source)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, not a folder")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"{out} is inside {source}: the job would read what it writes")
+    if out.is_dir() and not (out / MANIFEST).exists():
+        ours = (LOCK, f".{MANIFEST}.")
+        if others := sorted(path.name for path in out.iterdir() if not path.name.startswith(ours)):
+            raise InputError(f"{out} holds no bulk job but other files ({others[0]}); give a new or empty folder")
+
+
+def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int, progress: bool = False) -> Plan:
+    """Read all inputs once, so that rows are counted and a bad one is told before days of work, not after.
+
+    Raises:
+        InputError: no inputs, no rows, a row that can't be used (file and line are named), ids of both types.
+    """
+    folder, names = find_inputs(source)
+    inputs: list[InputFile] = []
+    shards: list[Shard] = []
+    id_type: str | None = None
+    total = 0
+    with tqdm(desc="reading", unit="row", unit_scale=True, disable=None if progress else True) as bar:
+        for number, name in enumerate(names):
+            path = folder / name
+            size = _size(path)
+            first, mark = total, Mark()
+            for row in read_rows(path, field, id_field):
+                if total % shard_rows == 0:
+                    shards.append(Shard(len(shards), total, shard_rows, number, *mark))
+                total, mark = total + 1, row.next
+                _check_unicode(row, path)
+                if id_field is not None:
+                    kind = "string" if isinstance(row.id, str) else "int64"
+                    if id_type is None:
+                        id_type = kind
+                    elif kind != id_type:
+                        raise InputError(f"{_place(path, mark)}: a {kind} as id; the ids before it are {id_type}")
+                if total % 1000 == 0:
+                    bar.update(1000)
+            inputs.append(InputFile(name, size, sha256_of(path), first, total - first))
+            _check_size(path, size)
+    if not total:
+        raise InputError(f"{source}: no texts in it")
+    shards[-1] = dataclasses.replace(shards[-1], rows=total - shards[-1].first_row)
+    return Plan(folder, tuple(inputs), tuple(shards), field, id_field, id_type or "int64")
+
+
+def _check_unicode(row: Row, path: Path) -> None:
+    for value in (row.text, row.id):
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise InputError(f"{_place(path, row.next)}: lone surrogate (U+{code:04X}), not valid Unicode") from None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: {why(error)}") from None
+
+
+def _check_size(path: Path, before: int) -> None:
+    if (size := _size(path)) != before:
+        raise InputError(f"{path} changed while it was read: it had {before:,} bytes, and has {size:,}")
+
+
+def _place(path: Path, mark: Mark) -> str:
+    return f"{path}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {mark.line}"
+
+
+class ShardReader:
+    """Reads shards of a plan, in any order; a shard that follows the last one read costs no new search."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._rows: Iterator[Row] = iter(())
+        self._next = -1
+
+    def read(self, shard: Shard) -> Iterator[Row]:
+        """The rows of a shard, one by one.
+
+        Raises:
+            InputError: the inputs are not what they were when the plan was made.
+        """
+        if self._next != shard.first_row:
+            self._rows = self._from(shard)
+        self._next = -1  # until all are read
+        count = 0
+        for count, row in enumerate(itertools.islice(self._rows, shard.rows), 1):
+            yield row if self._plan.id_field is not None else row._replace(id=shard.first_row + count - 1)
+        if count < shard.rows:
+            raise InputError(f"{self._plan.folder}: a file changed while it was read")
+        self._next = shard.first_row + shard.rows
+
+    def _from(self, shard: Shard) -> Iterator[Row]:
+        start = Mark(shard.offset, shard.line)
+        for file in self._plan.inputs[shard.file :]:
+            path = self._plan.folder / file.path
+            _check_size(path, file.size)
+            yield from read_rows(path, self._plan.field, self._plan.id_field, start)
+            start = Mark()
