@@ -83,7 +83,6 @@ def cached():
 
 def test_a_gguf_file_is_converted_once(gguf_file, monkeypatch):
     first = Embedder.from_pretrained(gguf_file, layers=[1])
-    assert first.model.dtype == torch.float32
     key = f"gguf-{hashlib.sha256(gguf_file.read_bytes()).hexdigest()[:24]}"
     assert cached() == [key]
     monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted twice"))
@@ -91,6 +90,15 @@ def test_a_gguf_file_is_converted_once(gguf_file, monkeypatch):
     assert np.array_equal(first.encode("hello"), again.encode("hello"))
     moved = gguf_file.rename(gguf_file.with_name("moved.GGUF"))
     assert models.pull(str(moved)) == models.cache_folder() / "models" / key
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"), [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)]
+)
+def test_bfloat16_where_the_processor_multiplies_it(gguf_file, monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True}, raising=False)
+    assert models.load(str(gguf_file))[0].dtype == dtype
+    assert models.load(str(gguf_file), dtype="float32")[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "header"])

@@ -238,7 +238,9 @@ def test_saving_and_fitted_files(auto, tmp_path, llama, tokenizer, monkeypatch):
     again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32")
     np.testing.assert_allclose(again.encode(NOTICES), auto.encode(NOTICES), atol=1e-6)
     assert Embedder.from_pretrained(tmp_path / "saved", dim=5).dim == 5
-    given_file = Embedder.from_pretrained(tmp_path / "saved", method="auto", fitted=tmp_path / "t.safetensors")
+    given_file = Embedder.from_pretrained(
+        tmp_path / "saved", method="auto", fitted=tmp_path / "t.safetensors", dtype="float32"
+    )
     np.testing.assert_allclose(given_file.encode(NOTICES), auto.encode(NOTICES), atol=1e-6)
     for options, message in (
         ({"method": "auto", "pooling": "mean"}, "fitted for another model, or for another config"),
