@@ -64,7 +64,7 @@ def report_html(
     options = "".join(f"<option>{safe(model)}</option>" for model in models)
     choice = f'<label>Model <select id="model"><option value="">all</option>{options}</select></label>'
     body = "\n".join(filter(None, sections)) or "<p>There is nothing to show.</p>"
-    return page(_facts(results, sweep), choice if len(models) > 1 else "", body)
+    return page(_TITLE, _LEAD, _facts(results, sweep), choice if len(models) > 1 else "", body)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +338,8 @@ def _interval(row: _Row) -> str:
     return "" if row.low is None or row.high is None else f" (95 % interval {row.low:.1f} to {row.high:.1f})"
 
 
+_TITLE = "kvembed: text embeddings without training, measured"
+_LEAD = "Frozen language models as text-embedding models: how well each method does, on what, and at what cost."
 _SCORES = f"""In percent; more is better. Colours go by the rank within the column. Below a mean stands its 95 %
 interval (bootstrap over the items of each task); only methods that have every task of the table get one. References
 are other models: the lexical one counts words, the trained one was trained to embed.
