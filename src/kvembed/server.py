@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
+import h11
 import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
@@ -22,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.process_collector import ProcessCollector
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import __version__
 from .compare import MAX_TEXTS, compare_page, compared
@@ -33,7 +35,7 @@ from .gate import Gate, JsonLines
 from .openai_api import ApiError, EmbeddingRequest, ErrorAnswer, as_json, embeddings_json
 from .service import Limits, Service
 
-__all__ = ["api_keys", "create_app", "serve"]
+__all__ = ["api_keys", "create_app", "serve", "uvicorn_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,6 @@ def serve(
     """
     listener = _bound(host, port)
     app = create_app(embedder, names, keys=keys, limits=limits)
-    config = uvicorn.Config(app, http="h11", ws="none", log_config=None, access_log=False, server_header=False)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     loggers = [logging.getLogger(name) for name in ("kvembed", "uvicorn")]
@@ -91,11 +92,29 @@ def serve(
     address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
     try:
         logger.info("listening", extra={"fields": {"address": address, "model": names[0], "keys": len(keys)}})
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
     finally:
         logger.info("stopped")
         for each, handlers, level, propagate in before:
             each.handlers, each.level, each.propagate = handlers, level, propagate
+
+
+class _Protocol(H11Protocol):
+    """HTTP as uvicorn speaks it, but what is no HTTP is told so in OpenAI's format too."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = bytes(ApiError(400, msg).response().body)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers.append((b"connection", b"close"))
+        answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(app, http=_Protocol, ws="none", log_config=None, access_log=False, server_header=False)
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -145,6 +164,7 @@ def create_app(
         redoc_url=None,
         responses={"4XX": {"model": ErrorAnswer, "description": "What was wrong with the request."}},
     )
+    app.state.service = service
     app.add_middleware(
         Gate,
         keys=keys,
