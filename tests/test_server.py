@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import http.client
 import json
 import logging
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import numpy as np
 import openai
 import pytest
+import schemathesis
 import uvicorn
-from conftest import NOTICES
+from conftest import NOTICES, ground
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from typer.testing import CliRunner
 
 from kvembed import Embedder, InputError
+from kvembed.cli import app as cli
 from kvembed.gate import JsonLines
 from kvembed.server import _bound, api_keys, create_app, uvicorn_config
 from kvembed.service import Limits
@@ -292,7 +309,7 @@ def test_hostile_requests_get_a_4xx_in_openais_format_and_stall_nobody(server, l
     assert slowest < 5
     assert len(log) >= len(HOSTILE)
     assert all({"time", "level", "message"} <= json.loads(line).keys() for line in log)
-    assert not [line for line in log if SECRET in line or "aaaa" in line or json.loads(line)["level"] == "error"]
+    assert not [line for line in log if SECRET in line or "a" * 40 in line or json.loads(line)["level"] == "error"]
 
 
 def exchange(server, *parts, pause=0.0):
@@ -481,3 +498,122 @@ def test_many_clients_at_once_get_their_own_vectors(server, embedder):
         asked = pool.map(lambda i: api.embeddings.create(model="tiny", input=texts[i : i + 3]), range(0, 96, 3))
         found = np.concatenate([vectors(answer) for answer in asked])
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def described(server):
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("described")
+
+
+@schema.parametrize()
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+def test_the_description_holds_for_whatever_is_sent(case):
+    case.call_and_validate(
+        checks=[
+            not_a_server_error,
+            status_code_conformance,
+            content_type_conformance,
+            response_schema_conformance,
+            negative_data_rejection,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(embedder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    embedder.save_pretrained(path)
+    return path
+
+
+def command(*arguments, **options):
+    arguments = [sys.executable, "-m", "kvembed", "serve", *map(str, arguments)]
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_the_command_finishes_what_it_took_when_told_to_stop(folder, embedder, number, code):
+    texts = [NOTICES[i % 48] for i in range(2000)]
+    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (ignored where tests run behind)
+    with command(folder, "--port", 0, "--name", "tiny", "--name", "other", preexec_fn=default) as process:
+        first = json.loads(process.stderr.readline())
+        assert (first["message"], first["model"]) == ("listening", "tiny")
+        server = SimpleNamespace(port=urlsplit(first["address"]).port, url=first["address"])
+        with ThreadPoolExecutor(1) as pool:
+            body = {"model": "other", "input": texts, "encoding_format": "base64"}
+            taken = pool.submit(call, server, body)
+            until(lambda: b"kvembed_batch_texts_count 0.0" not in call(server, path="/metrics", method="GET")[2])
+            process.send_signal(number)
+            status, _, content = taken.result()
+        lines = process.stderr.read().splitlines()
+        assert process.wait(30) == code
+    assert status == 200
+    rows = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in json.loads(content)["data"]]
+    np.testing.assert_allclose(rows, embedder.encode(texts), atol=1e-5)
+    if number == signal.SIGINT:
+        assert lines.pop() == "kvembed: interrupted"
+    assert [json.loads(line)["message"] for line in lines][-2:] == ["request", "stopped"]
+
+
+def test_the_command_says_in_one_line_what_is_wrong(folder, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, message in [
+            ((folder, "--port", port), f"can't listen on 127.0.0.1:{port}: address already in use"),
+            ((folder, "--port", 0, "--keys", tmp_path / "gone"), "gone: no such file or directory"),
+        ]:
+            result = CliRunner().invoke(cli, ["serve", *map(str, arguments)])
+            assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+            assert message in result.stderr
+    with pytest.raises(InputError, match=r"can't listen on no\.such\.host\.invalid:80"):
+        _bound("no.such.host.invalid", 80)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(cli, ["serve", str(folder)])
+    assert "this needs uvicorn: pip install 'kvembed[server]'" in result.stderr
+
+
+def test_the_page_compares_texts(browser, start, server, embedder):
+    for url, key in ((server.url, None), (start(embedder, keys=["k"]).url, "k")):
+        for theme in ("light", "dark"):
+            media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            browser.get(url)
+            assert (ground(browser)[0] > 128) == (theme == "light")
+            field = browser.find_element("id", "texts")
+            field.clear()
+            field.send_keys("<b>Bees</b> swarm & sting\n\nBees & wasps\nMoths lay eggs")
+            if key:
+                browser.find_element("id", "form").submit()
+                until(lambda: "No API key" in browser.find_element("id", "status").text)
+                browser.find_element("id", "key").send_keys(key)
+            browser.find_element("css selector", "form button").click()
+            until(lambda: browser.find_elements("css selector", "table.beta td"))
+            cells = [cell.text for cell in browser.find_elements("css selector", "table.cosines tbody td")]
+            texts = ["<b>Bees</b> swarm & sting", "Bees & wasps", "Moths lay eggs"]
+            vectors = embedder.encode(texts)
+            assert cells == [f"{value:.2f}" for value in (vectors @ vectors.T).ravel()]
+            heads = [cell.text for cell in browser.find_elements("css selector", "table.beta tbody th")]
+            assert heads == ["layer 1", "layer 2", "mean"]
+            assert "<b>Bees</b> swarm" in browser.find_element("css selector", "table.cosines tbody th").text
+            loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+            assert {urlsplit(name).path for name in loaded} == {"/compare"}
+            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        complaints = [line["message"] for line in browser.get_log("browser")]
+        assert all("401" in line for line in complaints)
+
+
+@pytest.mark.slow
+def test_64_clients_with_mixed_lengths(folder):
+    """The long run, on a real model, is tools/serve_load.py."""
+    path = Path(__file__).parent.parent / "tools" / "serve_load.py"
+    arguments = [sys.executable, path, "--model", folder, "--clients", "64", "--seconds", "45", "--texts", "400"]
+    told = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    outcomes = ast.literal_eval(re.search(r"s: (\{.*?\})", told)[1])
+    assert {*outcomes} <= {"answered", "status 429"}
+    assert outcomes["answered"] > 500
+    assert float(re.search(r"at the end \(([+-][\d.]+)%\)", told)[1]) <= 5
+    assert max(map(float, re.findall(r"difference (\S+)", told))) < 1e-5
+    assert float(re.search(r"throughput, 50 a request: ([\d.]+)", told)[1]) >= 0.9

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
@@ -89,6 +91,8 @@ def serve(
     before = [(each, each.handlers, each.level, each.propagate) for each in loggers]
     for each, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
         each.handlers, each.level, each.propagate = [handler], level, False
+    # uvicorn hands a signal back when it has finished; by itself, SIGTERM would then end the process at once.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
     try:
         logger.info("listening", extra={"fields": {"address": address, "model": names[0], "keys": len(keys)}})
@@ -122,9 +126,12 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+        with contextlib.ExitStack() as stack:
+            stack.callback(listener.close)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            stack.pop_all()
+    except (OSError, UnicodeError) as error:
         reason = why(error) if isinstance(error, OSError) else "no such address"
         raise InputError(f"can't listen on {host}:{port}: {reason}") from None
     return listener
