@@ -95,8 +95,8 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
     try:
-        logger.info("listening", extra={"fields": {"address": address, "model": names[0], "keys": len(keys)}})
-        uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
+        told = {"address": address, "model": names[0], "keys": len(keys)}
+        _Server(uvicorn_config(app), told).run(sockets=[listener])
     finally:
         logger.info("stopped")
         for each, handlers, level, propagate in before:
@@ -114,6 +114,18 @@ class _Protocol(H11Protocol):
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens, and not before."""
+
+    def __init__(self, config: uvicorn.Config, told: dict[str, Any]) -> None:
+        super().__init__(config)
+        self._told = told
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        logger.info("listening", extra={"fields": self._told})
 
 
 def uvicorn_config(app: FastAPI) -> uvicorn.Config:
