@@ -252,7 +252,9 @@ def create_app(
     async def page() -> HTMLResponse:
         return HTMLResponse(shown)
 
-    @app.post("/compare", dependencies=guarded, summary="What the page shows", response_class=HTMLResponse)
+    @app.post(
+        "/compare", dependencies=guarded, summary="What the page shows", responses={200: {"content": {"text/html": {}}}}
+    )
     async def compare(asked: CompareRequest, request: Request) -> HTMLResponse:
         prompts = await service.read(asked.texts, asked.role, False)
         request.state.log |= {"texts": len(prompts), "role": asked.role}
