@@ -242,6 +242,8 @@ def hostile():
         "control": b'{"model":"tiny","input":"\x00"}',
         "bare word": b"input",
         "single quotes": b"{'model': 'tiny'}",
+        "lone surrogate for a field": b'{"model":"tiny","input":"a","\\ud800":1}',
+        "lone surrogate for a model": b'{"model":"\\ud800","input":"a"}',
         "comment": b'{"model":"tiny",/**/"input":"a"}',
         "trailing comma": b'{"model":"tiny","input":"a",}',
         "infinity": b'{"model":"tiny","input":"a","dimensions":Infinity}',

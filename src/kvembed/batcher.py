@@ -120,7 +120,7 @@ class Batcher(Generic[Item, Row]):
     def check_room(self, tokens: int) -> None:
         """Raises `QueueFull` if so many more can't wait."""
         waiting = self.waiting_tokens
-        if waiting + tokens > self.queue_tokens:
+        if waiting + max(1, tokens) > self.queue_tokens:
             seconds = waiting / self._tokens_per_second if self._tokens_per_second else 1.0
             raise QueueFull(round(min(60.0, max(1.0, seconds / 2))))  # by then half has been done
 

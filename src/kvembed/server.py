@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import __version__
+from .batcher import QueueFull
 from .compare import MAX_TEXTS, compare_page, compared
 from .config import Role
 from .embedder import Embedder
@@ -193,6 +194,7 @@ def create_app(
         registry=registry,
     )
     app.add_exception_handler(ApiError, lambda _, error: cast(ApiError, error).response())
+    app.add_exception_handler(QueueFull, _queue_full)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     # The gate checks keys; this only tells of them in the description.
@@ -286,6 +288,12 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
+def _queue_full(_: Request, error: Exception) -> Response:
+    seconds = cast(QueueFull, error).retry_after
+    message = f"The queue is full; try again in {seconds} s."
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": f"{seconds}"}).response()
+
+
 def _http_error(_: Request, error: Exception) -> Response:
     known = cast(HTTPException, error)
     codes = {405: "method_not_supported", 404: "not_found"}
@@ -296,7 +304,8 @@ def _http_error(_: Request, error: Exception) -> Response:
 def _invalid(_: Request, error: Exception) -> Response:
     """The first of what is wrong with a request, without what was in it."""
     first = cast(RequestValidationError, error).errors()[0]
-    place = [str(part) for part in first["loc"][1:]] if first["type"] != "json_invalid" else []
+    parts = first["loc"][1:] if first["type"] != "json_invalid" else ()
+    place = [f"{part}".encode("utf-8", "replace").decode() for part in parts]  # a name may hold a lone surrogate
     param = place[0] if place else None
     message = first["msg"].removeprefix("Value error, ")
     known = "not one of the request's fields" if first["type"] == "extra_forbidden" else message

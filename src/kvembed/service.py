@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from .batcher import Batcher, QueueFull
+from .batcher import Batcher
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError
@@ -82,8 +82,8 @@ class Service:
         )
 
     async def read(self, inputs: Sequence[Input], role: Role, truncate: bool) -> list[Prompts]:
-        """Tokenise, away from the event loop. Raises `ApiError` for what can't be embedded, or not now."""
-        self.check_room(0)
+        """Tokenise, away from the event loop. Raises `ApiError` for what can't be embedded, `QueueFull`."""
+        self.batcher.check_room(0)
         return await asyncio.get_running_loop().run_in_executor(self.readers, self._read, inputs, role, truncate)
 
     def _read(self, inputs: Sequence[Input], role: Role, truncate: bool) -> list[Prompts]:
@@ -110,20 +110,10 @@ class Service:
         return found
 
     async def vectors(self, prompts: Sequence[Prompts], role: Role) -> NDArray[np.float32]:
-        """(n, dim). Raises `ApiError` if the queue is full."""
+        """(n, dim). Raises `QueueFull`."""
         # Of several templates the longest decides how many texts fit into a batch.
         lengths = [max(len(prompt.ids) for prompt in one) for one in prompts]
-        self.check_room(sum(lengths))
         return np.stack(await self.batcher.submit(role, prompts, lengths))
-
-    def check_room(self, tokens: int) -> None:
-        """Raises `ApiError` if so many tokens can't wait."""
-        try:
-            self.batcher.check_room(tokens)
-        except QueueFull as full:
-            message = f"The queue is full; try again in {full.retry_after} s."
-            headers = {"Retry-After": str(full.retry_after)}
-            raise ApiError(429, message, code="rate_limit_exceeded", headers=headers) from None
 
 
 def _bad_input(message: str, too_long: bool) -> ApiError:
