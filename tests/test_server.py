@@ -621,4 +621,3 @@ def test_64_clients_with_mixed_lengths(folder):
     assert outcomes["answered"] > 500
     assert float(re.search(r"at the end \(([+-][\d.]+)%\)", told)[1]) <= 5
     assert max(map(float, re.findall(r"difference (\S+)", told))) < 1e-5
-    assert float(re.search(r"throughput, 50 a request: ([\d.]+)", told)[1]) >= 0.9
