@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ settings.load_profile("kvembed")
 
 NOTICES = (Path(__file__).parent.parent / "examples" / "notices.txt").read_text().splitlines()
 SHARED = Path(__file__).parent.parent.parent / "shared"
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +109,30 @@ def backbone_file():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda name: module.fetch(name, Path.home() / ".cache" / "kvembed-backbones")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    if not CHROMIUM.exists() or not DRIVER.exists():
+        pytest.skip(f"needs {CHROMIUM} and {DRIVER} (apt-get install chromium chromium-driver)")
+    if importlib.util.find_spec("selenium") is None:
+        pytest.skip("needs selenium (pip install selenium)")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    for flag in [*flags.split(), "disable-component-update", "disable-sync"]:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+def ground(browser):
+    """Red, green and blue of the page behind its text."""
+    colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    return [int(part) for part in re.findall(r"\d+", colour)]

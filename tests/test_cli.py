@@ -180,7 +180,7 @@ def test_help_is_quick_and_names_every_command():
         started = time.perf_counter()
         done = subprocess.run([*KVEMBED, "--help"], capture_output=True, text=True, check=True, env=environment())
         times.append(time.perf_counter() - started)
-    for command in ("embed", "similarity", "layers", "explain", "pull"):
+    for command in ("embed", "similarity", "layers", "explain", "serve", "pull"):
         assert re.search(rf"\b{command}\b", done.stdout)
     assert min(times) < 0.5
 

@@ -239,3 +239,18 @@ def test_what_cannot_be_saved_or_embedded_is_refused(tokenizer, llama, tmp_path)
     prompt_tuning = type("Config", (), {"is_prompt_learning": True})
     with pytest.raises(UnsupportedModel, match="virtual tokens would be lost"):
         Embedder.from_model(Wrapped(active_peft_config=prompt_tuning), tokenizer, layers=[1])
+
+
+def test_the_two_halves_of_encode(embedder, tokenizer):
+    for role in ("document", "query"):
+        prompts = embedder.prompts(NOTICES[:5], role=role)
+        halves, whole = embedder.encode_prompts(prompts, role=role), embedder.encode_with_report(NOTICES[:5], role=role)
+        np.testing.assert_array_equal(halves.vectors, whole.vectors)
+        assert halves.token_counts.tolist() == whole.token_counts.tolist()
+    ids = [tokenizer(text)["input_ids"] for text in NOTICES[:5]]
+    assert embedder.prompts(ids) == embedder.prompts(NOTICES[:5])
+    assert embedder.encode_prompts([]).vectors.shape == (0, embedder.dim)
+    long = " ".join(NOTICES)
+    assert embedder.prompts([long])[0][0].tokens_cut > 0
+    with pytest.raises(InputError, match=r"text 1 takes [\d,]+ tokens with its template; the most is 400"):
+        embedder.prompts(["a", long], truncate=False)

@@ -175,3 +175,28 @@ def test_a_character_cut_before_the_template_is_counted_though_the_span_stays_as
         (bare,) = prompter([""], template, 10_000)
         for limit in range(len(bare.ids) + 1, len(whole.ids)):
             assert prompter([text], template, limit)[0].tokens_cut > 0
+
+
+@given(text=TEXTS)
+def test_the_ids_of_a_text_are_that_text(tokenizer, text):
+    prompter = Prompter(tokenizer)
+    (prompt,) = prompter([text], "{text}", 10_000)
+    assert prompter.decode(prompt.ids) == text  # with the BOS that the tokenizer adds
+    assert prompter.decode(prompt.ids[1:]) == text
+
+
+def test_ids_that_are_no_text(tokenizer):
+    prompter = Prompter(tokenizer)
+    cat = tokenizer("🙂", add_special_tokens=False)["input_ids"]
+    assert prompter.decode(cat) == "🙂"
+    assert prompter.decode([]) == ""
+    for ids, message in [
+        ([400], "token 400 is not in the model's vocabulary"),
+        ([-1], "token -1 is not"),
+        ([2**40], "is not in"),
+        ([70, 2], r"token 2 is a special token, <\|im_end\|>"),
+        ([70, 0, 71], "token 0 is a special token, <s>"),
+        (cat[:2], "do not make whole characters"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prompter.decode(ids)

@@ -1,12 +1,11 @@
 import dataclasses
-import importlib.util
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ground
 
 from kvembed.config import EmbedConfig
 from kvembed.embedder import Explanation
@@ -17,7 +16,6 @@ from kvembed.report import report_html
 from kvembed.results import Result
 
 NASTY = """<script>alert("x")</script> & 'quotes'\n\U0001f63a \ud800"""
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 
 
 def result(method="kv", task="stsb", score=50.0, **changes):
@@ -283,27 +281,6 @@ def test_report_scale_has_contrast_and_order(scale, ink):
     assert min(ratios) >= 4.5
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not CHROMIUM.exists() or not DRIVER.exists():
-        pytest.skip(f"needs {CHROMIUM} and {DRIVER} (apt-get install chromium chromium-driver)")
-    if importlib.util.find_spec("selenium") is None:
-        pytest.skip("needs selenium (pip install selenium)")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for flag in [*flags.split(), "disable-component-update", "disable-sync"]:
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
 def show(browser, tmp_path):
     def show(page, theme="light", width=1400):
@@ -317,12 +294,6 @@ def show(browser, tmp_path):
         return browser
 
     return show
-
-
-def ground(browser):
-    """Red, green and blue of the page behind its text."""
-    colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    return [int(part) for part in re.findall(r"\d+", colour)]
 
 
 @pytest.mark.parametrize("width", [400, 1400])

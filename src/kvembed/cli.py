@@ -445,6 +445,44 @@ def report(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="smollm2, a hub id, a folder or a .gguf file.")] = "smollm2",
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="What clients call it; may be given again. Default: its own.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one, which the log names.")] = 8000,
+    keys: Annotated[
+        Path | None, typer.Option("--keys", help="File of API keys, one a line. Default: $KVEMBED_API_KEYS, or none.")
+    ] = None,
+    queue_tokens: Annotated[
+        int, typer.Option("--queue-tokens", min=1, help="Tokens that may wait; beyond, clients are told to come back.")
+    ] = 2**18,
+    method: Method = None,
+    layers: Layers = None,
+    bias: Bias = None,
+    dtype: Dtype = "auto",
+    dim: Dim = None,
+    fitted: Fitted = None,
+    max_tokens: MaxTokens = None,
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Serve OpenAI's embeddings API, and a page to try it; Ctrl-C or SIGTERM ends it when all is answered."""
+    with one_line_errors():
+        from .files import needed
+
+        for module in ("fastapi", "uvicorn", "orjson", "prometheus_client"):
+            needed(module, "server")
+        from .server import api_keys, serve
+        from .service import Limits
+
+        known = api_keys(keys)
+        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        limits = Limits(queue_tokens=queue_tokens)
+        serve(embedder, name or [_label(model)], host=host, port=port, keys=known, limits=limits)
+
+
+@app.command()
 def pull(
     model: Annotated[str, typer.Argument(help="smollm2, a hub id, a folder or a .gguf file.")] = "smollm2",
     revision: Annotated[str | None, typer.Option("--revision", help="Of a hub id.")] = None,

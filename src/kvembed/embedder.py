@@ -303,6 +303,34 @@ class Embedder:
         """
         return self._views(texts, role, self.max_tokens, progress)
 
+    def prompts(
+        self, texts: Iterable[str | Sequence[int]], *, role: Role = "document", truncate: bool = True
+    ) -> list[tuple[Prompt, ...]]:
+        """The first half of `encode`: each text tokenised in each template of its role.
+
+        Args:
+            texts: strings, or arrays of the tokenizer's ids, which are embedded as the text that they stand for.
+            role: as in `encode`.
+            truncate: cut texts that are too long and count what is lost in `Prompt.tokens_cut`; or else refuse them.
+
+        Raises:
+            InputError: as `encode`; ids that are not text; a text that is too long and must not be cut.
+        """
+        whole = [self._prompter.decode(text) if isinstance(text, list | tuple) else text for text in texts]
+        prompts = list(zip(*self._prompts(whole, role, None if truncate else 2**31), strict=True))
+        for index, rendered in enumerate(prompts):
+            longest = max(len(prompt.ids) for prompt in rendered)
+            if longest > self.max_tokens:
+                raise InputError(
+                    f"text {index} takes {longest:,} tokens with its template; the most is {self.max_tokens:,}"
+                )
+        return prompts
+
+    def encode_prompts(self, prompts: Sequence[tuple[Prompt, ...]], *, role: Role = "document") -> Encoded:
+        """The second half of `encode`: what `prompts` gave for the same role, to vectors. Errors as in `encode`."""
+        read = self._read([list(rendered) for rendered in zip(*prompts, strict=True)] or [[]])
+        return dataclasses.replace(read, vectors=self.join(read.vectors, role=role))
+
     def join(self, views: NDArray[np.float32], *, role: Role = "document") -> NDArray[np.float32]:
         """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1."""
         vectors = views.mean(1) if self.transform is None else self.transform(views, role, self.config.dim)
@@ -331,7 +359,10 @@ class Embedder:
             )
 
     def _views(self, texts: Iterable[str], role: Role, max_tokens: int, progress: bool = False) -> Encoded:
-        by_template = self._prompts(texts, role, max_tokens)
+        return self._read(self._prompts(texts, role, max_tokens), progress)
+
+    def _read(self, by_template: Sequence[Sequence[Prompt]], progress: bool = False) -> Encoded:
+        """For each template a prompt for each text -> the texts' views."""
         count, readouts = len(by_template[0]), len(self.config.readouts)
         prompts = [prompt for rendered in by_template for prompt in rendered]
         lengths = [len(prompt.ids) for prompt in prompts]
@@ -419,7 +450,7 @@ class Embedder:
         with whole_file(target / CONFIG_FILE) as file:
             file.write((json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
 
-    def _prompts(self, texts: Iterable[str], role: Role, max_tokens: int | None = None) -> list[list[Prompt]]:
+    def _prompts(self, texts: Iterable[Any], role: Role, max_tokens: int | None = None) -> list[list[Prompt]]:
         """For each template, a prompt for each text."""
         if isinstance(texts, str | bytes):
             raise InputError("texts must be a list of strings, not one string")

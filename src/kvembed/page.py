@@ -1,4 +1,4 @@
-"""The report's page around its sections: markup helpers, colours, style, script and skeleton."""
+"""An HTML page that needs no network: markup helpers, colours, style, script and skeleton."""
 
 from __future__ import annotations
 
@@ -15,11 +15,29 @@ STEPS = len(LIGHT)
 LINES = 5  # colours of lines
 
 
-def page(facts: str, choice: str, body: str) -> str:
-    """The whole document; its policy lets nothing in but its own style and script."""
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    style = _STYLE + _scale()
-    return _PAGE.format(script_hash=digest, style=style, choice=choice, facts=facts, body=body, script=_SCRIPT)
+def page(title: str, lead: str, facts: str, tools: str, body: str, script: str = "") -> str:
+    """The whole document; its policy lets nothing in but its own style and script.
+
+    Args:
+        title, lead: its heading and the paragraph below.
+        facts: markup of a list of terms.
+        tools: markup beside the button for light and dark.
+        body: markup.
+        script: more of it, which may talk to the page's own server.
+    """
+    whole = _SCRIPT + script
+    digest = base64.b64encode(hashlib.sha256(whole.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return _PAGE.format(
+        policy=policy + ("; connect-src 'self'" if script else ""),
+        title=safe(title),
+        lead=safe(lead),
+        style=_STYLE + _scale(),
+        tools=tools,
+        facts=facts,
+        body=body,
+        script=whole,
+    )
 
 
 def safe(raw: str) -> str:
@@ -105,18 +123,17 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <link rel="icon" href="data:,">
-<title>kvembed: text embeddings without training, measured</title>
+<title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
 <header>
-<h1>kvembed: text embeddings without training, measured</h1>
-<p>Frozen language models as text-embedding models: how well each method does, on what, and at what cost.</p>
+<h1>{title}</h1>
+<p>{lead}</p>
 <dl>{facts}</dl>
-<div class="tools"><button id="theme" type="button" hidden>Light or dark</button>{choice}</div>
+<div class="tools"><button id="theme" type="button" hidden>Light or dark</button>{tools}</div>
 </header>
 <main>
 {body}

@@ -96,6 +96,37 @@ class Prompter:
             for text, prompt in zip(texts, prompts, strict=True)
         ]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that token ids stand for, so that an array of ids is embedded exactly as its text is.
+
+        Special tokens that the tokenizer itself puts around a text (BOS, EOS) are taken off.
+
+        Raises:
+            InputError: an id that the vocabulary does not have, a special token, or bytes that make no whole character.
+        """
+        before, after = self._around
+        own = list(ids)
+        if before and own[: len(before)] == before:
+            own = own[len(before) :]
+        if after and own[-len(after) :] == after:
+            own = own[: -len(after)]
+        for token in own:
+            if not 0 <= token < 2**32 or self._rules.id_to_token(token) is None:
+                raise InputError(f"token {token} is not in the model's vocabulary")
+            if token in self._special:
+                raise InputError(f"token {token} is a special token, {self._rules.id_to_token(token)}, not text")
+        text: str = self._rules.decode(own, skip_special_tokens=False)
+        if "\ufffd" in text and self._rules.encode(text, add_special_tokens=False).ids != own:
+            raise InputError("the tokens do not make whole characters: the array was cut inside one")
+        return text
+
+    @functools.cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer adds before and after any text."""
+        encoded = self._rules.encode("a")
+        own = [place for place, special in enumerate(encoded.special_tokens_mask) if not special]
+        return encoded.ids[: own[0]], encoded.ids[own[-1] + 1 :]
+
     @functools.cached_property
     def _rules_with_placeholder(self) -> Tokenizer:
         rules = copy.deepcopy(self._rules)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Axis, apart, chart, label_beside, line, linear_axis, log_axis, mark
-from .errors import InputError
-from .page import LINES, STEPS, box, page, safe
+from .heatmaps import beta_map, coloured, cosine_map, count, grid, legend, number, panel
+from .page import LINES, STEPS, page, safe
 from .results import REFERENCES, Result, mean
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["report_html"]
 
 _NOTHING = "&ndash;"
-_TOKENS = 400  # shown of a text, lest the page grow to megabytes
 
 Column = tuple[str, str]  # a task and the digest of its data: other data is another task
 
@@ -58,14 +57,14 @@ def report_html(
         _section("Scores", _SCORES, map(_scores, tables)),
         _section("Quality against cost", _COST, map(_cost_chart, tables)),
         _section("Intrinsic dimension", _CURVES, map(_curve, profiles)),
-        _section("Attention to the slot", _BETA, [_beta(explanation)] if explanation else []),
-        _section("Similarity", _SIMILARITY, [_cosines(*similarity)] if similarity else []),
+        _section("Attention to the slot", _BETA, [beta_map(explanation)] if explanation else []),
+        _section("Similarity", _SIMILARITY, [cosine_map(*similarity)] if similarity else []),
         _section("Bias", _BIAS, [_sweep_chart(sweep)]),
     ]
     options = "".join(f"<option>{safe(model)}</option>" for model in models)
     choice = f'<label>Model <select id="model"><option value="">all</option>{options}</select></label>'
     body = "\n".join(filter(None, sections)) or "<p>There is nothing to show.</p>"
-    return page(_facts(results, sweep), choice if len(models) > 1 else "", body)
+    return page(_TITLE, _LEAD, _facts(results, sweep), choice if len(models) > 1 else "", body)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +167,7 @@ def _scores(table: _Table) -> str:
         f"{safe(task)}<small>{safe(next(filter(None, cells)).metric.replace('_', ' '))}</small>"
         for task, cells in zip(tasks, by_column, strict=True)
     ]
-    heads += [f"mean<small>{_count(len(tasks), 'task')}</small>", "tokens<small>per text</small>"]
+    heads += [f"mean<small>{count(len(tasks), 'task')}</small>", "tokens<small>per text</small>"]
     heads += ["passes<small>per text</small>", "seconds<small>in all</small>"]
     columns = [
         [_score_cell(row, cell, step) for row, cell, step in zip(table.rows, cells, steps, strict=True)]
@@ -180,7 +179,7 @@ def _scores(table: _Table) -> str:
         for row, mean, *cells in zip(table.rows, means, *columns, strict=True)
     ]
     name = f"{table.model or 'references'}, suite {table.suite}"
-    return _panel(name, _grid(name, "method", heads, rows, "scores"), table.model)
+    return panel(name, grid(name, "method", heads, rows, "scores"), table.model)
 
 
 def _head(row: _Row) -> str:
@@ -190,32 +189,30 @@ def _head(row: _Row) -> str:
 
 def _score_cell(row: _Row, cell: Result | None, step: int | None) -> str:
     if cell is None:
-        return _cell(_NOTHING, "not measured")
-    title = (
-        f"{row.label}, {cell.task}: {_number(cell.score)} ({_number(cell.low)} to {_number(cell.high)}), n = {cell.n}"
-    )
-    return _cell(_number(cell.score), f"{title}, {cell.truncated} of {cell.texts} texts truncated", step)
+        return coloured(_NOTHING, "not measured")
+    title = f"{row.label}, {cell.task}: {number(cell.score)} ({number(cell.low)} to {number(cell.high)}), n = {cell.n}"
+    return coloured(number(cell.score), f"{title}, {cell.truncated} of {cell.texts} texts truncated", step)
 
 
 def _mean_cell(row: _Row, step: int | None) -> str:
     if row.mean is None:
-        return _cell(
-            f"{len(row.done)} of {_count(len(row.cells), 'task')}", "no mean: the other means are over all tasks"
+        return coloured(
+            f"{len(row.done)} of {count(len(row.cells), 'task')}", "no mean: the other means are over all tasks"
         )
-    title = f"{row.label}, mean of {_count(len(row.cells), 'task')}: {_number(row.mean)}{_interval(row)}"
+    title = f"{row.label}, mean of {count(len(row.cells), 'task')}: {number(row.mean)}{_interval(row)}"
     small = "" if row.low is None or row.high is None else f"<small>{row.low:.1f} to {row.high:.1f}</small>"
-    return _cell(f"{_number(row.mean)}{small}", title, step)
+    return coloured(f"{number(row.mean)}{small}", title, step)
 
 
 def _cost_cells(row: _Row) -> list[str]:
-    passes = _cell(str(row.done[0].passes), "forward passes", plain=True)
+    passes = coloured(str(row.done[0].passes), "forward passes", plain=True)
     if len(row.done) < len(row.cells):
-        return [nothing := _cell(_NOTHING, "not all tasks are there"), passes, nothing]
+        return [nothing := coloured(_NOTHING, "not all tasks are there"), passes, nothing]
     unit = "words" if row.done[0].method == "tf-idf" else "tokens"
     tokens = f"{sum(cell.tokens for cell in row.done):,} {unit} in all; shown: the mean over tasks"
     devices = ", ".join(sorted({f"{cell.device} ({cell.hardware})" for cell in row.done}))
     seconds = f"{sum(cell.seconds for cell in row.done):,.1f}"
-    return [_cell(f"{row.tokens:,.0f}", tokens, plain=True), passes, _cell(seconds, devices, plain=True)]
+    return [coloured(f"{row.tokens:,.0f}", tokens, plain=True), passes, coloured(seconds, devices, plain=True)]
 
 
 def _ranks(values: Sequence[float | None]) -> list[int | None]:
@@ -225,67 +222,6 @@ def _ranks(values: Sequence[float | None]) -> list[int | None]:
         return [None if value is None else STEPS // 2 for value in values]
     shares = {value: (known.index(value) + (known.count(value) - 1) / 2) / (len(known) - 1) for value in known}
     return [None if value not in shares else round(shares[value] * (STEPS - 1)) for value in values]
-
-
-def _beta(explanation: Explanation) -> str:
-    layers = {f"layer {layer}": values for layer, values in sorted(explanation.beta.items())}
-    if not layers:
-        return ""
-    layers["mean"] = tuple(np.mean(list(layers.values()), axis=0).tolist())
-    layers = {name: values[:_TOKENS] for name, values in layers.items()}
-    tokens = [token.translate(_SHOWN) or "∅" for token in explanation.tokens[:_TOKENS]]
-    own = range(*explanation.span)
-    heads = [
-        f'<bdi{" class=own" * (i in own)} title="{safe(token)}: token {i}, id {number}">{safe(token)}</bdi>'
-        for i, (token, number) in enumerate(zip(tokens, explanation.token_ids[:_TOKENS], strict=True))
-    ]
-    top = max(map(max, layers.values())) or 1.0
-    rows = []
-    for name, values in layers.items():
-        titles = [f"{name}, {token}: {value:.3f}" for token, value in zip(tokens, values, strict=True)]
-        cells = [_cell(f"{100 * v:.0f}", title, _step(v, 0, top)) for v, title in zip(values, titles, strict=True)]
-        rows.append((name, cells))
-    cut = f", {_count(explanation.tokens_cut, 'token')} cut" if explanation.tokens_cut else ""
-    if len(tokens) < len(explanation.tokens):
-        cut += f", the first {_TOKENS} shown"
-    name = f"{explanation.config.method}, bias {explanation.config.bias:g}, "
-    name += f"{_count(len(explanation.tokens), 'token')}{cut}"
-    return _panel(name, _grid(name, "percent", heads, rows, "beta") + _legend("0 %", f"{100 * top:.0f} %"))
-
-
-def _cosines(texts: Sequence[str], cosines: NDArray[Any]) -> str:
-    if cosines.shape != (len(texts), len(texts)):
-        raise InputError(f"similarity needs a ({len(texts)}, {len(texts)}) array, not {cosines.shape}")
-    if not len(texts):
-        return ""
-    others = cosines[~np.eye(len(texts), dtype=bool) & np.isfinite(cosines)].tolist() or [0.0, 1.0]
-    low, high = min(others), max(others)
-    rows = []
-    for i, row in enumerate(cosines.tolist()):
-        steps = [None if i == j else _step(value, low, high) for j, value in enumerate(row)]
-        cells = [_cell(_number(v, 2), f"{i + 1} and {j + 1}", steps[j]) for j, v in enumerate(row)]
-        rows.append((f'{i + 1}. <bdi title="{safe(texts[i])}">{safe(_short(texts[i], 140))}</bdi>', cells))
-    heads = [f'<span title="{safe(text)}">{i + 1}</span>' for i, text in enumerate(texts)]
-    return _panel("", _grid("cosines", "text", heads, rows, "cosines") + _legend(f"{low:.2f}", f"{high:.2f}"))
-
-
-def _grid(name: str, corner: str, heads: Iterable[str], rows: Iterable[tuple[str, list[str]]], kind: str) -> str:
-    """A table in a box that scrolls."""
-    top = "".join(f'<th scope="col">{head}</th>' for head in heads)
-    body = "\n".join(f'<tr><th scope="row">{head}</th>{"".join(cells)}</tr>' for head, cells in rows)
-    table = f'<thead><tr><th scope="col">{corner}</th>{top}</tr></thead>\n<tbody>\n{body}\n</tbody>'
-    return box(name, f'<table class="{kind}">{table}</table>')
-
-
-def _cell(shown: str, title: str, step: int | None = None, *, plain: bool = False) -> str:
-    """`shown` is markup, `title` is not."""
-    kind = "" if plain else ' class="none"' if step is None else f' class="h{step}"'
-    return f'<td{kind} title="{safe(title)}">{shown}</td>'
-
-
-def _legend(low: str, high: str) -> str:
-    steps = "".join(f'<i class="h{step}"></i>' for step in range(STEPS))
-    return f'<span class="legend">{low} <span aria-hidden="true">{steps}</span> {high}</span>'
 
 
 # Charts
@@ -305,13 +241,13 @@ def _cost_chart(table: _Table) -> str:
         body.append(f'<line class="reference" x1="{LEFT}" x2="{RIGHT}" y1="{at}" y2="{at}"/>')
         body.append(label_beside(f"{row.label}, {row.kind}", WIDTH, at - 9, taken))
     for row, (a, b) in sorted(zip(rows, spots, strict=True), key=lambda pair: pair[1]):
-        title = f"{row.label}: {_number(row.mean or 0)}{_interval(row)}, {row.tokens:,.0f} tokens per text"
+        title = f"{row.label}: {number(row.mean or 0)}{_interval(row)}, {row.tokens:,.0f} tokens per text"
         body.append(mark(f"{title}, forward passes: {row.done[0].passes}", a, b, (row.low, row.high), y))
         body.append(label_beside(row.label, a, b, taken))
-    told = "; ".join(f"{row.label}: {_number(row.mean or 0)} at {row.tokens:.0f}" for row in rows)
-    names = ("tokens read per text, over all passes (log)", f"mean score, {_count(len(table.columns), 'task')}")
+    told = "; ".join(f"{row.label}: {number(row.mean or 0)} at {row.tokens:.0f}" for row in rows)
+    names = ("tokens read per text, over all passes (log)", f"mean score, {count(len(table.columns), 'task')}")
     drawing = chart(f"Mean score against tokens read per text. {told}", x, y, names, body)
-    return _panel(f"{table.model}, suite {table.suite}", drawing, table.model)
+    return panel(f"{table.model}, suite {table.suite}", drawing, table.model)
 
 
 def _curve(profile: Profile) -> str:
@@ -331,8 +267,8 @@ def _curve(profile: Profile) -> str:
     chosen = ", ".join(map(str, profile.layers))
     label = f"Intrinsic dimension by layer; least {min(profile.curve):.1f}, most {max(profile.curve):.1f}"
     drawing = chart(f"{label}; chosen: {chosen}", x, y, ("decoder layer", "intrinsic dimension (TwoNN)"), body)
-    told = f"<p>Chosen: {chosen}. Measured on {_count(profile.count, 'text')}, {safe(profile.texts)}.</p>"
-    return _panel(profile.model, drawing + told, profile.model)
+    told = f"<p>Chosen: {chosen}. Measured on {count(profile.count, 'text')}, {safe(profile.texts)}.</p>"
+    return panel(profile.model, drawing + told, profile.model)
 
 
 def _sweep_chart(sweep: Sequence[Result]) -> str:
@@ -350,7 +286,7 @@ def _sweep_chart(sweep: Sequence[Result]) -> str:
         drawn.append((name, index % LINES, [row for row in rows if row.mean is not None]))
         lacking = ", ".join(f"{_bias(row):g}" for row in rows if row.mean is None)
         note = f"; without bias {lacking}, where tasks are missing" if lacking else ""
-        keyed.append(f'<i class="k{index % LINES}"></i> {safe(name)}, {_count(len(columns), "task")}{note}')
+        keyed.append(f'<i class="k{index % LINES}"></i> {safe(name)}, {count(len(columns), "task")}{note}')
     known = [row for _, _, rows in drawn for row in rows]
     if not known:
         return ""
@@ -360,10 +296,10 @@ def _sweep_chart(sweep: Sequence[Result]) -> str:
         spots = [(x(_bias(row)), y(row.mean or 0)) for row in rows]
         body.append(line(spots, colour))
         for row, spot in zip(rows, spots, strict=True):
-            told.append(f"{name}, bias {_bias(row):g}: {_number(row.mean or 0)}{_interval(row)}")
+            told.append(f"{name}, bias {_bias(row):g}: {number(row.mean or 0)}{_interval(row)}")
             body.append(mark(told[-1], *spot, (row.low, row.high), y, colour))
     drawing = chart("; ".join(told), x, y, ("bias added to the slot's logit", "mean score"), body)
-    return _panel("", f'{drawing}<p class="keys">{"<br>".join(keyed)}</p>')
+    return panel("", f'{drawing}<p class="keys">{"<br>".join(keyed)}</p>')
 
 
 def _bias(row: _Row) -> float:
@@ -382,10 +318,6 @@ def _section(title: str, note: str, panels: Iterable[str]) -> str:
     return f"<section><h2>{title}</h2>\n<p>{note}</p>\n{inside}</section>" if inside else ""
 
 
-def _panel(name: str, inside: str, model: str = "") -> str:
-    return f'<article data-model="{safe(model)}">{f"<h3>{safe(name)}</h3>" if name else ""}{inside}</article>'
-
-
 def _facts(results: Sequence[Result], sweep: Sequence[Result]) -> str:
     every = [*results, *sweep]
     facts = {
@@ -402,33 +334,16 @@ def _facts(results: Sequence[Result], sweep: Sequence[Result]) -> str:
     )
 
 
-def _step(value: float, low: float, high: float) -> int | None:
-    share = (value - low) / (high - low) if high > low else 0.5
-    return round(min(1.0, max(0.0, share)) * (STEPS - 1)) if math.isfinite(value) else None
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _number(value: float, digits: int = 1) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "n/a"
-
-
 def _interval(row: _Row) -> str:
     return "" if row.low is None or row.high is None else f" (95 % interval {row.low:.1f} to {row.high:.1f})"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-_SHOWN = str.maketrans({" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"})
-
+_TITLE = "kvembed: text embeddings without training, measured"
+_LEAD = "Frozen language models as text-embedding models: how well each method does, on what, and at what cost."
 _SCORES = f"""In percent; more is better. Colours go by the rank within the column. Below a mean stands its 95 %
 interval (bootstrap over the items of each task); only methods that have every task of the table get one. References
 are other models: the lexical one counts words, the trained one was trained to embed.
-{_legend("lowest", "highest of its column")}"""
+{legend("lowest", "highest of its column")}"""
 _COST = """A point a method, with the 95 % interval of its mean; dashed lines are the references. Points at the same
 cost stand side by side. Methods without a mean are not drawn."""
 _CURVES = """Of the last token's states, by decoder layer; the chosen layers are shaded. The rule looks for the

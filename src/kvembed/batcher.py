@@ -1,0 +1,179 @@
+"""Batches for a server: whatever waits, up to a token budget, requests taking turns; never a wait for more to come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+__all__ = ["Batcher", "QueueFull"]
+
+Item = TypeVar("Item")
+Row = TypeVar("Row")
+Answer = TypeVar("Answer")
+
+
+class QueueFull(Exception):
+    """No room now.
+
+    Attributes:
+        retry_after: seconds after which there may be.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+
+@dataclasses.dataclass(eq=False)
+class _Request(Generic[Item, Row]):
+    """Items that came together; `waiting` are the places of those not taken yet, shortest first."""
+
+    group: Hashable
+    items: Sequence[Item]
+    lengths: Sequence[int]
+    waiting: list[int]
+    rows: dict[int, Row]
+    done: asyncio.Future[None]
+
+    def fail(self, error: Exception) -> None:
+        self.waiting.clear()
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class Batcher(Generic[Item, Row]):
+    """One thread that runs batches of items from many requests. All methods belong to one event loop.
+
+    A batch is headed by the longest item of the request whose turn it is, and filled with those waiting that are
+    nearest to it in length, so little is padded when many wait, and a large request holds nobody up.
+
+    Args:
+        run: given a group and items of it, gives a row each; runs in the thread.
+        batch_tokens: a batch's padded size (items x longest) stays within it; a longer item is a batch of its own.
+        queue_tokens: how many tokens may wait.
+    """
+
+    def __init__(
+        self, run: Callable[[Hashable, list[Item]], Sequence[Row]], *, batch_tokens: int, queue_tokens: int
+    ) -> None:
+        self.batch_tokens = batch_tokens
+        self.queue_tokens = queue_tokens
+        self._run = run
+        self._turns: deque[_Request[Item, Row]] = deque()
+        self._tokens_per_second = 0.0
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "kvembed-batches")
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Batcher[Item, Row]:
+        self._task = asyncio.create_task(self._work())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._thread.shutdown(cancel_futures=True)
+
+    @property
+    def running(self) -> bool:
+        """Whether batches are being taken."""
+        return self._task is not None and not self._task.done()
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens that wait; what is in the thread is not counted."""
+        return sum(request.lengths[place] for request in self._turns for place in request.waiting)
+
+    async def submit(self, group: Hashable, items: Sequence[Item], lengths: Sequence[int]) -> list[Row]:
+        """A row for each item, in order. Cancelled, it takes back what has not been run.
+
+        Args:
+            group: only items of the same group share a batch.
+            items: any number.
+            lengths: tokens of each.
+
+        Raises:
+            QueueFull: there is no room for all of them.
+        """
+        self.check_room(sum(lengths))
+        if not items:
+            return []
+        order = sorted(range(len(items)), key=lengths.__getitem__)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        request: _Request[Item, Row] = _Request(group, items, lengths, order, {}, done)
+        self._turns.append(request)
+        self._arrived.set()
+        try:
+            await done
+        finally:
+            request.waiting.clear()
+        return [request.rows[place] for place in range(len(items))]
+
+    def check_room(self, tokens: int) -> None:
+        """Raises `QueueFull` if so many more can't wait."""
+        waiting = self.waiting_tokens
+        if waiting + max(1, tokens) > self.queue_tokens:
+            seconds = waiting / self._tokens_per_second if self._tokens_per_second else 1.0
+            raise QueueFull(round(min(60.0, max(1.0, seconds / 2))))  # by then half has been done
+
+    async def call(self, function: Callable[[], Answer]) -> Answer:
+        """Run something else in the thread, between batches."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            batch = self._take()
+            if not batch:
+                self._arrived.clear()
+                continue
+            started = time.perf_counter()
+            await self._answer(batch)
+            speed = sum(request.lengths[place] for request, place in batch) / (time.perf_counter() - started)
+            self._tokens_per_second = 0.8 * (self._tokens_per_second or speed) + 0.2 * speed
+
+    def _take(self) -> list[tuple[_Request[Item, Row], int]]:
+        """The next batch: requests and places in them; empty if nothing waits."""
+        while self._turns and not self._turns[0].waiting:
+            self._turns.popleft()
+        if not self._turns:
+            return []
+        head = self._turns[0]
+        self._turns.rotate(-1)  # the next turn is another's
+        first = head.waiting.pop()
+        batch = [(head, first)]
+        wanted = longest = head.lengths[first]
+        same = [request for request in self._turns if request.group == head.group]
+        alike = [(request, place) for request in same for place in request.waiting]
+        for request, place in sorted(alike, key=lambda one: abs(one[0].lengths[one[1]] - wanted)):
+            longest = max(longest, request.lengths[place])
+            if (len(batch) + 1) * longest > self.batch_tokens:
+                break
+            batch.append((request, place))
+            request.waiting.remove(place)
+        return batch
+
+    async def _answer(self, batch: Sequence[tuple[_Request[Item, Row], int]]) -> None:
+        group, items = batch[0][0].group, [request.items[place] for request, place in batch]
+        try:
+            rows = await self.call(lambda: self._run(group, items))
+        except Exception as error:
+            if len(batch) > 1:  # one item may be to blame, and the others must not pay for it
+                for one in batch:
+                    if not one[0].done.done():
+                        await self._answer([one])
+            else:
+                batch[0][0].fail(error)
+            return
+        for (request, place), row in zip(batch, rows, strict=True):
+            request.rows[place] = row
+            if len(request.rows) == len(request.items) and not request.done.done():
+                request.done.set_result(None)

@@ -1,0 +1,177 @@
+"""What every HTTP request passes: keys, limits of size, time and number, one line of log, metrics; no text is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .openai_api import ApiError
+
+__all__ = ["Gate", "JsonLines"]
+
+logger = logging.getLogger(__name__)
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON; what is in its `fields` goes in, an exception without its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        line: dict[str, Any] = {"time": stamp, "level": record.levelname.lower(), "message": record.getMessage()}
+        line |= getattr(record, "fields", {})
+        if record.exc_info and record.exc_info[0]:
+            frames = traceback.extract_tb(record.exc_info[2])
+            line["exception"] = record.exc_info[0].__name__  # a message may quote a text
+            line["at"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+        return json.dumps(line)
+
+
+class Gate:
+    """ASGI middleware; see `Limits` in `server` for the numbers.
+
+    Args:
+        app: what is behind it.
+        keys: API keys, any of which opens a path below `/v1/` and the page's own; none: all is open.
+        max_requests: with a body, being read or worked on at the same time.
+        max_bytes: of a body.
+        body_seconds: for a body to arrive.
+        registry: where its metrics go.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[str],
+        max_requests: int,
+        max_bytes: int,
+        body_seconds: float,
+        registry: CollectorRegistry,
+    ) -> None:
+        self.app = app
+        self._keys = [_digest(key) for key in keys]
+        self._max_requests, self._max_bytes, self._body_seconds = max_requests, max_bytes, body_seconds
+        self._working = 0
+        labels = ["path", "status"]
+        self._count = Counter("kvembed_requests", "HTTP requests answered.", labels, registry=registry)
+        self._seconds = Histogram(
+            "kvembed_request_seconds",
+            "From a request's first byte to its answer's last.",
+            ["path"],
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+            registry=registry,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it here."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        fields: dict[str, Any] = {"id": uuid.uuid4().hex}
+        scope.setdefault("state", {})["log"] = fields
+        status, begun = 499, False  # 499: the client went before there was an answer
+
+        async def answer(message: Message) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                begun, status = True, message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", fields["id"].encode())]
+            await send(message)
+
+        try:
+            await self._pass(scope, self._limited(receive), answer)
+        except Exception as error:
+            logger.error("unexpected error", exc_info=error, extra={"fields": {"id": fields["id"]}})
+            if not begun:
+                await ApiError(500, "The server failed; see its log.").response()(scope, receive, answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")  # never the path itself: it may hold anything
+            seconds = time.perf_counter() - started
+            self._count.labels(route, str(status)).inc()
+            self._seconds.labels(route).observe(seconds)
+            method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other"
+            fields |= {"method": method, "path": route, "status": status, "ms": round(1000 * seconds, 1)}
+            logger.info("request", extra={"fields": fields})
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._check(scope)
+        except ApiError as error:
+            with contextlib.suppress(HTTPException):  # many clients read no answer before they have sent everything
+                while (await receive()).get("more_body", False):
+                    pass
+            await error.response()(scope, receive, send)
+            return
+        counted = scope["method"] == "POST"
+        self._working += counted
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._working -= counted
+
+    def _check(self, scope: Scope) -> None:
+        if self._keys and (scope["path"].startswith("/v1/") or scope["method"] == "POST"):
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            scheme, _, key = given.partition(b" ")
+            found = [hmac.compare_digest(_digest(key.strip()), known) for known in self._keys]  # all, always
+            if scheme.lower() != b"bearer" or not any(found):
+                message = "Incorrect API key." if given else "No API key: send the header Authorization: Bearer KEY."
+                raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if self._working >= self._max_requests and scope["method"] == "POST":
+            raise ApiError(
+                429,
+                "Too many requests are being worked on; try again in 1 second.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that raises on a body too long or too slow; a body too long is read to its end, within reason."""
+        taken, deadline, complete = 0, time.monotonic() + self._body_seconds, False
+
+        async def limited() -> Message:
+            nonlocal taken, complete
+            if complete:
+                return await receive()
+            try:
+                with anyio.fail_after(max(0.0, deadline - time.monotonic())):
+                    while True:
+                        message = await receive()
+                        taken += len(message.get("body", b""))
+                        complete = not message.get("more_body", False)
+                        if taken <= self._max_bytes:
+                            return message
+                        if complete or taken > 16 * self._max_bytes:
+                            break
+            except TimeoutError:
+                complete = True
+                seconds = f"{self._body_seconds:g} seconds"
+                raise _closing(408, f"The body did not arrive within {seconds}.") from None
+            complete = True
+            raise _closing(413, f"The body is larger than {self._max_bytes:,} bytes.")
+
+        return limited
+
+
+def _closing(status: int, message: str) -> HTTPException:
+    return HTTPException(status, message, {"Connection": "close"})  # what is left of the body is not read
+
+
+def _digest(key: str | bytes) -> bytes:
+    """Of one length for all keys, so that comparing tells nothing of it."""
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()

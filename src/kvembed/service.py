@@ -1,0 +1,120 @@
+"""An embedder as a service: inputs checked and tokenised, embedded in batches with those of others, and counted."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from .batcher import Batcher
+from .config import Role
+from .embedder import Embedder
+from .errors import InputError
+from .openai_api import ApiError, Input
+from .prompts import Prompt
+
+__all__ = ["Limits", "Service"]
+
+BYTES_PER_TOKEN = 16  # a text with more bytes than that for each token it may have is refused before it is tokenised
+
+Prompts = tuple[Prompt, ...]  # a text's, one for each template
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the server takes.
+
+    Attributes:
+        queue_tokens: that may wait, over all requests; so also the most for one.
+        requests: being read or waiting at the same time.
+        body_bytes: of one request.
+        body_seconds: for a body to arrive.
+    """
+
+    queue_tokens: int = 2**18
+    requests: int = 512
+    body_bytes: int = 2**23
+    body_seconds: float = 30.0
+
+
+class Service:
+    """The embedder, its queue, and what is counted."""
+
+    def __init__(self, embedder: Embedder, names: Sequence[str], limits: Limits, registry: CollectorRegistry) -> None:
+        self.embedder, self.names, self.limits = embedder, names, limits
+        self.batcher: Batcher[Prompts, NDArray[np.float32]] = Batcher(
+            self._embed, batch_tokens=embedder.batch_tokens, queue_tokens=limits.queue_tokens
+        )
+        self.readers = ThreadPoolExecutor(2, "kvembed-tokenizing")
+        self._texts = Counter("kvembed_texts", "Texts embedded.", registry=registry)
+        self._tokens = Counter("kvembed_tokens", "Tokens embedded, templates included.", registry=registry)
+        sizes = tuple(2**i for i in range(12))
+        self._sizes = Histogram("kvembed_batch_texts", "Texts in a batch.", buckets=sizes, registry=registry)
+        self._seconds = Histogram("kvembed_batch_seconds", "Time of a batch.", registry=registry)
+        waiting = Gauge("kvembed_waiting_tokens", "Tokens that wait.", registry=registry)
+        waiting.set_function(lambda: self.batcher.waiting_tokens)
+
+    def _embed(self, role: Any, batch: list[Prompts]) -> Sequence[NDArray[np.float32]]:
+        started = time.perf_counter()
+        encoded = self.embedder.encode_prompts(batch, role=role)
+        self._seconds.observe(time.perf_counter() - started)
+        self._sizes.observe(len(batch))
+        self._texts.inc(len(batch))
+        self._tokens.inc(int(encoded.token_counts.sum()))
+        return list(encoded.vectors)
+
+    def model(self, name: str) -> Role | None:
+        """The role that a model's name asks for, or None for either. Raises `ApiError` for another model."""
+        plain, _, role = name.rpartition(":")
+        if name in self.names:
+            return None
+        if plain in self.names and role in ("query", "document"):
+            return cast(Role, role)
+        raise ApiError(
+            404, f"There is no such model here; there is {self.names[0]}.", param="model", code="model_not_found"
+        )
+
+    async def read(self, inputs: Sequence[Input], role: Role, truncate: bool) -> list[Prompts]:
+        """Tokenise, away from the event loop. Raises `ApiError` for what can't be embedded, `QueueFull`."""
+        self.batcher.check_room(0)
+        return await asyncio.get_running_loop().run_in_executor(self.readers, self._read, inputs, role, truncate)
+
+    def _read(self, inputs: Sequence[Input], role: Role, truncate: bool) -> list[Prompts]:
+        found: list[Prompts] = []
+        total, most = 0, BYTES_PER_TOKEN * self.embedder.max_tokens
+        for index, text in enumerate(inputs):
+            size = len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else len(text)
+            if size > most:
+                unit = "bytes" if isinstance(text, str) else "tokens"
+                raise _bad_input(
+                    f"input[{index}] has {size:,} {unit}; the most for any text is {most:,}", too_long=True
+                )
+            try:
+                (prompts,) = self.embedder.prompts([text], role=role, truncate=truncate)
+            except InputError as error:
+                message = str(error).removeprefix("text 0 ")
+                raise _bad_input(f"input[{index}]: {message}", too_long="the most is" in message) from None
+            total += sum(len(prompt.ids) for prompt in prompts)
+            if total > self.limits.queue_tokens:
+                most = self.limits.queue_tokens
+                raise _bad_input(f"the request has more than {most:,} tokens in all; split it", too_long=True)
+            # What is not needed any more is let go, the text above all.
+            found.append(tuple(dataclasses.replace(prompt, text="", offsets=()) for prompt in prompts))
+        return found
+
+    async def vectors(self, prompts: Sequence[Prompts], role: Role) -> NDArray[np.float32]:
+        """(n, dim). Raises `QueueFull`."""
+        # Of several templates the longest decides how many texts fit into a batch.
+        lengths = [max(len(prompt.ids) for prompt in one) for one in prompts]
+        return np.stack(await self.batcher.submit(role, prompts, lengths))
+
+
+def _bad_input(message: str, too_long: bool) -> ApiError:
+    return ApiError(400, f"{message}.", param="input", code="context_length_exceeded" if too_long else None)
