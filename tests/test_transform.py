@@ -46,7 +46,7 @@ def test_the_formulas():
         whitened.append(unit((x[:, v] - x[:, v].mean(0)) @ inverse.T))
     side = np.hstack(whitened)
     covariance = np.cov(side.T)
-    shrunk = 0.7 * covariance + 0.3 * np.eye(16) * np.trace(covariance) / 16
+    shrunk = 0.4 * covariance + 0.6 * np.eye(16) * np.trace(covariance) / 16
     values, vectors = np.linalg.eigh(shrunk)
     order = np.argsort(-values)[:8]
     expected = (side @ vectors[:, order] * values[order] ** 0.5).astype(np.float32)

@@ -41,7 +41,7 @@ from .files import whole_file
 __all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "fit"]
 
 FORMULA = 2  # counts changes of the formulas above and the constants below: a stored fit of another is not re-used
-SHRINK_TOP, SHRINK_INSIDE, SHRINK_JOINT = 0.5, 0.15, 0.3
+SHRINK_TOP, SHRINK_INSIDE, SHRINK_JOINT = 0.5, 0.15, 0.6
 DIRECTIONS = 1024
 LEAST_TEXTS = 100
 
