@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvembed import Encoded, InputError
-from kvembed.files import check_output, needed, read_texts, write_vectors
+from kvembed.files import needed
+from kvembed.texts import read_texts
+from kvembed.vectors import check_output, write_vectors
 
 TEXTS = ["plain", 'quotes "and", commas', "émoji 🙂", "", "line\u2028separator"]
 
@@ -123,7 +125,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, encoded, 
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"kvembed.files.{name}", fail)
+    monkeypatch.setattr(f"kvembed.vectors.{name}", fail)
     with pytest.raises(InputError, match="no space left on device"):
         write_vectors(encoded, path)
     assert path.read_text() == "old"

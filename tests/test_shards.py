@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvembed import InputError
-from kvembed.files import Mark, read_rows
 from kvembed.shards import ShardReader, check_folders, find_inputs, make_plan
+from kvembed.texts import Mark, read_rows
 
 SUFFIXES = [".txt", ".jsonl", ".csv", ".parquet"]
 

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from .config import EmbedConfig, Readout
     from .embedder import Embedder, Explanation
     from .errors import InputError, KvembedError, ModelNotFound, OutOfMemory, UnsupportedModel
-    from .files import Encoded
     from .methods import METHODS
+    from .vectors import Encoded
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _HOMES = {
     "METHODS": "methods",
     "EmbedConfig": "config",
     "Embedder": "embedder",
-    "Encoded": "files",
+    "Encoded": "vectors",
     "Explanation": "embedder",
     "Readout": "config",
     **dict.fromkeys(["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"], "errors"),

@@ -27,8 +27,10 @@ from tqdm import tqdm
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .files import Encoded, Row, needed, sha256_of, whole_file, why
+from .files import needed, sha256_of, whole_file, why
 from .shards import LOCK, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
+from .texts import Row
+from .vectors import Encoded
 
 __all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "run_here"]
 

@@ -94,7 +94,8 @@ def embed(
 ) -> None:
     """Embed texts: one unit vector each, in order."""
     with one_line_errors():
-        from .files import check_output, read_texts, write_vectors
+        from .texts import read_texts
+        from .vectors import check_output, write_vectors
 
         check_output(output)
         for file in files or []:
@@ -194,7 +195,7 @@ def similarity(
 ) -> None:
     """Cosine similarity of every text with every other, or the texts nearest to each query."""
     with one_line_errors():
-        from .files import read_texts
+        from .texts import read_texts
 
         texts = texts or read_texts([])
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
@@ -232,8 +233,8 @@ def layers(
 ) -> None:
     """Intrinsic dimension by layer, and the layers that re-routing takes by it."""
     with one_line_errors():
-        from .files import read_texts
         from .plots import check_plot, plot_layers
+        from .texts import read_texts
 
         check_plot(plot)
         given = None if texts is None else read_texts([texts], field)
@@ -305,8 +306,9 @@ def tune(
 ) -> None:
     """Fit a method's transform to a model, with no labels: once, in minutes; a stopped run goes on where it was."""
     with one_line_errors():
-        from .files import check_writable, read_texts
+        from .files import check_writable
         from .methods import preset
+        from .texts import read_texts
 
         if preset(method).transform == "none":
             raise InputError(f"{method} has nothing to fit; auto has")
@@ -420,10 +422,11 @@ def report(
 ) -> None:
     """One HTML page from results: methods by tasks, cost, layers, bias, one text's attention, similarities."""
     with one_line_errors():
-        from .files import check_writable, read_texts, whole_file
+        from .files import check_writable, whole_file
         from .layers import shipped_profiles
         from .report import report_html
         from .results import read_results
+        from .texts import read_texts
 
         check_writable(output)
         found = read_results(results)

@@ -24,13 +24,14 @@ from .backbone import Backbone
 from .batching import run_batches
 from .config import EmbedConfig, Readout, Role
 from .errors import InputError, KvembedError
-from .files import Encoded, whole_file, why
+from .files import whole_file, why
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
 from .prompts import Prompt, Prompter
 from .transform import Transform
 from .tuning import FIT_TOKENS, UNBOUND, choose_transform, fitted_for
+from .vectors import Encoded
 from .writing import own_texts
 
 __all__ = ["Embedder", "Explanation"]

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from .config import Role
 from .errors import InputError
-from .files import Encoded, whole_file, why
+from .files import whole_file, why
 from .models import cache_folder
 from .results import Result, result_path
 from .scoring import score
 from .subjects import Subject
 from .tasks import Task
+from .vectors import Encoded
 
 __all__ = ["evaluate"]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .errors import InputError
-from .files import Mark, Row, needed, read_rows, sha256_of, why
+from .files import needed, sha256_of, why
+from .texts import Mark, Row, read_rows
 
 __all__ = [
     "LOCK",

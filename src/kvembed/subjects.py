@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from .config import Precision, Role
 from .errors import InputError, ModelNotFound
-from .files import Encoded, needed
+from .files import needed
 from .models import bars_off
 from .quantize import dequantize, quantize
 from .tasks import LIMITS
+from .vectors import Encoded
 
 if TYPE_CHECKING:
     from .embedder import Embedder

@@ -1,0 +1,206 @@
+"""Texts in: .txt, .jsonl, .csv, .parquet and standard input, row by row, from any row on."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from .errors import InputError
+from .files import needed, why
+
+__all__ = ["Mark", "Row", "read_rows", "read_texts"]
+
+
+class Mark(NamedTuple):
+    """Where a row starts: bytes (in Parquet rows) and lines before it."""
+
+    offset: int = 0
+    line: int = 0
+
+
+_START = Mark()
+
+
+class Row(NamedTuple):
+    """A text, its id if one was asked for, and where the next row starts."""
+
+    text: str
+    id: str | int | None
+    next: Mark
+
+
+def read_texts(paths: Sequence[Path], field: str = "text") -> list[str]:
+    """Read texts from files, or from standard input if there are none (or one is `-`).
+
+    Args:
+        paths: `.jsonl`, `.csv` and `.parquet` by their endings; anything else is text, one a line.
+        field: the key or column that holds the text, where there are any.
+
+    Raises:
+        InputError: a file that is missing, empty, not UTF-8 or not what its ending says; it names file and line.
+    """
+    texts: list[str] = []
+    for path in paths or [Path("-")]:
+        found = [row.text for row in read_rows(path, field)]
+        if not found:
+            raise InputError(f"{_name(path)}: no texts in it")
+        texts += found
+    return texts
+
+
+def read_rows(path: Path, field: str = "text", id_field: str | None = None, start: Mark = _START) -> Iterator[Row]:
+    """Read a file row by row; never the whole of it at once.
+
+    Args:
+        path, field: as in `read_texts`.
+        id_field: the key or column that holds a row's id, a string or a whole number.
+        start: where to begin: `Row.next` of the row before.
+
+    Raises:
+        InputError: as `read_texts`, when the row is reached; a file without rows is no error here.
+    """
+    name = _name(path)
+    if str(path) == "-" and sys.stdin is None:
+        raise InputError("standard input is closed")
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            yield from _KINDS.get(path.suffix.lower(), _text_rows)(file, name, field, id_field, start)
+    except OSError as error:
+        raise InputError(f"{name}: {why(error)}") from None
+
+
+def _name(path: Path) -> str:
+    return "standard input" if str(path) == "-" else str(path)
+
+
+class _Lines:
+    """The lines of UTF-8 bytes, and how far they have been read."""
+
+    def __init__(self, raw: Iterable[bytes], name: str, mark: Mark) -> None:
+        self._raw, self._name, self._offset, self._line = iter(raw), name, *mark
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        raw = next(self._raw)
+        try:
+            text = raw.decode("utf-8" if self._offset else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            place = f"{self._name}, line {self._line + 1}"
+            raise InputError(f"{place}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
+        self._offset += len(raw)
+        self._line += 1
+        return text
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(self._offset, self._line)
+
+
+def _text_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark) -> Iterator[Row]:
+    if id_field is not None:
+        raise InputError(f"{name}: lines of text have no field {id_field!r} to take ids from")
+    if start.offset:
+        file.seek(start.offset)
+    lines = _Lines(file, name, start)
+    for line in lines:
+        yield Row(line.removesuffix("\n").removesuffix("\r"), None, lines.mark)
+
+
+def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark) -> Iterator[Row]:
+    if start.offset:
+        file.seek(start.offset)
+    lines = _Lines(file, name, start)  # split at \n alone: U+2028 and its like are allowed inside a JSON string
+    for line in lines:
+        if not line.strip():
+            continue
+        place = f"{name}, line {lines.mark.line}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{place}: not JSON ({str(error).splitlines()[0]})") from None
+        value = row if isinstance(row, str) else row.get(field) if isinstance(row, dict) else None
+        known = f"; it has {', '.join(map(str, row))[:200]}" if isinstance(row, dict) else ""
+        if not isinstance(value, str):
+            raise InputError(f"{place}: no text in field {field!r}{known} (choose with --field)")
+        if id_field is not None and not (isinstance(row, dict) and id_field in row):
+            raise InputError(f"{place}: no field {id_field!r}{known} (choose with --id-field)")
+        yield Row(value, None if id_field is None else _id(row[id_field], place, id_field), lines.mark)
+
+
+def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    lines = _Lines((piece for line in file for piece in line.splitlines(keepends=True)), name, Mark())
+    try:
+        columns = next(csv.reader(lines, strict=True), [])
+        if not columns:
+            return
+        text_at = _column(columns, field, name, "--field")
+        id_at = None if id_field is None else _column(columns, id_field, name, "--id-field")
+        if start.offset:
+            file.seek(start.offset)
+            lines = _Lines((piece for line in file for piece in line.splitlines(keepends=True)), name, start)
+        for row in csv.reader(lines, strict=True):
+            if not row:
+                continue
+            if len(row) <= max(text_at, id_at or 0):
+                lacking = field if len(row) <= text_at else id_field
+                raise InputError(f"{name}, line {lines.mark.line}: no value in column {lacking!r}")
+            yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark)
+    except csv.Error as error:
+        raise InputError(f"{name}, line {lines.mark.line}: not CSV ({error})") from None
+
+
+def _parquet_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark) -> Iterator[Row]:
+    parquet = needed("pyarrow.parquet", "parquet")
+    try:
+        # Left to itself, pyarrow keeps what it has read of a file in memory until the end of it.
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        columns = table.schema_arrow.names
+        _column(columns, field, name, "--field")
+        if id_field is not None:
+            _column(columns, id_field, name, "--id-field")
+        group, at = 0, 0  # row group, its first row
+        while group < table.num_row_groups and at + (size := table.metadata.row_group(group).num_rows) <= start.offset:
+            group, at = group + 1, at + size
+        wanted = [field] if id_field in (None, field) else [field, id_field]
+        groups = list(range(group, table.num_row_groups))
+        for batch in table.iter_batches(1024, row_groups=groups, columns=wanted) if groups else ():
+            texts = batch.column(field).to_pylist()
+            ids = texts if id_field is None else batch.column(id_field).to_pylist()
+            for text, key in zip(texts, ids, strict=True):
+                at += 1
+                if at <= start.offset:
+                    continue
+                if not isinstance(text, str):
+                    raise InputError(f"{name}, row {at}: column {field!r} holds {type(text).__name__}, not text")
+                row_id = None if id_field is None else _id(key, f"{name}, row {at}", id_field)
+                yield Row(text, row_id, Mark(at, at))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
+        raise InputError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
+
+
+_KINDS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
+def _column(columns: list[str], wanted: str, name: str, option: str) -> int:
+    """Where a column is. Raises `InputError` if it is not there, or more than once."""
+    if columns.count(wanted) > 1:
+        raise InputError(f"{name}: column {wanted!r} is there more than once")
+    if wanted not in columns:
+        raise InputError(f"{name}: no column {wanted!r}; it has {', '.join(columns)[:200]} (choose with {option})")
+    return columns.index(wanted)
+
+
+def _id(value: Any, place: str, field: str) -> str | int:
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63):
+        return value
+    raise InputError(f"{place}: the id in {field!r} is neither a string nor a whole number of 64 bits: {value!r:.60}")
