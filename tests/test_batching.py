@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvembed import OutOfMemory
-from kvembed.batching import run_batches, token_batches
+from kvembed.batching import blocks, run_batches, token_batches
+
+
+@given(lengths=st.lists(st.integers(0, 3_000_000), max_size=9), count=st.integers(0, 3000))
+def test_blocks_hold_everything_in_order_within_bounds(lengths, count):
+    items = [*lengths, *[1] * count]
+    found = list(blocks(iter(items), int))
+    assert [item for block in found for item in block] == items
+    assert all(block and len(block) <= 1024 and (len(block) == 1 or sum(block) <= 2**20) for block in found)
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=60), budget=st.integers(1, 500), packed=st.booleans())

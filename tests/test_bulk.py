@@ -121,8 +121,8 @@ def test_a_stopped_job_ends_as_one_that_was_not(embedder, source, whole, tmp_pat
 
 def test_long_shards_are_embedded_in_blocks(embedder, tmp_path, monkeypatch):
     """Of so many rows, and of so many characters; every row is in one of them."""
-    monkeypatch.setattr("kvembed.bulk._BLOCK_ROWS", 4)
-    monkeypatch.setattr("kvembed.bulk._BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr("kvembed.batching._BLOCK_ITEMS", 4)
+    monkeypatch.setattr("kvembed.batching._BLOCK_CHARACTERS", 100)
     texts = ["x", "y" * 40, "z" * 60, "z" * 300, *"123456789"]
     write(tmp_path / "in.jsonl", texts)
     blocks = []
@@ -219,7 +219,7 @@ def folder(tmp_path_factory, embedder):
 
 
 def run(*args):
-    return CliRunner().invoke(app, ["bulk", *map(str, args)])
+    return CliRunner().invoke(app, ["bulk", *map(str, args), "--dtype", "float32"])
 
 
 def test_the_command(folder, source, whole, tmp_path):
@@ -274,6 +274,7 @@ def test_mistakes_are_one_line(folder, embedder, tmp_path, monkeypatch, args, me
 
 def start(folder, source, out, **options):
     command = [sys.executable, "-m", "kvembed", "bulk", source, out, "--model", folder, "--shard-rows", "4"]
+    command += ["--dtype", "float32"]
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, **options)
 
 

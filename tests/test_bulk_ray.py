@@ -45,6 +45,7 @@ def cluster():
 
 def start(address, folder, source, out, *options):
     command = [sys.executable, "-m", "kvembed", "bulk", source, out, "--model", folder, "--engine", "ray"]
+    command += ["--dtype", "float32"]
     command += ["--address", address, *options]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(list(map(str, command)), **output, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"})

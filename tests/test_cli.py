@@ -224,7 +224,7 @@ def test_an_unexpected_error_is_one_line_too(run, folder, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr(Embedder, "encode_with_report", broken)
+    monkeypatch.setattr(Embedder, "encode_stream", broken)
     result = run("embed", "--model", folder, stdin="x\n")
     assert result.exit_code == 1
     assert result.stderr == "kvembed: unexpected ZeroDivisionError: division by zero (KVEMBED_DEBUG=1 shows more)\n"

@@ -254,3 +254,36 @@ def test_the_two_halves_of_encode(embedder, tokenizer):
     assert embedder.prompts([long])[0][0].tokens_cut > 0
     with pytest.raises(InputError, match=r"text 1 takes [\d,]+ tokens with its template; the most is 400"):
         embedder.prompts(["a", long], truncate=False)
+
+
+def test_a_stream_is_read_a_little_ahead_and_is_the_same(embedder, monkeypatch, caplog):
+    monkeypatch.setattr("kvembed.batching._BLOCK_ITEMS", 4)
+    read = []
+
+    def texts():
+        for text in [*NOTICES[:14], "word " * 2000]:
+            read.append(text)
+            yield text
+
+    stream = embedder.encode_stream(texts())
+    first = next(stream)
+    assert len(first.vectors) == 4
+    assert len(read) <= 9  # one piece embedded, one tokenised, one text of the next
+    with caplog.at_level("WARNING"):
+        rest = list(stream)
+    assert [len(piece.vectors) for piece in rest] == [4, 4, 3]
+    assert caplog.messages == ["1 of 15 texts were cut to 400 tokens"]
+    whole = embedder.encode_with_report(read)
+    for name in ("vectors", "token_counts", "tokens_cut"):
+        together = np.concatenate([getattr(piece, name) for piece in (first, *rest)])
+        np.testing.assert_allclose(together, getattr(whole, name), atol=1e-5)
+
+
+def test_a_bad_text_far_down_a_stream_is_named_by_its_place_in_it(embedder, monkeypatch):
+    monkeypatch.setattr("kvembed.batching._BLOCK_ITEMS", 2)
+    for bad, message in ((7, "text 5 is a int, not a string"), ("\ud800", "text 5 holds a lone surrogate")):
+        stream = embedder.encode_stream(["a", "b", "c", "d", "e", bad])
+        next(stream)
+        next(stream)
+        with pytest.raises(InputError, match=message):
+            next(stream)

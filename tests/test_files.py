@@ -12,7 +12,7 @@ import pytest
 
 from kvembed import Encoded, InputError
 from kvembed.files import needed
-from kvembed.texts import read_texts
+from kvembed.texts import read_texts, stream_texts
 from kvembed.vectors import check_output, write_vectors
 
 TEXTS = ["plain", 'quotes "and", commas', "émoji 🙂", "", "line\u2028separator"]
@@ -105,7 +105,7 @@ def encoded():
 
 def test_every_output_holds_exactly_the_same_vectors(tmp_path, encoded):
     for suffix in (".npy", ".jsonl", ".parquet"):
-        write_vectors(encoded, tmp_path / f"out{suffix}")
+        write_vectors([encoded], tmp_path / f"out{suffix}")
     assert np.array_equal(np.load(tmp_path / "out.npy"), encoded.vectors)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), encoded.vectors)
@@ -115,19 +115,50 @@ def test_every_output_holds_exactly_the_same_vectors(tmp_path, encoded):
     assert [row["index"] for row in rows] == table["index"].to_pylist() == list(range(7))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_pieces_are_one_file(tmp_path, dtype):
+    """More of them than a header of .npy would hold if it were written for the first alone."""
+    whole = np.arange(2400).reshape(1200, 2).astype(dtype)
+    pieces = [Encoded(part, part[:, 0].astype(np.int64), part[:, 1].astype(np.int64)) for part in np.split(whole, 100)]
+    for suffix in (".npy", ".jsonl", ".parquet"):
+        write_vectors(iter(pieces), tmp_path / f"out{suffix}")
+    assert np.array_equal(np.load(tmp_path / "out.npy"), whole)
+    assert np.load(tmp_path / "out.npy").dtype == dtype
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert [row["index"] for row in rows] == table["index"].to_pylist() == list(range(1200))
+    assert [row["embedding"] for row in rows] == table["embedding"].to_pylist() == whole.tolist()
+
+
+def test_no_pieces_are_an_error_and_no_file(tmp_path):
+    with pytest.raises(InputError, match="no texts"):
+        write_vectors([], tmp_path / "out.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_are_counted_and_then_streamed(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('"three"\n')
+    texts, count = stream_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+    assert (count, list(texts)) == (3, ["one", "two", "three"])
+    (tmp_path / "b.jsonl").write_text('"three"\n4\n')
+    with pytest.raises(InputError, match="line 2: no text"):  # before anything is embedded
+        stream_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, encoded, monkeypatch, suffix):
     path = tmp_path / f"out{suffix}"
     path.write_text("old")
     name = {".npy": "_write_npy", ".jsonl": "_write_jsonl", ".parquet": "_write_parquet"}[suffix]
 
-    def fail(encoded, file):
+    def fail(pieces, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(f"kvembed.vectors.{name}", fail)
     with pytest.raises(InputError, match="no space left on device"):
-        write_vectors(encoded, path)
+        write_vectors([encoded], path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -27,7 +27,7 @@ PROSE = " ".join(NOTICES * 4)
 def oracle(embedder, text, monkeypatch):
     """The vector by the definition, in float64 (whole-matrix form of the loop, tested equal in test_attention)."""
     monkeypatch.setattr(reference, "rerouted_attention", reference.fast_attention)
-    prompt = embedder._prompts([text], "document")[0][0]
+    ((prompt,),) = embedder.prompts([text])
     decoder = embedder.model.get_decoder()
     states = reference.states(decoder.state_dict(), decoder.config, prompt.ids, set(embedder.config.layers))
     return reference.hybrid(states).numpy()

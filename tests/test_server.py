@@ -531,7 +531,7 @@ def folder(embedder, tmp_path_factory):
 
 @contextlib.contextmanager
 def command(*arguments, **options):
-    arguments = [sys.executable, "-m", "kvembed", "serve", *map(str, arguments)]
+    arguments = [sys.executable, "-m", "kvembed", "serve", *map(str, arguments), "--dtype", "float32"]
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, **options) as process:
         try:
             yield process

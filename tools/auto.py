@@ -99,7 +99,7 @@ def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float3
     texts = own_texts(auto.model, auto.tokenizer, auto.fingerprint(), progress=True)
     short = auto.replace(max_tokens=FIT_TOKENS)
     roles: tuple[Role, ...] = ("document", "query")
-    views: Views = {role: short.encode_views(texts, role=role, progress=True).vectors for role in roles}
+    views: Views = {role: short.encode_views(texts, role=role).vectors for role in roles}
     inside = [readout.output_layer is not None for _, readout in auto.config.views]
 
     def fitted(kept: Sequence[int], some: Views) -> Transform:

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
 from .errors import OutOfMemory
 
-__all__ = ["run_batches", "token_batches"]
+__all__ = ["blocks", "run_batches", "token_batches"]
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+_BLOCK_ITEMS, _BLOCK_CHARACTERS = 1024, 1 << 20
+
+
+def blocks(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Cut a stream into lists that bound memory, and yet hold enough texts to group by length.
+
+    Args:
+        items: texts, or rows that hold one.
+        characters: the length of an item's text.
+    """
+    block: list[Item] = []
+    size = 0
+    for item in items:
+        length = characters(item)
+        if block and (len(block) == _BLOCK_ITEMS or size + length > _BLOCK_CHARACTERS):
+            yield block
+            block, size = [], 0
+        block.append(item)
+        size += length
+    if block:
+        yield block
 
 
 def token_batches(

@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,19 +24,17 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from .batching import blocks
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .files import needed, sha256_of, whole_file, why
 from .shards import LOCK, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
-from .texts import Row
 from .vectors import Encoded
 
 __all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "run_here"]
 
 logger = logging.getLogger(__name__)
-
-_BLOCK_ROWS, _BLOCK_CHARACTERS = 1024, 1 << 20  # embedded at a time: bounds memory, and how often the bar moves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +175,7 @@ class ShardMaker:
         """Make one shard. Raises `InputError` if its texts can't be read or embedded, or it can't be written."""
         ids: list[Any] = []
         parts: list[Encoded] = []
-        for block in _blocks(self._reader.read(shard)):
+        for block in blocks(self._reader.read(shard), lambda row: len(row.text)):
             try:
                 read = self._embedder.encode_views([row.text for row in block], role=self._job.role)
             except InputError as error:
@@ -197,19 +195,6 @@ class ShardMaker:
             return Written(shard.index, int(encoded.token_counts.sum()), encoded.truncated, sha256_of(path))
         except OSError as error:
             raise InputError(f"{path}: {why(error)}") from None
-
-
-def _blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    block: list[Row] = []
-    characters = 0
-    for row in rows:
-        if block and (len(block) == _BLOCK_ROWS or characters + len(row.text) > _BLOCK_CHARACTERS):
-            yield block
-            block, characters = [], 0
-        block.append(row)
-        characters += len(row.text)
-    if block:
-        yield block
 
 
 def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) -> None:

@@ -94,19 +94,19 @@ def embed(
 ) -> None:
     """Embed texts: one unit vector each, in order."""
     with one_line_errors():
-        from .texts import read_texts
+        from .texts import stream_texts
         from .vectors import check_output, write_vectors
 
         check_output(output)
         for file in files or []:
             if output and output.exists() and file.exists() and output.samefile(file):
                 raise InputError(f"{output} is an input too; it would be overwritten")
-        texts = read_texts(files or [], field)
+        texts, count = stream_texts(files or [], field)
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
-        encoded = embedder.encode_with_report(texts, role=role, progress=True)
         from .quantize import quantize
 
-        write_vectors(dataclasses.replace(encoded, vectors=quantize(encoded.vectors, precision)), output)
+        pieces = embedder.encode_stream(texts, role=role, total=count, progress=True)
+        write_vectors((dataclasses.replace(x, vectors=quantize(x.vectors, precision)) for x in pieces), output)
 
 
 @app.command("bulk")

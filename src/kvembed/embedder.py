@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import models
 from .backbone import Backbone
-from .batching import run_batches
+from .batching import blocks, run_batches
 from .config import EmbedConfig, Readout, Role
 from .errors import InputError, KvembedError
 from .files import whole_file, why
@@ -291,18 +294,60 @@ class Embedder:
 
     def encode_with_report(self, texts: Iterable[str], *, role: Role = "document", progress: bool = False) -> Encoded:
         """`encode`, with the token counts (over all templates, if there are several) and what was cut."""
-        read = self.encode_views(texts, role=role, progress=progress)
-        if read.truncated:
-            logger.warning("%d of %d texts were cut to %d tokens", read.truncated, len(read.vectors), self.max_tokens)
-        return dataclasses.replace(read, vectors=self.join(read.vectors, role=role))
+        texts = _listed(texts)
+        found = Encoded(np.zeros((len(texts), self.dim), np.float32), *np.zeros((2, len(texts)), np.int64))
+        done = 0
+        for piece in self.encode_stream(texts, role=role, total=len(texts), progress=progress):
+            place = slice(done, done := done + len(piece.vectors))
+            found.vectors[place], found.token_counts[place] = piece.vectors, piece.token_counts
+            found.tokens_cut[place] = piece.tokens_cut
+        return found
 
-    def encode_views(self, texts: Iterable[str], *, role: Role = "document", progress: bool = False) -> Encoded:
+    def encode_stream(
+        self, texts: Iterable[str], *, role: Role = "document", total: int | None = None, progress: bool = False
+    ) -> Iterator[Encoded]:
+        """`encode_with_report` in pieces, in order, as texts come; memory does not grow with their number.
+
+        While a piece is embedded the next one is tokenised.
+
+        Args:
+            texts: strings, from anywhere; read two pieces ahead.
+            role: as in `encode`.
+            total: how many texts there are, for the time left on the bar. None: not known.
+            progress: show a bar on a terminal.
+
+        Raises:
+            InputError: as `encode`, when the text is reached.
+        """
+        templates = len(self.config.templates(role))
+        bar = tqdm(
+            total=total and total * templates,
+            desc="embedding",
+            unit="text",
+            unit_scale=1 / templates,  # it counts prompts
+            disable=None if progress else True,
+        )
+        seen = cut = 0
+        with ThreadPoolExecutor(1, "kvembed-tokenizing") as tokenizing, bar:
+            ahead: deque[Future[list[list[Prompt]]]] = deque()
+            for block in itertools.chain(blocks(texts, _characters), [None]):
+                if block is not None:
+                    ahead.append(tokenizing.submit(self._prompts, block, role, self.max_tokens, seen))
+                    seen += len(block)
+                if ahead and (len(ahead) == 2 or block is None):
+                    read = self._read(ahead.popleft().result(), bar)
+                    cut += read.truncated
+                    yield dataclasses.replace(read, vectors=self.join(read.vectors, role=role))
+        if cut:
+            logger.warning("%d of %d texts were cut to %d tokens", cut, seen, self.max_tokens)
+
+    def encode_views(self, texts: Iterable[str], *, role: Role = "document") -> Encoded:
         """What `encode` makes vectors of: every read-out under every template, `vectors` being (n, V, model's width).
 
         Neither normalised nor transformed; `join` does the rest. For trying transforms without embedding anew.
         Arguments and errors as in `encode`.
         """
-        return self._views(texts, role, self.max_tokens, progress)
+        return self._views(texts, role, self.max_tokens)
 
     def prompts(
         self, texts: Iterable[str | Sequence[int]], *, role: Role = "document", truncate: bool = True
@@ -318,7 +363,7 @@ class Embedder:
             InputError: as `encode`; ids that are not text; a text that is too long and must not be cut.
         """
         whole = [self._prompter.decode(text) if isinstance(text, list | tuple) else text for text in texts]
-        prompts = list(zip(*self._prompts(whole, role, None if truncate else 2**31), strict=True))
+        prompts = list(zip(*self._prompts(whole, role, self.max_tokens if truncate else 2**31), strict=True))
         for index, rendered in enumerate(prompts):
             longest = max(len(prompt.ids) for prompt in rendered)
             if longest > self.max_tokens:
@@ -359,10 +404,10 @@ class Embedder:
                 report=report,
             )
 
-    def _views(self, texts: Iterable[str], role: Role, max_tokens: int, progress: bool = False) -> Encoded:
-        return self._read(self._prompts(texts, role, max_tokens), progress)
+    def _views(self, texts: Iterable[str], role: Role, max_tokens: int) -> Encoded:
+        return self._read(self._prompts(_listed(texts), role, max_tokens))
 
-    def _read(self, by_template: Sequence[Sequence[Prompt]], progress: bool = False) -> Encoded:
+    def _read(self, by_template: Sequence[Sequence[Prompt]], bar: tqdm[Any] | None = None) -> Encoded:
         """For each template a prompt for each text -> the texts' views."""
         count, readouts = len(by_template[0]), len(self.config.readouts)
         prompts = [prompt for rendered in by_template for prompt in rendered]
@@ -372,14 +417,12 @@ class Embedder:
         def run(batch: list[int]) -> torch.Tensor:
             return self._forward([prompts[i] for i in batch]).cpu()
 
-        with tqdm(
-            total=sum(lengths), desc="embedding", unit="tok", unit_scale=True, disable=None if progress else True
-        ) as bar:
-            packed = len(prompts) > 1 and self.backbone.can_pack
-            for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
-                template, text = np.divmod(batch, max(count, 1))
-                views[text, template] = rows.numpy()
-                bar.update(sum(lengths[i] for i in batch))
+        packed = len(prompts) > 1 and self.backbone.can_pack
+        for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
+            template, text = np.divmod(batch, max(count, 1))
+            views[text, template] = rows.numpy()
+            if bar is not None:
+                bar.update(len(batch))
         if not np.isfinite(views).all():
             raise KvembedError(
                 f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
@@ -399,7 +442,7 @@ class Embedder:
 
         Of several templates, the first is shown.
         """
-        prompt = self._prompts([text], role)[0][0]
+        prompt = self._prompts([text], role, self.max_tokens)[0][0]
         betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
         self._forward([prompt], betas)
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
@@ -451,16 +494,12 @@ class Embedder:
         with whole_file(target / CONFIG_FILE) as file:
             file.write((json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
 
-    def _prompts(self, texts: Iterable[Any], role: Role, max_tokens: int | None = None) -> list[list[Prompt]]:
-        """For each template, a prompt for each text."""
-        if isinstance(texts, str | bytes):
-            raise InputError("texts must be a list of strings, not one string")
-        texts = list(texts)
-        for index, text in enumerate(texts):
+    def _prompts(self, texts: Sequence[Any], role: Role, max_tokens: int, first: int = 0) -> list[list[Prompt]]:
+        """For each template, a prompt for each text; `first` is the first text's number, for errors."""
+        for index, text in enumerate(texts, first):
             if not isinstance(text, str):
                 raise InputError(f"text {index} is a {type(text).__name__}, not a string")
-        limit = max_tokens or self.max_tokens
-        return [self._prompter(texts, template, limit) for template in self.config.templates(role)]
+        return [self._prompter(texts, template, max_tokens, first) for template in self.config.templates(role)]
 
     @torch.inference_mode()
     def _forward(self, prompts: Sequence[Prompt], betas: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
@@ -484,6 +523,16 @@ class Embedder:
         readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != main}
         read(main, self.backbone.states(ids, lengths, self.config, betas, placeholders, readers))
         return torch.stack([pooled[one] for one in readouts], 1)
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str | bytes):
+        raise InputError("texts must be a list of strings, not one string")
+    return list(texts)
+
+
+def _characters(text: Any) -> int:
+    return len(text) if isinstance(text, str) else 0  # what it is if not a string is told when it is tokenised
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:

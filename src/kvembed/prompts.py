@@ -64,7 +64,7 @@ class Prompter:
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._start = next((token for token in starts if token is not None), None)
 
-    def __call__(self, texts: Sequence[str], template: str, max_tokens: int) -> list[Prompt]:
+    def __call__(self, texts: Sequence[str], template: str, max_tokens: int, first: int = 0) -> list[Prompt]:
         """Tokenise each text in the template.
 
         The whole prompt is tokenised at once, as if it had been typed, and spans are found by character offsets.
@@ -76,11 +76,12 @@ class Prompter:
             texts: any strings.
             template: holds `{text}`, as often as it likes, and before it `{pst}` at most once.
             max_tokens: longest prompt, template and special tokens included.
+            first: the first text's number, for what is said of a bad one.
 
         Raises:
             InputError: a text holds a lone surrogate, or `max_tokens` leaves no room for any text.
         """
-        for index, text in enumerate(texts):
+        for index, text in enumerate(texts, first):
             if _PLACEHOLDER in text and "{pst}" in template:
                 raise InputError(f"text {index} holds the noncharacter U+FDD0, which stands for {{pst}}")
             try:

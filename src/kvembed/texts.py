@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 from .errors import InputError
 from .files import needed, why
 
-__all__ = ["Mark", "Row", "read_rows", "read_texts"]
+__all__ = ["Mark", "Row", "read_rows", "read_texts", "stream_texts"]
 
 
 class Mark(NamedTuple):
@@ -44,13 +44,27 @@ def read_texts(paths: Sequence[Path], field: str = "text") -> list[str]:
     Raises:
         InputError: a file that is missing, empty, not UTF-8 or not what its ending says; it names file and line.
     """
-    texts: list[str] = []
-    for path in paths or [Path("-")]:
-        found = [row.text for row in read_rows(path, field)]
-        if not found:
-            raise InputError(f"{_name(path)}: no texts in it")
-        texts += found
-    return texts
+    return [row.text for path in paths or [Path("-")] for row in _some_rows(path, field)]
+
+
+def stream_texts(paths: Sequence[Path], field: str = "text") -> tuple[Iterator[str], int | None]:
+    """As `read_texts`, but one by one, and how many there are; None for standard input, which can be read but once.
+
+    Files are read twice, the first time to count and check every row before any work is done.
+    """
+    paths = list(paths) or [Path("-")]
+    known = all(str(path) != "-" for path in paths)
+    count = sum(1 for path in paths for _ in _some_rows(path, field)) if known else None
+    return (row.text for path in paths for row in _some_rows(path, field)), count
+
+
+def _some_rows(path: Path, field: str) -> Iterator[Row]:
+    """`read_rows`, but an empty file is an `InputError`."""
+    row = None
+    for row in read_rows(path, field):
+        yield row
+    if row is None:
+        raise InputError(f"{_name(path)}: no texts in it")
 
 
 def read_rows(path: Path, field: str = "text", id_field: str | None = None, start: Mark = _START) -> Iterator[Row]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import InputError
 from .files import check_writable, needed, whole_file, why
@@ -53,54 +56,82 @@ def check_output(path: Path | None) -> None:
     check_writable(path)
 
 
-def write_vectors(encoded: Encoded, path: Path | None) -> None:
-    """Write vectors in order; standard output, as .jsonl, if `path` is None or `-`.
+def write_vectors(pieces: Iterable[Encoded], path: Path | None) -> None:
+    """Write vectors in order, as they come; standard output, as .jsonl, if `path` is None or `-`.
 
     `.npy` holds (n, dim) in the vectors' dtype; `.jsonl` and `.parquet` rows of `index`, `tokens`, `tokens_cut`,
     `embedding`.
 
     Raises:
-        InputError: the file can't be written; what was there before is still there.
+        InputError: there are none, or the file can't be written; what was there before is still there.
     """
     try:
         if path is None or str(path) == "-":
-            _write_jsonl(encoded, sys.stdout.buffer)
+            _write_jsonl(_some(pieces), sys.stdout.buffer)
             sys.stdout.flush()
             return
         check_output(path)
         with whole_file(path) as file:
-            {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()](encoded, file)
+            write = {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()]
+            write(_some(pieces), file)
     except BrokenPipeError:
         raise
     except OSError as error:
         raise InputError(f"{path or 'standard output'}: {why(error)}") from None
 
 
-def _write_npy(encoded: Encoded, file: BinaryIO) -> None:
+def _some(pieces: Iterable[Encoded]) -> Iterator[Encoded]:
+    piece = None
+    for piece in pieces:
+        yield piece
+    if piece is None:
+        raise InputError("no texts to write the vectors of")
+
+
+def _write_npy(pieces: Iterator[Encoded], file: BinaryIO) -> None:
     import numpy as np
 
-    np.save(file, encoded.vectors, allow_pickle=False)
+    count = 0
+    header: dict[str, Any] = {}
+    for piece in pieces:
+        if not header:
+            header = {"descr": piece.vectors.dtype.str, "fortran_order": False}
+            # NumPy leaves room in the header for the count to grow.
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (0, piece.vectors.shape[1])})
+        file.write(np.ascontiguousarray(piece.vectors).data)
+        count += len(piece.vectors)
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, header | {"shape": (count, piece.vectors.shape[1])})
 
 
-def _write_jsonl(encoded: Encoded, file: BinaryIO) -> None:
-    rows = zip(encoded.token_counts.tolist(), encoded.tokens_cut.tolist(), encoded.vectors, strict=True)
-    for index, (tokens, cut, vector) in enumerate(rows):
-        # float(str(x)) of a float32 keeps 9 digits, enough to read the same float32 back
-        numbers = [float(str(x)) for x in vector] if vector.dtype.kind == "f" else vector.tolist()
-        row = {"index": index, "tokens": tokens, "tokens_cut": cut, "embedding": numbers}
-        file.write(json.dumps(row).encode() + b"\n")
+def _write_jsonl(pieces: Iterator[Encoded], file: BinaryIO) -> None:
+    index = itertools.count()
+    for piece in pieces:
+        for tokens, cut, vector in zip(
+            piece.token_counts.tolist(), piece.tokens_cut.tolist(), piece.vectors, strict=True
+        ):
+            # float(str(x)) of a float32 keeps 9 digits, enough to read the same float32 back
+            numbers = [float(str(x)) for x in vector] if vector.dtype.kind == "f" else vector.tolist()
+            row = {"index": next(index), "tokens": tokens, "tokens_cut": cut, "embedding": numbers}
+            file.write(json.dumps(row).encode() + b"\n")
 
 
-def _write_parquet(encoded: Encoded, file: BinaryIO) -> None:
+def _write_parquet(pieces: Iterator[Encoded], file: BinaryIO) -> None:
     arrow = needed("pyarrow", "parquet")
     parquet = needed("pyarrow.parquet", "parquet")
-    count, dim = encoded.vectors.shape
-    table = arrow.table(
-        {
-            "index": arrow.array(range(count), arrow.int64()),
-            "tokens": arrow.array(encoded.token_counts),
-            "tokens_cut": arrow.array(encoded.tokens_cut),
-            "embedding": arrow.FixedSizeListArray.from_arrays(arrow.array(encoded.vectors.ravel()), dim),
-        }
-    )
-    parquet.write_table(table, file)
+    first = 0
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for piece in pieces:
+            count, dim = piece.vectors.shape
+            table = arrow.table(
+                {
+                    "index": arrow.array(range(first, first + count), arrow.int64()),
+                    "tokens": arrow.array(piece.token_counts),
+                    "tokens_cut": arrow.array(piece.tokens_cut),
+                    "embedding": arrow.FixedSizeListArray.from_arrays(arrow.array(piece.vectors.ravel()), dim),
+                }
+            )
+            writer = writer or stack.enter_context(parquet.ParquetWriter(file, table.schema))
+            writer.write_table(table)
+            first += count
