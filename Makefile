@@ -26,16 +26,18 @@ check: $(INSTALLED)
 families: $(INSTALLED)
 	$(BIN)/python tools/families.py
 
-# re-routed against plain forward time, ratios within one run
+# docs/speed.md: ratios of interleaved runs; DATA as below, for a corpus against sentence-transformers
 bench: $(INSTALLED)
-	$(BIN)/python tools/overhead.py
+	$(BIN)/python tools/bench.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python tools/tables.py
 
 # results/: what the ledger lacks, for hours or days; DATA is a folder of tasks, MODELS as tools/results.py says
 results: $(INSTALLED)
 	$(BIN)/python tools/results.py --data $(DATA) $(MODELS)
+	$(BIN)/python tools/auto.py --data $(DATA)
 	$(BIN)/python tools/ablation.py --data $(DATA)
 
-# docs/results.md, its plots and README's table, from the files in results/
+# docs/results.md and docs/speed.md, plots and README's table, from the files in results/
 tables: $(INSTALLED)
 	$(BIN)/python tools/tables.py
 

@@ -169,3 +169,18 @@ def test_longrope_texts_on_either_side_of_the_border_do_not_share_a_batch(tokeni
     assert Backbone(model).rope_border == 40
     assert Backbone(tiny()).rope_border is None
     np.testing.assert_allclose(embedder.encode(texts), np.stack([embedder.encode(text) for text in texts]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same():
+    ids = torch.arange(60).reshape(3, 20) + 3
+    plain, compiled = Backbone(tiny()), Backbone(tiny())
+    compiled.compile()
+    routed = EmbedConfig(layers=(1, 3))
+    for lengths in ([20, 20, 20], [20, 3, 9], [1, 2, 3]):
+        n = max(lengths)
+        args = (ids[:, :n], torch.tensor(lengths), routed)
+        torch.testing.assert_close(compiled.states(*args)[0, :1], plain.states(*args)[0, :1], atol=1e-4, rtol=1e-4)
+    norm = compiled.layers[0].input_layernorm
+    assert norm._compiled_call_impl is not None
+    assert compiled.layers[0].self_attn._compiled_call_impl is None

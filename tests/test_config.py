@@ -40,6 +40,7 @@ from kvembed.methods import preset
         ({"output_layer": 1.5}, "output_layer must be a whole number"),
         ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number from 1"),
+        ({"transform": "whiten", "query": ("{text}", "Q {text}")}, "must have as many templates"),
     ],
 )
 def test_bad_values(options, message):

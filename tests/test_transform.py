@@ -132,7 +132,7 @@ def tuned(read, tmp_path, config=TWO_VIEWS, **options):
 def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
     asked = []
 
-    def read(texts, role):
+    def read(texts, role, templates):
         asked.append((role, len(texts)))
         if len(asked) == 3:
             raise KeyboardInterrupt
@@ -156,7 +156,7 @@ def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
 def test_given_texts_have_a_transform_of_their_own(tmp_path):
     seen = []
 
-    def read(texts, role):
+    def read(texts, role, templates):
         seen.extend(texts)
         return views(len(seen), texts=len(texts))
 
@@ -166,6 +166,23 @@ def test_given_texts_have_a_transform_of_their_own(tmp_path):
     assert (transform.info["texts"], transform.info["count"]) == ("given", 1000)
     with pytest.raises(InputError, match="not 2; give more"):
         tuned(read, tmp_path, texts=["one", "two"])
+
+
+def test_a_template_that_both_roles_share_is_read_once(tmp_path, monkeypatch):
+    config = TWO_VIEWS.replace(document=("a {text}", "b {text}", "c {text}"), query=("a {text}", "{text}", "c {text}"))
+    given_to = {}
+    monkeypatch.setattr("kvembed.tuning.fit", lambda views, *_: given_to.update(views) or fit(views, [0] * 6, {}))
+    asked = []
+
+    def read(texts, role, templates):
+        asked.append((role, list(templates)))
+        draw = np.random.default_rng(len(texts) if role == "document" else 7)
+        return draw.normal(size=(len(texts), 2 * len(templates), 8)).astype(np.float32)
+
+    tuned(read, tmp_path, config)
+    assert asked == [("document", [0, 1, 2])] * 2 + [("query", [1])] * 2
+    same = (given_to["document"] == given_to["query"]).all((0, 2))
+    assert same.tolist() == [True, True, False, False, True, True]
 
 
 def test_a_stopped_writer_goes_on_as_if_it_had_not_been(llama, tokenizer, tmp_path, monkeypatch):

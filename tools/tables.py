@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from figures import draw
+from speed import speed_page
 
 from kvembed.config import EmbedConfig
 from kvembed.methods import METHODS
@@ -34,6 +35,7 @@ def main() -> int:
     made = {
         ROOT / "docs" / "results.md": _document(mini, results),
         ROOT / "README.md": f"{before}{BEGIN}\n\n{_summary(mini)}\n{END}{after}",
+        ROOT / "docs" / "speed.md": speed_page(ROOT / "results" / "speed"),
     }
     stale = [path for path, text in made.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv[1:]:

@@ -367,6 +367,18 @@ class Backbone:
                 stack.callback(self.layers[index].register_forward_hook(read).remove)
             yield
 
+    def compile(self) -> None:
+        """`torch.compile` what in each layer holds no attention (norms, feed-forward), in place, for any shape.
+
+        The first forwards are slow, seconds to half a minute; vectors change by rounding alone. It needs a C++ compiler
+        on a CPU. Attention stays as it is: it calls back into Python, which a compiled graph can't hold.
+        """
+        attention = {*self.layer_calls}
+        for layer in self.layers:
+            for part in layer.children():
+                if attention.isdisjoint(part.modules()):
+                    part.compile(dynamic=True)
+
     def fingerprint(self) -> str:
         """16 hex digits that tell weights apart: a few values of every tensor, in bfloat16, with names and shapes.
 

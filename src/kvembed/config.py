@@ -125,6 +125,9 @@ class EmbedConfig:
         if self.transform == "none" and (self.more_readouts or self.dim):
             raise InputError(f"{'dim' if self.dim else 'more_readouts'} needs a transform, and transform is none")
 
+        if self.transform != "none" and len(self.templates("document")) != len(self.templates("query")):
+            raise InputError("with a transform, documents and queries must have as many templates")
+
     def _checked_templates(self, role: str) -> str | tuple[str, ...]:
         given = getattr(self, role)
         templates = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else ()

@@ -169,6 +169,7 @@ class Embedder:
         batch_tokens: int | None = None,
         texts: Sequence[str] | None = None,
         fitted: str | os.PathLike[str] | None = None,
+        compile: bool = False,
         progress: bool = False,
         **options: Any,
     ) -> Embedder:
@@ -185,6 +186,8 @@ class Embedder:
             texts: unlabelled texts to choose layers by and to fit a transform on, if the method has one. Default: what
                 is stored for this model, or else text that the model writes itself.
             fitted: a file with a transform (`Transform.save`, `kvembed tune -o`), instead of the stored one.
+            compile: `torch.compile` parts of the model: seconds to half a minute more before the first vector, and
+                faster after that (docs/speed.md); for long jobs.
             progress: show bars on a terminal while layers are chosen and a transform is fitted.
             options: fields of `EmbedConfig` to change, for example `layers=[20, 21, 22]`, `bias=1.0`, `max_tokens=512`.
 
@@ -209,6 +212,8 @@ class Embedder:
         elif method is None and texts is None and not options.keys() - UNBOUND and own.is_file():
             transform = Transform.load(own)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
+        if compile:
+            Backbone(model).compile()
         return cls(
             model,
             tokenizer,
@@ -347,7 +352,7 @@ class Embedder:
         Neither normalised nor transformed; `join` does the rest. For trying transforms without embedding anew.
         Arguments and errors as in `encode`.
         """
-        return self._views(texts, role, self.max_tokens)
+        return self._read(self._prompts(_listed(texts), role, self.max_tokens))
 
     def prompts(
         self, texts: Iterable[str | Sequence[int]], *, role: Role = "document", truncate: bool = True
@@ -390,22 +395,23 @@ class Embedder:
                 return transform
             raise InputError("the transform was fitted for another model, or for another config")
 
+        def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
+            prompts = self._prompts(texts, role, min(FIT_TOKENS, self.max_tokens))
+            return self._read([prompts[index] for index in templates]).vectors
+
         def report(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        with tqdm(desc="fitting", unit="text", disable=None if progress else True) as bar:
+        with tqdm(desc="fitting", unit="prompt", disable=None if progress else True) as bar:
             return choose_transform(
                 fingerprint,
                 self.config,
-                lambda texts, role: self._views(texts, role, min(FIT_TOKENS, self.max_tokens)).vectors,
+                read,
                 lambda: own_texts(self.model, self.tokenizer, fingerprint, progress=progress),
                 texts=self._texts,
                 report=report,
             )
-
-    def _views(self, texts: Iterable[str], role: Role, max_tokens: int) -> Encoded:
-        return self._read(self._prompts(_listed(texts), role, max_tokens))
 
     def _read(self, by_template: Sequence[Sequence[Prompt]], bar: tqdm[Any] | None = None) -> Encoded:
         """For each template a prompt for each text -> the texts' views."""

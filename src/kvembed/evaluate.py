@@ -30,7 +30,7 @@ from .subjects import Subject
 from .tasks import Task
 from .vectors import Encoded
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "hardware"]
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any]
         identity=subject.identity,
         data=task.digest(),
         device=subject.device,
-        hardware=_hardware(),
+        hardware=hardware(),
         versions={name: importlib.metadata.version(name) for name in ("kvembed", "torch", "transformers")},
         replicates=tuple(round(value, 2) for value in scored.replicates),
     )
@@ -273,7 +273,8 @@ def _export(folder: Path, task: Task, encoded: dict[Role, Encoded]) -> None:
         file.write(json.dumps(gold).encode())
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -40,7 +40,7 @@ def fitted_for(fingerprint: str, config: EmbedConfig) -> dict[str, str]:
 def choose_transform(
     fingerprint: str,
     config: EmbedConfig,
-    read: Callable[[Sequence[str], Role], NDArray[np.float32]],
+    read: Callable[[Sequence[str], Role, Sequence[int]], NDArray[np.float32]],
     write: Callable[[], list[str]],
     *,
     texts: Sequence[str] | None = None,
@@ -50,11 +50,11 @@ def choose_transform(
 
     Args:
         fingerprint: of the model's weights.
-        config: what makes the views. Where documents and queries are read alike, each text is read once.
-        read: (texts, role) -> views (N,V,D), at most `FIT_TOKENS` tokens of each text.
+        config: what makes the views. In a template that documents and queries share, each text is read once.
+        read: (texts, role, which templates) -> their views (N,V,D), at most `FIT_TOKENS` tokens of each text.
         write: gives texts that the model wrote itself; called if `texts` is None and nothing is in the cache.
         texts: unlabelled texts, of which at most 1,000 different ones, drawn at random with a fixed seed, are used.
-        report: called with texts done and texts in all.
+        report: called with prompts done and prompts in all.
 
     Raises:
         InputError: too few different texts, or states that do not tell them apart (see `transform.fit`).
@@ -74,18 +74,32 @@ def choose_transform(
     found = list(dict.fromkeys(write() if texts is None else texts))
     if len(found) > _FIT_TEXTS:
         found = random.Random(0).sample(found, _FIT_TEXTS)
-    roles: list[Role] = ["document"] if config.document == config.query else ["document", "query"]
-    views: dict[Role, NDArray[np.float32]] = {}
+    templates = config.templates("document")
+    pairs = zip(templates, config.templates("query"), strict=True)
+    unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
+    total = (len(templates) + len(unlike)) * len(found)
     pieces: list[Path] = []
-    for turn, role in enumerate(roles):
+    done = 0
+
+    def gather(role: Role, which: Sequence[int]) -> NDArray[np.float32]:
+        """(N, templates, read-outs, D)"""
+        nonlocal done
         parts = []
         for start in range(0, len(found), _PIECE):
+            some = found[start : start + _PIECE]
             piece = cached.with_suffix(f".{role}-{start}.npy")
-            parts.append(_kept(piece, lambda: read(found[start : start + _PIECE], role)))  # noqa: B023 (called at once)
+            parts.append(_kept(piece, lambda: read(some, role, which)))  # noqa: B023 (called at once)
             pieces.append(piece)
-            report(turn * len(found) + min(start + _PIECE, len(found)), len(roles) * len(found))
-        views[role] = np.concatenate(parts)
-    views.setdefault("query", views["document"])
+            done += len(some) * len(which)
+            report(done, total)
+        return np.concatenate(parts).reshape(len(found), len(which), len(config.readouts), -1)
+
+    documents = gather("document", range(len(templates)))
+    queries = documents.copy()
+    if unlike:
+        queries[:, unlike] = gather("query", unlike)
+    views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries}
+    views = {role: part.reshape(len(found), -1, part.shape[-1]) for role, part in views.items()}
     inside = [one.output_layer is not None for _, one in config.views]
     transform = fit(views, inside, bound | {"texts": source, "texts_sha256": digest or texts_digest(found)})
     try:

@@ -1,0 +1,297 @@
+"""Speed, as ratios of interleaved runs in one process, medians and quartiles; `make tables` writes docs/speed.md of it.
+
+    python tools/bench.py [--data ../shared/eval-data] [--model smollm2] [--dtype bfloat16] [--rounds 7] [SECTION ...]
+
+overhead  a re-routed forward over a plain causal one of the same tokens, and over other ways to see the whole text
+corpus    texts of mixed lengths, against sentence-transformers with the same backbone (needs --data)
+machine   the forward's arithmetic over that of bare matrix products of the same shapes; share of tokens not padding
+growth    seconds by length of a text
+memory    peak resident set of `kvembed embed` with few and with many texts, a tiny random model
+start     `kvembed embed` of one sentence, the whole process
+
+Each section writes results/speed/SECTION.json. Nothing else should run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvembed import EmbedConfig, Embedder, models
+from kvembed.attention import Reroute
+from kvembed.backbone import Backbone
+from kvembed.evaluate import hardware
+from kvembed.tasks import load_tasks
+
+ROOT = Path(__file__).parent.parent
+LENGTHS = {64: 16, 512: 4, 2048: 1, 4096: 1}  # tokens of a text -> texts in a batch
+GROWTH = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CORPUS_TASKS, CORPUS_TEXTS, CORPUS_CHARACTERS = ("stsb", "stackoverflow", "scifact", "qmsum"), 12, 1500
+
+
+class Prepended(Reroute):
+    """The definition, with a materialised mask, in place of the closed form."""
+
+    def __post_init__(self) -> None:
+        """Off."""
+        self.prefer_closed = False
+
+
+def main() -> None:
+    """Run the sections asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed")
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
+    arguments = parser.parse_args()
+    for name in arguments.sections or SECTIONS:
+        if name == "corpus" and arguments.data is None:
+            print("corpus: left out, needs --data")
+            continue
+        rows = SECTIONS[name](arguments)
+        told = {
+            "section": name,
+            "model": arguments.model,
+            "dtype": arguments.dtype,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "threads": torch.get_num_threads(),
+            "hardware": hardware(),
+            "versions": {package: _version(package) for package in ("kvembed", "torch", "transformers")},
+            "rounds": arguments.rounds,
+            "rows": rows,
+        }
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+        for row in rows:
+            print(name, json.dumps(row), flush=True)
+
+
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version(package)
+
+
+def _interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, run in turn, in another order every round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for turn in range(rounds + 1):
+        random.Random(turn).shuffle(order)
+        for name in order:
+            started = time.perf_counter()
+            runs[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """How many times longer `ours` takes: median and quartiles over rounds."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"ratio": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+def overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """As `kv` does, and in every layer that has attention."""
+    kv = Embedder.from_pretrained(arguments.model, method="kv", dtype=arguments.dtype)
+    backbone = kv.backbone
+    plain, some, routed = (EmbedConfig(layers=layers) for layers in ((), kv.config.layers, backbone.attention_layers))
+    rows = []
+    for tokens, texts in LENGTHS.items():
+        ids, twice = (torch.randint(100, 1000, (texts, n), device=backbone.device) for n in (tokens, 2 * tokens))
+        lengths = torch.full((texts,), tokens, device=backbone.device)
+
+        def forward(config: EmbedConfig, kind: type[Reroute], ids: Tensor = ids, lengths: Tensor = lengths) -> None:
+            backbone.rerouting = kind
+            backbone.states(ids, lengths, config)
+
+        def two_passes(run: Callable[..., None] = forward) -> None:
+            run(plain, Reroute)
+            run(plain, Reroute)
+
+        runs: dict[str, Callable[[], object]] = {
+            "plain": lambda run=forward: run(plain, Reroute),  # type: ignore[misc]
+            "kv": lambda run=forward: run(some, Reroute),  # type: ignore[misc]
+            "re-routed": lambda run=forward: run(routed, Reroute),  # type: ignore[misc]
+            "echo": lambda run=forward, ids=twice, n=lengths: run(plain, Reroute, ids, 2 * n),  # type: ignore[misc]
+            "two passes": two_passes,
+        }
+        if tokens <= 2048:
+            runs["prepended, with a mask"] = lambda run=forward: run(routed, Prepended)  # type: ignore[misc]
+        seconds = _interleaved(runs, arguments.rounds)
+        for name, ours in (("kv's layers", "kv"), ("every layer", "re-routed")):
+            rows.append({"tokens": tokens, "texts": texts, "what": f"re-routed in {name} over plain"})
+            rows[-1] |= _ratio(seconds[ours], seconds["plain"])
+        for other in ("echo", "two passes", "prepended, with a mask"):
+            if other in seconds:
+                rows.append({"tokens": tokens, "texts": texts, "what": f"{other}, over re-routed in every layer"})
+                rows[-1] |= _ratio(seconds[other], seconds["re-routed"])
+    return rows
+
+
+def _corpus(data: Path) -> list[str]:
+    texts: list[str] = []
+    for task in load_tasks(data, CORPUS_TASKS):
+        documents = list(task.documents)
+        random.Random(0).shuffle(documents)
+        texts += [text[:CORPUS_CHARACTERS] for text in documents[:CORPUS_TEXTS]]
+    random.Random(1).shuffle(texts)
+    return texts
+
+
+def corpus(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Mean pooling without a prompt on both sides, so that the tokens are the same."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    texts = _corpus(arguments.data)
+    embedder = Embedder.from_pretrained(arguments.model, method="mean", dtype=arguments.dtype)
+    folder = str(models.pull(arguments.model))
+    transformer = Transformer(folder, model_kwargs={"dtype": getattr(torch, arguments.dtype)})
+    if {"message", "text"} <= {*getattr(transformer, "modality_config", ())}:  # no chat template on plain text
+        del transformer.modality_config["message"]
+        transformer.input_formatter.supported_modalities.remove("message")
+    theirs = SentenceTransformer(
+        modules=[transformer, Pooling(embedder.backbone.dim)], device=str(embedder.model.device)
+    )
+    tokens = int(embedder.encode_with_report(texts).token_counts.sum())
+    runs: dict[str, Callable[[], object]] = {"kvembed": lambda: embedder.encode(texts)}
+    for size in (1, 8, 32):
+        runs[f"sentence-transformers, batches of {size}"] = lambda size=size: theirs.encode(texts, batch_size=size)  # type: ignore[misc]
+    seconds = _interleaved(runs, min(arguments.rounds, 3))
+    cosine = (embedder.encode(texts) * theirs.encode(texts, batch_size=1, normalize_embeddings=True)).sum(1).min()
+    common = {"texts": len(texts), "tokens": tokens, "least_cosine": round(float(cosine), 4)}
+    return [
+        {"what": name, "tokens_per_second": round(tokens / statistics.median(found)), **common}
+        | (_ratio(found, seconds["kvembed"]) if name != "kvembed" else {})
+        for name, found in seconds.items()
+    ]
+
+
+def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Model FLOP/s over GEMM FLOP/s in the same rounds; and the share of computed tokens that is real, packed."""
+    embedder = Embedder.from_pretrained(arguments.model, method="mean", dtype=arguments.dtype)
+    backbone = embedder.backbone
+    texts, tokens = 32, 64
+    ids = torch.randint(100, 1000, (texts, tokens), device=backbone.device)
+    lengths = torch.full((texts,), tokens, device=backbone.device)
+    linear = [part for layer in backbone.layers for part in layer.modules() if isinstance(part, nn.Linear)]
+    inputs = {
+        size: torch.randn(texts * tokens, size, dtype=linear[0].weight.dtype, device=backbone.device)
+        for size in {part.in_features for part in linear}
+    }
+
+    @torch.inference_mode()
+    def products() -> None:
+        for part in linear:
+            nn.functional.linear(inputs[part.in_features], part.weight)
+
+    compiled = Backbone(models.load(arguments.model, dtype=arguments.dtype)[0])
+    compiled.compile()
+    seconds = _interleaved(
+        {
+            "forward": lambda: backbone.states(ids, lengths, EmbedConfig()),
+            "compiled": lambda: compiled.states(ids, lengths, EmbedConfig()),
+            "products": products,
+        },
+        arguments.rounds,
+    )
+    work = 2 * texts * tokens * sum(part.weight.numel() for part in linear)
+    rate = work / statistics.median(seconds["products"]) / 1e9
+    rows: list[dict[str, Any]] = [
+        {"what": "model FLOP/s over GEMM FLOP/s", "gemm_gflops": round(rate)}
+        | _ratio(seconds["products"], seconds["forward"]),
+        {"what": "the same, compiled"} | _ratio(seconds["products"], seconds["compiled"]),
+        {"what": "plain forward over compiled"} | _ratio(seconds["forward"], seconds["compiled"]),
+    ]
+    if arguments.data is not None:
+        computed = []
+        hook = backbone.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: computed.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel()),
+            with_kwargs=True,
+        )
+        real = int(embedder.encode_with_report(_corpus(arguments.data)).token_counts.sum())
+        hook.remove()
+        probes = 0 if len(computed) == 0 else sum(count for count in computed if count <= 16)
+        rows.append({"what": "real tokens over computed tokens", "ratio": round(real / (sum(computed) - probes), 4)})
+    return rows
+
+
+def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One text of so many tokens, re-routed in every layer."""
+    backbone = Backbone(models.load(arguments.model, dtype=arguments.dtype)[0])
+    routed = EmbedConfig(layers=backbone.attention_layers)
+    rows = []
+    for tokens in GROWTH:
+        if backbone.max_tokens and tokens > backbone.max_tokens:
+            continue
+        ids = torch.randint(100, 1000, (1, tokens), device=backbone.device)
+        lengths = torch.full((1,), tokens, device=backbone.device)
+        seconds = _interleaved({"": lambda i=ids, n=lengths: backbone.states(i, n, routed)}, 3)[""]  # type: ignore[misc]
+        rows.append({"tokens": tokens, "seconds": round(statistics.median(seconds), 4)})
+    return rows
+
+
+def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A process each, so that a peak is its own."""
+    from transformers import AutoTokenizer
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokenizer = AutoTokenizer.from_pretrained(models.pull("smollm2"))
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), num_key_value_heads=1, **sizes)
+        Embedder.from_model(AutoModelForCausalLM.from_config(config).eval(), tokenizer, method="mean").save_pretrained(
+            folder / "tiny"
+        )
+        for count in (2_000, 200_000):
+            source = folder / f"{count}.txt"
+            source.write_text("".join(f"Text number {i} of {count}, about {i % 97} things.\n" for i in range(count)))
+            command = [sys.executable, "-m", "kvembed", "embed", source, "-o", folder / "out.npy"]
+            process = subprocess.Popen([*map(str, command), "--model", str(folder / "tiny")])
+            _, status, used = os.wait4(process.pid, 0)
+            if status:
+                raise RuntimeError(f"kvembed embed failed with {status}")
+            peak = used.ru_maxrss / 1024
+            rows.append({"texts": count, "peak_mib": round(peak)})
+    rows.append({"what": "peak of many over few", "ratio": round(rows[1]["peak_mib"] / rows[0]["peak_mib"], 3)})
+    return rows
+
+
+def start(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Weights in the cache, as after a first use."""
+    command = [sys.executable, "-m", "kvembed", "embed", "--model", arguments.model]
+    seconds = _interleaved(
+        {"": lambda: subprocess.run(command, input=b"One sentence.\n", check=True, capture_output=True)}, 5
+    )[""]
+    return [{"what": "one sentence, whole process", "seconds": round(statistics.median(seconds), 2)}]
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    part.__name__: part for part in (overhead, corpus, machine, growth, memory, start)
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""docs/speed.md, from the files of results/speed that `tools/bench.py` writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["speed_page"]
+
+# What the project aims at: section, what, and whether more is better than this or less.
+GOALS = {
+    "re-routed in kv's layers over plain": "at most 1.02",
+    "echo, over re-routed in every layer": "at least 1.9",
+    "two passes, over re-routed in every layer": "at least 1.9",
+    "prepended, with a mask, over re-routed in every layer": "at least 1.3 at 2,048",
+    "sentence-transformers, batches of 32": "at least 5",
+    "sentence-transformers, batches of 8": "at least 2 at its best batch size",
+    "sentence-transformers, batches of 1": "at least 2 at its best batch size",
+    "model FLOP/s over GEMM FLOP/s": "at least 0.8",
+    "real tokens over computed tokens": "at least 0.97",
+    "peak of many over few": "at most 1.05",
+    "one sentence, whole process": "at most 5 s",
+}
+TITLES = {
+    "overhead": "One forward",
+    "corpus": "A corpus of mixed lengths",
+    "machine": "How near to the machine's limit",
+    "growth": "Seconds by length",
+    "memory": "Memory",
+    "start": "From the command line",
+}
+
+
+def speed_page(folder: Path) -> str:
+    """Markdown; empty if nothing was measured."""
+    parts = [
+        "# Speed",
+        "Made by `make tables` from what `make bench` wrote to `results/speed/`. Ratios are of interleaved runs in one "
+        "process: the median over rounds, and in brackets the quartiles. What has not been run on a GPU is not here.",
+    ]
+    for section, title in TITLES.items():
+        path = folder / f"{section}.json"
+        if not path.is_file():
+            continue
+        told = json.loads(path.read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+        machine = f"{told['device']}, {told['threads']} threads, {told['hardware']}; {versions}"
+        what = "a tiny random model" if section == "memory" else f"{told['model']}, {told['dtype']}"
+        parts += [f"## {title}", f"{what}; {machine}; {told['rounds']} rounds.", _table(section, told["rows"])]
+    return "\n\n".join(parts) + "\n" if len(parts) > 2 else ""
+
+
+def _table(section: str, rows: list[dict[str, Any]]) -> str:
+    if section == "growth":
+        body = [[f"{row['tokens']:,}", f"{row['seconds']:.2f}"] for row in rows]
+        return _lines(["tokens of a text", "seconds"], body)
+    body = []
+    for row in rows:
+        what, size = row.get("what", ""), f"{row['tokens']:,} x {row['texts']}" if section == "overhead" else ""
+        if section == "corpus":
+            what, size = (
+                f"{what}: {row['tokens_per_second']:,} tokens/s",
+                f"{row['texts']} texts, {row['tokens']:,} tokens",
+            )
+        if "peak_mib" in row:
+            what = f"peak with {row['texts']:,} texts: {row['peak_mib']} MiB"
+        value = f"{row['seconds']:.2f} s" if "seconds" in row else f"{row['ratio']:.2f}" if "ratio" in row else ""
+        spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
+        body.append([what, size, value + spread, GOALS.get(row.get("what", ""), "")])
+    return _lines(["what", "size", "measured", "goal"], body)
+
+
+def _lines(head: list[str], body: Iterable[list[str]]) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
