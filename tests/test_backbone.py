@@ -172,6 +172,7 @@ def test_longrope_texts_on_either_side_of_the_border_do_not_share_a_batch(tokeni
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, on its way to compile
 def test_compiled_is_the_same():
     ids = torch.arange(60).reshape(3, 20) + 3
     plain, compiled = Backbone(tiny()), Backbone(tiny())
