@@ -136,3 +136,11 @@ def ground(browser):
     """Red, green and blue of the page behind its text."""
     colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     return [int(part) for part in re.findall(r"\d+", colour)]
+
+
+@pytest.fixture(scope="module")
+def folder(embedder, tmp_path_factory):
+    """The module's own `embedder`, saved."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    embedder.save_pretrained(path)
+    return path

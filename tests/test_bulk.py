@@ -211,13 +211,6 @@ def test_a_text_that_cannot_be_embedded_says_where(embedder, source, tmp_path):
         bulk(embedder.replace(max_tokens=17), source, tmp_path / "out", shard_rows=4)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, embedder):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    embedder.save_pretrained(path)
-    return path
-
-
 def run(*args):
     return CliRunner().invoke(app, ["bulk", *map(str, args), "--dtype", "float32"])
 

@@ -26,13 +26,6 @@ def embedder(llama, tokenizer):
     return Embedder.from_model(llama, tokenizer, layers=[1, 2])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, embedder):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    embedder.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def cluster():
     """Two nodes of one CPU each; `lose` kills the second one, raylet and workers."""

@@ -522,13 +522,6 @@ def test_the_description_holds_for_whatever_is_sent(server, mode):
         send()
 
 
-@pytest.fixture(scope="module")
-def folder(embedder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    embedder.save_pretrained(path)
-    return path
-
-
 @contextlib.contextmanager
 def command(*arguments, **options):
     arguments = [sys.executable, "-m", "kvembed", "serve", *map(str, arguments), "--dtype", "float32"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from kvembed.attention import Reroute
 from kvembed.evaluate import evaluate
 from kvembed.models import label
 from kvembed.results import mean
-from kvembed.subjects import Subject, digest, embedder_subject
+from kvembed.subjects import Subject, embedder_subject, marked
 from kvembed.tasks import MINI_TOKENS, load_tasks, mini
 
 ROOT = Path(__file__).parent.parent
@@ -91,20 +92,28 @@ CONTROLS: dict[str, type[Reroute] | dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    """Run what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(description: str | None, parts: Sequence[str]) -> argparse.Namespace:
+    """The command line: data, model, its name in tables, ledger, and which of `parts` to run; by default all."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--name")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("parts", nargs="*", choices=["controls", "bias", "windows", []], default=[])
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     arguments = parser.parse_args()
-    parts = arguments.parts or ["controls", "bias", "windows"]
+    arguments.name = arguments.name or label(arguments.model)
+    arguments.parts = arguments.parts or parts
+    return arguments
+
+
+def main() -> None:
+    """Run what is asked for."""
+    arguments = asked(__doc__, ("controls", "bias", "windows"))
+    parts = arguments.parts
     tasks = [mini(task) for task in load_tasks(arguments.data, TASKS)]
     kv = Embedder.from_pretrained(arguments.model, method="kv", dtype="bfloat16", max_tokens=MINI_TOKENS)
     subjects: dict[str, Subject] = {}
-    name = arguments.name or label(arguments.model)
+    name = arguments.name
     for control, change in CONTROLS.items() if "controls" in parts else ():
         if isinstance(change, dict):
             subjects[control] = embedder_subject(kv.replace(**change), name)
@@ -127,10 +136,7 @@ def main() -> None:
 
 def _controlled(embedder: Embedder, control: str, rerouting: type[Reroute], name: str) -> Subject:
     embedder.backbone.rerouting = rerouting
-    subject = embedder_subject(embedder, name)
-    config = subject.config | {"control": control}
-    config_hash, identity = digest(f"{subject.config_hash} {control}"), digest(f"{subject.identity} {control}")
-    return dataclasses.replace(subject, config=config, config_hash=config_hash, identity=identity)
+    return marked(embedder_subject(embedder, name), "control", control)
 
 
 if __name__ == "__main__":

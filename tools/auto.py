@@ -11,28 +11,25 @@ on the texts that a task has besides those that are scored; `rerouted` re-routes
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
+from ablation import asked
 from numpy.typing import NDArray
 
 from kvembed import Embedder
 from kvembed.config import Precision, Role
 from kvembed.evaluate import evaluate
-from kvembed.models import label
+from kvembed.quantize import unit
 from kvembed.results import mean
-from kvembed.subjects import Subject, digest, embedder_subject, quantized_subject
+from kvembed.subjects import Subject, embedder_subject, marked, quantized_subject
 from kvembed.tasks import MINI_TOKENS, Task, load_tasks, mini, sample
 from kvembed.transform import Transform, fit
 from kvembed.tuning import FIT_TOKENS
 from kvembed.writing import own_texts
 
-ROOT = Path(__file__).parent.parent
-PARTS = ("parts", "sizes", "own", "rerouted")
 Views = dict[Role, NDArray[np.float32]]
 SIZES: tuple[tuple[int | None, Precision], ...] = (
     *((dim, "float32") for dim in (512, 256, 128, 64)),
@@ -42,15 +39,8 @@ SIZES: tuple[tuple[int | None, Precision], ...] = (
 
 def main() -> None:
     """Run what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--name")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
-    arguments = parser.parse_args()
-    parts = arguments.parts or PARTS
-    name = arguments.name or label(arguments.model)
+    arguments = asked(__doc__, ("parts", "sizes", "own", "rerouted"))
+    parts, name = arguments.parts, arguments.name
     tasks = load_tasks(arguments.data)
     small = list(sample(tasks, "mini"))
     auto = Embedder.from_pretrained(
@@ -142,17 +132,9 @@ def _with(
     views = len(auto.config.views)
 
     def finish(flat: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
-        vectors = join(flat.reshape(len(flat), views, -1), role)
-        unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-        return unit
+        return unit(join(flat.reshape(len(flat), views, -1), role))
 
-    return dataclasses.replace(
-        subject,
-        config=subject.config | {"variant": told},
-        config_hash=digest(f"{subject.config_hash} {told}"),
-        identity=digest(f"{subject.identity} {told}"),
-        finish=finish,
-    )
+    return marked(subject, "variant", told, finish=finish)
 
 
 if __name__ == "__main__":

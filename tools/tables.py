@@ -221,21 +221,28 @@ def _auto(results: list[Result]) -> str:
         tasks = sorted(result.task for result in base)
         whole = {method: rows for method, rows in found.items() if sorted(r.task for r in rows) == tasks}
         choices = {method: rows for method, rows in whole.items() if not method.startswith("size ")}
-        lines = [
-            _row([f"{model}: variant", "mean", "against `auto`", *tasks]),
-            _row(["---", *["---:"] * (2 + len(tasks))]),
-        ]
-        for method, rows in sorted(choices.items(), key=lambda pair: (pair[0] != "auto", -mean(pair[1]).value)):
-            scores = {result.task: f"{result.score:.1f}" for result in rows}
-            gap = "" if rows is base else _gap(difference(rows, base))
-            lines.append(_row([method, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
-        parts += ["\n".join(lines), _one_left_out(choices, base)]
+        ranked = sorted(choices.items(), key=lambda pair: (pair[0] != "auto", -mean(pair[1]).value))
+        parts += [_against(f"{model}: variant", "auto", ranked, base), _one_left_out(choices, base)]
         if sizes := {method: rows for method, rows in whole.items() if method.startswith("size ")}:
             parts.append(_sizes(sizes, base))
     if not parts:
         return ""
     title = "## `auto`, part by part\n\n**Bold**: the interval of the difference leaves out 0."
     return "\n\n".join([title, *parts])
+
+
+def _against(what: str, method: str, found: Iterable[tuple[str, list[Result]]], base: list[Result]) -> str:
+    """Each of `found` against `base`, which is `method` itself: mean, difference, and the tasks' scores."""
+    tasks = sorted(result.task for result in base)
+    lines = [
+        _row([what, "mean", f"against `{method}`", *tasks]),
+        _row(["---", *["---:"] * (2 + len(tasks))]),
+    ]
+    for name, rows in found:
+        scores = {result.task: f"{result.score:.1f}" for result in rows}
+        gap = "" if rows is base else _gap(difference(rows, base))
+        lines.append(_row([name, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
+    return "\n".join(lines)
 
 
 def _one_left_out(choices: dict[str, list[Result]], base: list[Result]) -> str:
@@ -331,15 +338,7 @@ def _ablation(results: list[Result]) -> str:
             if name == model and sorted(result.task for result in rows) == tasks:
                 (windows if method.startswith("window ") else controls).append((method, rows))
         controls.sort(key=_control_order)
-        lines = [
-            _row([f"{model}: control", "mean", "against `kv`", *tasks]),
-            _row(["---", *["---:"] * (2 + len(tasks))]),
-        ]
-        for method, rows in controls:
-            scores = {result.task: f"{result.score:.1f}" for result in rows}
-            gap = "" if rows is base else _gap(difference(rows, base))
-            lines.append(_row([method, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
-        parts.append("\n".join(lines))
+        parts.append(_against(f"{model}: control", "kv", controls, base))
         if any(method.startswith("bias ") for method, _ in controls):
             parts.append(f"![](bias-{model}.svg)")
         if windows:

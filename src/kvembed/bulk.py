@@ -30,7 +30,7 @@ from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .files import needed, sha256_of, whole_file, why
 from .shards import LOCK, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
-from .vectors import Encoded
+from .vectors import Encoded, as_table
 
 __all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "run_here"]
 
@@ -177,15 +177,14 @@ class ShardMaker:
         parts: list[Encoded] = []
         for block in blocks(self._reader.read(shard), lambda row: len(row.text)):
             try:
-                read = self._embedder.encode_views([row.text for row in block], role=self._job.role)
+                prompts = self._embedder.prompts([row.text for row in block], role=self._job.role)
+                part = self._embedder.encode_prompts(prompts, role=self._job.role)
             except InputError as error:
                 first = shard.first_row + len(ids)
                 raise InputError(f"in the {len(block)} rows from row {first} on: {error}") from None
-            parts.append(
-                dataclasses.replace(read, vectors=self._embedder.join(read.vectors, role=self._job.role))
-            )  # at once, for views take many times the room
+            parts.append(part)
             ids += [row.id for row in block]
-            report(len(block), int(read.token_counts.sum()))
+            report(len(block), int(part.token_counts.sum()))
         names = (field.name for field in dataclasses.fields(Encoded))
         encoded = Encoded(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
         path = self._job.out / shard.name
@@ -205,16 +204,8 @@ def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) 
         "tokens": int(encoded.token_counts.sum()),
         "texts_cut": encoded.truncated,
     }
-    table = arrow.table(
-        {
-            "id": arrow.array(ids, getattr(arrow, job.plan.id_type)()),
-            "tokens": arrow.array(encoded.token_counts),
-            "tokens_cut": arrow.array(encoded.tokens_cut),
-            "embedding": arrow.FixedSizeListArray.from_arrays(
-                arrow.array(encoded.vectors.ravel()), encoded.vectors.shape[1]
-            ),
-        }
-    ).replace_schema_metadata({"kvembed": json.dumps(told)})
+    keys = arrow.array(ids, getattr(arrow, job.plan.id_type)())
+    table = as_table("id", keys, encoded).replace_schema_metadata({"kvembed": json.dumps(told)})
     parquet.write_table(table, file, use_dictionary=False)
 
 

@@ -32,6 +32,7 @@ from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
 from .prompts import Prompt, Prompter
+from .quantize import unit
 from .transform import Transform
 from .tuning import FIT_TOKENS, UNBOUND, choose_transform, fitted_for
 from .vectors import Encoded
@@ -212,9 +213,7 @@ class Embedder:
         elif method is None and texts is None and not options.keys() - UNBOUND and own.is_file():
             transform = Transform.load(own)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
-        if compile:
-            Backbone(model).compile()
-        return cls(
+        embedder = cls(
             model,
             tokenizer,
             config,
@@ -225,6 +224,9 @@ class Embedder:
             revision=revision,
             progress=progress,
         )
+        if compile:
+            embedder.backbone.compile()
+        return embedder
 
     @classmethod
     def from_model(
@@ -342,7 +344,7 @@ class Embedder:
                 if ahead and (len(ahead) == 2 or block is None):
                     read = self._read(ahead.popleft().result(), bar)
                     cut += read.truncated
-                    yield dataclasses.replace(read, vectors=self.join(read.vectors, role=role))
+                    yield self._joined(read, role)
         if cut:
             logger.warning("%d of %d texts were cut to %d tokens", cut, seen, self.max_tokens)
 
@@ -379,13 +381,15 @@ class Embedder:
 
     def encode_prompts(self, prompts: Sequence[tuple[Prompt, ...]], *, role: Role = "document") -> Encoded:
         """The second half of `encode`: what `prompts` gave for the same role, to vectors. Errors as in `encode`."""
-        read = self._read([list(rendered) for rendered in zip(*prompts, strict=True)] or [[]])
-        return dataclasses.replace(read, vectors=self.join(read.vectors, role=role))
+        return self._joined(self._read([list(rendered) for rendered in zip(*prompts, strict=True)] or [[]]), role)
 
     def join(self, views: NDArray[np.float32], *, role: Role = "document") -> NDArray[np.float32]:
         """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1."""
         vectors = views.mean(1) if self.transform is None else self.transform(views, role, self.config.dim)
-        return _unit(vectors)
+        return unit(vectors)
+
+    def _joined(self, read: Encoded, role: Role) -> Encoded:
+        return dataclasses.replace(read, vectors=self.join(read.vectors, role=role))
 
     def _fitted(self, transform: Transform | None, progress: bool) -> Transform:
         """`transform` itself, or else the stored one, or one fitted now. Raises `InputError` if it is not for this."""
@@ -439,7 +443,7 @@ class Embedder:
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
-        unit_a, unit_b = map(_unit, map(np.atleast_2d, (a, b)))
+        unit_a, unit_b = map(unit, map(np.atleast_2d, (a, b)))
         cosine: NDArray[np.float32] = (unit_a @ unit_b.T).clip(-1, 1).astype(np.float32)
         return cosine
 
@@ -539,11 +543,6 @@ def _listed(texts: Iterable[str]) -> list[str]:
 
 def _characters(text: Any) -> int:
     return len(text) if isinstance(text, str) else 0  # what it is if not a string is told when it is tokenised
-
-
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=-1, keepdims=True).clip(1e-12)
-    return unit
 
 
 def _from_zero(layer: int | None, depth: int) -> int | None:

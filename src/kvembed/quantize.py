@@ -1,4 +1,4 @@
-"""Smaller vectors: 8-bit integers, or one bit a dimension."""
+"""Vectors made unit length, and made smaller: 8-bit integers, or one bit a dimension."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from .config import Precision
 from .errors import InputError
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["dequantize", "quantize", "unit"]
+
+
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every row (n, dim) at norm 1; zeros stay zeros."""
+    found: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=-1, keepdims=True).clip(1e-12)
+    return found
 
 
 def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[Any]:
@@ -44,5 +50,4 @@ def dequantize(codes: NDArray[Any], precision: Precision, dim: int) -> NDArray[n
     """Unit vectors (n, dim) float32 of what `quantize` gave; bits become 1 and -1, so cosine is Hamming, rescaled."""
     bits = precision == "binary"
     found = np.unpackbits(codes, axis=1, count=dim).astype(np.float32) * 2 - 1 if bits else codes.astype(np.float32)
-    unit: NDArray[np.float32] = found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
-    return unit
+    return unit(found)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import h11
-import numpy as np
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +35,7 @@ from .errors import InputError, OutOfMemory
 from .files import why
 from .gate import Gate, JsonLines
 from .openai_api import ApiError, EmbeddingRequest, ErrorAnswer, as_json, embeddings_json
+from .quantize import unit
 from .service import Limits, Service
 
 __all__ = ["api_keys", "create_app", "serve", "uvicorn_config"]
@@ -215,7 +215,7 @@ def create_app(
         request.state.log |= {"texts": len(prompts), "tokens": tokens, "role": role}
         vectors = (await _while_connected(request, service.vectors(prompts, role)))[:, :dim]
         if dim < embedder.dim:
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+            vectors = unit(vectors)
         cut = [max(prompt.tokens_cut for prompt in one) for one in prompts]
         return embeddings_json(asked.model, vectors, asked.encoding_format, tokens, cut)
 

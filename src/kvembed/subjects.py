@@ -31,6 +31,7 @@ __all__ = [
     "at_limits",
     "digest",
     "embedder_subject",
+    "marked",
     "quantized_subject",
     "sentence_transformer_subject",
     "tfidf_subject",
@@ -122,13 +123,17 @@ def quantized_subject(subject: Subject, precision: Precision) -> Subject:
         vectors = found if before is None else before(found, role)
         return dequantize(quantize(vectors, precision), precision, vectors.shape[1])
 
+    return marked(subject, "precision", precision, finish=finish, cached_as=subject.cached_as or subject.identity)
+
+
+def marked(subject: Subject, name: str, value: str, **changes: Any) -> Subject:
+    """Another subject than `subject`, told from it by one more entry of its config; `changes` are of its fields."""
     return dataclasses.replace(
         subject,
-        config=subject.config | {"precision": precision},
-        config_hash=digest(f"{subject.config_hash} {precision}"),
-        identity=digest(f"{subject.identity} {precision}"),
-        finish=finish,
-        cached_as=subject.cached_as or subject.identity,
+        config=subject.config | {name: value},
+        config_hash=digest(f"{subject.config_hash} {value}"),
+        identity=digest(f"{subject.identity} {value}"),
+        **changes,
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["OUTPUTS", "Encoded", "check_output", "write_vectors"]
+__all__ = ["OUTPUTS", "Encoded", "as_table", "check_output", "write_vectors"]
 
 OUTPUTS = (".npy", ".jsonl", ".parquet")
 
@@ -116,6 +116,20 @@ def _write_jsonl(pieces: Iterator[Encoded], file: BinaryIO) -> None:
             file.write(json.dumps(row).encode() + b"\n")
 
 
+def as_table(name: str, keys: Any, encoded: Encoded) -> Any:
+    """An Arrow table: a column `name` of an Arrow array that tells the rows apart, then what `encoded` holds."""
+    arrow = needed("pyarrow", "parquet")
+    vectors = encoded.vectors
+    return arrow.table(
+        {
+            name: keys,
+            "tokens": arrow.array(encoded.token_counts),
+            "tokens_cut": arrow.array(encoded.tokens_cut),
+            "embedding": arrow.FixedSizeListArray.from_arrays(arrow.array(vectors.ravel()), vectors.shape[1]),
+        }
+    )
+
+
 def _write_parquet(pieces: Iterator[Encoded], file: BinaryIO) -> None:
     arrow = needed("pyarrow", "parquet")
     parquet = needed("pyarrow.parquet", "parquet")
@@ -123,15 +137,8 @@ def _write_parquet(pieces: Iterator[Encoded], file: BinaryIO) -> None:
     with contextlib.ExitStack() as stack:
         writer = None
         for piece in pieces:
-            count, dim = piece.vectors.shape
-            table = arrow.table(
-                {
-                    "index": arrow.array(range(first, first + count), arrow.int64()),
-                    "tokens": arrow.array(piece.token_counts),
-                    "tokens_cut": arrow.array(piece.tokens_cut),
-                    "embedding": arrow.FixedSizeListArray.from_arrays(arrow.array(piece.vectors.ravel()), dim),
-                }
-            )
+            count = len(piece.vectors)
+            table = as_table("index", arrow.array(range(first, first + count), arrow.int64()), piece)
             writer = writer or stack.enter_context(parquet.ParquetWriter(file, table.schema))
             writer.write_table(table)
             first += count
