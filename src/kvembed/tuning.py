@@ -87,7 +87,7 @@ def choose_transform(
         parts = []
         for start in range(0, len(found), _PIECE):
             some = found[start : start + _PIECE]
-            piece = cached.with_suffix(f".{role}-{start}.npy")
+            piece = cached.with_suffix(f".{role}-{'-'.join(map(str, which))}-{start}.npy")
             parts.append(_kept(piece, lambda: read(some, role, which)))  # noqa: B023 (called at once)
             pieces.append(piece)
             done += len(some) * len(which)
