@@ -42,6 +42,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import flash
 from .errors import UnsupportedModel
 
 __all__ = ["Attention", "Reroute", "attending", "stock_attention", "turn_back", "unfit"]
@@ -92,6 +93,7 @@ class Reroute:
     prefer_closed: bool = True
     packed: tuple[int, ...] = ()
     _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
+    _kept_places: dict[torch.device, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self,
@@ -113,6 +115,9 @@ class Reroute:
             return self._attend(module, layer, last, query, key, value, attention_mask, scaling, kwargs)
         if extra := [name for name in ("position_bias", "sinks") if kwargs.get(name) is not None]:
             raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
+        plain = _is_plain(key, value, attention_mask, kwargs) and not (self.bidirectional and layer in self.layers)
+        if plain and flash.has_varlen(query):
+            return self._attend_packed(module, layer, query, key, value, scaling), None
         outs = []
         start = 0
         for n, same in itertools.groupby(self.packed):
@@ -129,6 +134,31 @@ class Reroute:
             outs.append(self._attend(module, layer, last, q, k, v, mask, scaling, kwargs)[0].flatten(0, 1))
             start = end
         return torch.cat(outs)[None], None  # (1,T,Hq,Dv)
+
+    def _attend_packed(
+        self, module: nn.Module, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> Tensor:
+        """All packed texts' attention in one layer at once, (1,T,Hq,Dv); arguments as in `__call__`."""
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        text, final = self._places(key.device)  # (T,), (texts,)
+        out, lse = flash.varlen_with_lse(query, key, value, final + 1, self.packed[0], scale)  # (1,Hq,T,Dv), (1,Hq,T)
+        if layer in self.layers:
+            slot_key, slot_value = (part[0, :, final].transpose(0, 1) for part in (key, value))  # (texts,Hkv,D)
+            if layer in self.turned:
+                last = torch.tensor(self.packed, device=key.device) - 1
+                slot_key = turn_back(module, layer, slot_key, self.rotations, last)
+            slot_key, slot_value = (part[text].transpose(0, 1)[None] for part in (slot_key, slot_value))  # (1,Hkv,T,D)
+            unseen = None if self.slot_self else (torch.zeros_like(final), final)
+            out, _ = _blend(out, lse, query, slot_key, slot_value, scale, self.bias, unseen)
+        return out.transpose(1, 2).contiguous()
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of packed texts: each token's text (T,), and where each text ends (texts,), both int64."""
+        if device not in self._kept_places:
+            lengths = torch.tensor(self.packed, device=device)
+            text = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=sum(self.packed))
+            self._kept_places[device] = text, lengths.cumsum(0) - 1
+        return self._kept_places[device]
 
     def _attend(
         self,
@@ -149,8 +179,7 @@ class Reroute:
         if self.bidirectional:
             return unmasked(module, query, key, value, last, scale, kwargs), None
         slot_key, slot_value = self.slot(module, layer, key, value, last)  # (B,Hkv,Dk), (B,Hkv,Dv)
-        delegate = _changes_logits(kwargs)
-        if self.prefer_closed and not delegate and _closed_is_exact(query, key, value, attention_mask):
+        if self.prefer_closed and _is_plain(key, value, attention_mask, kwargs) and flash.has_causal(query):
             blind = None if self.slot_self else last
             out, share = closed(query, key, value, slot_key, slot_value, scale, self.bias, blind)
             beta: Tensor | None = share
@@ -161,7 +190,7 @@ class Reroute:
             slot_mask = mask.new_full((len(last), mask.shape[1], mask.shape[2]), bias)  # (B, 1 or Hq, n)
             if not self.slot_self:
                 slot_mask[torch.arange(len(last)), :, last] = limits.min
-            form = functools.partial(delegated, module, kwargs) if delegate else prepended
+            form = functools.partial(delegated, module, kwargs) if _changes_logits(kwargs) else prepended
             out, beta = form(query, key, value, slot_key, slot_value, mask, slot_mask, scale, self.betas is not None)
         if self.betas is not None and beta is not None:
             self.betas[layer] = beta
@@ -230,14 +259,35 @@ def closed(
     Returns:
         out (B,Hq,n,Dv); beta (B,Hq,n) float32.
     """
-    out, lse = _causal_with_lse(query, key, value, scale)  # (B,Hq,n,Dv), (B,Hq,n) natural log
-    grouped = query.view(len(query), key.shape[1], -1, *query.shape[2:])  # (B,Hkv,G,n,Dk)
+    out, lse = flash.causal_with_lse(query, key, value, scale)  # (B,Hq,n,Dv), (B,Hq,n)
+    unseen = None if blind is None else (torch.arange(len(blind)), blind)
+    return _blend(out, lse, query, slot_key[:, :, None], slot_value[:, :, None], scale, bias, unseen)
+
+
+def _blend(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    slot_key: Tensor,
+    slot_value: Tensor,
+    scale: float,
+    bias: float,
+    unseen: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The second half of `closed`.
+
+    Args:
+        out, lse, query, scale, bias: as there.
+        slot_key, slot_value: (B,Hkv,1,D), or (B,Hkv,n,D) if a row's tokens are of several texts.
+        unseen: rows and positions of the tokens that must not see the slot, if any.
+    """
+    grouped = query.view(len(query), slot_key.shape[1], -1, *query.shape[2:])  # (B,Hkv,G,n,Dk)
     # float32, as lse is: a large logit rounded to half precision would shift beta
-    logit = torch.einsum("bhgnd,bhd->bhgn", grouped.float(), slot_key.float()).flatten(1, 2) * scale + bias  # (B,Hq,n)
+    logit = (grouped.float() * slot_key.float()[:, :, None]).sum(-1).flatten(1, 2) * scale + bias  # (B,Hq,n)
     beta = torch.sigmoid(logit - lse)
-    if blind is not None:
-        beta[torch.arange(len(blind)), :, blind] = 0.0
-    slot_value = slot_value.repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, None]  # (B,Hq,1,Dv)
+    if unseen is not None:
+        beta[unseen[0], :, unseen[1]] = 0.0
+    slot_value = slot_value.repeat_interleave(grouped.shape[2], 1)  # (B,Hq,1 or n,Dv)
     return torch.lerp(out, slot_value, beta[..., None].to(out.dtype)), beta
 
 
@@ -356,14 +406,9 @@ def _float_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     return mask.to(query.dtype)
 
 
-def _closed_is_exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    return mask is None and key.shape[-1] == value.shape[-1] and query.device.type == "cpu"
-
-
-def _causal_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Plain causal attention and its log-sum-exp. The one place where a private operator is called."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
-    return out, lse
+def _is_plain(key: Tensor, value: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> bool:
+    """Full causal softmax attention with one head size: what the kernels of `kvembed.flash` do."""
+    return mask is None and key.shape[-1] == value.shape[-1] and not _changes_logits(kwargs)
 
 
 def _changes_logits(kwargs: Mapping[str, Any]) -> bool:

@@ -38,7 +38,7 @@ class Backbone:
         attention_layers: indices of those with attention; others (state-space, convolution) can't be re-routed.
         dim: width of a state.
         max_tokens: the longest input by its configuration, or None if that says nothing.
-        rerouting: the class that re-routes; controls put a subclass in its place.
+        rerouting: makes what re-routes; controls put a subclass in its place.
         rope_border: LongRoPE turns all of a batch by other angles once its longest text is longer than this; such texts
             must not share a batch with shorter ones. None for every other rotary embedding.
 
@@ -48,7 +48,7 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.rerouting: type[Reroute] = Reroute
+        self.rerouting: Callable[..., Reroute] = Reroute
         config = model.config.get_text_config(decoder=True)
         self.model_type: str = config.model_type
         if model.config.is_encoder_decoder:
