@@ -1,7 +1,8 @@
-"""Plots from the ledger for docs/: score against window and intrinsic dimension, bias, and length of text."""
+"""Plots for docs/: score against window and intrinsic dimension, bias, and length of text; seconds against length."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ __all__ = ["draw"]
 mpl.rcParams.update({"svg.hashsalt": "kvembed", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def draw(results: Sequence[Result], folder: Path) -> None:
-    """Write every plot that there are results for."""
+def draw(results: Sequence[Result], speed: Path, folder: Path) -> None:
+    """Write every plot that there are results for; `speed` is where `tools/bench.py` writes."""
     ablation = [result for result in results if result.suite == "ablation"]
     for model in sorted({result.model for result in ablation}):
         groups = {
@@ -34,6 +35,9 @@ def draw(results: Sequence[Result], folder: Path) -> None:
     long = [result for result in results if result.suite == "long"]
     if long:
         _long(long, folder)
+    growth = speed / "growth.json"
+    if growth.is_file():
+        _growth(json.loads(growth.read_text()), folder)
 
 
 def _windows(model: str, windows: list[list[Result]], base: list[Result], folder: Path) -> None:
@@ -93,6 +97,22 @@ def _long(results: list[Result], folder: Path) -> None:
     axes[0][0].set_ylabel("nDCG@10, QMSum summaries")
     axes[0][-1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
     _save(figure, folder / "long.svg")
+
+
+def _growth(told: dict[str, Any], folder: Path) -> None:
+    rows = told["rows"]
+    tokens, seconds = [row["tokens"] for row in rows], [row["seconds"] for row in rows]
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    axis.loglog(tokens, seconds, "o-", ms=4, color="C0", label="a text, re-routed in every layer")
+    for power, style, name in ((1, ":", "n"), (2, "--", "n²")):
+        line = [seconds[-1] * (n / tokens[-1]) ** power for n in tokens]
+        axis.loglog(tokens, line, style, color="0.6", lw=1, label=f"as {name}, from the longest")
+    axis.set_xticks(tokens, [f"{n:,}" for n in tokens])
+    axis.minorticks_off()
+    axis.set(xlabel="tokens of a text (n)", ylabel="seconds", ylim=(min(seconds) / 3, None))
+    axis.set_title(f"{told['model']}, {told['dtype']}, {told['device']}, {told['threads']} threads")
+    axis.legend(frameon=False)
+    _save(figure, folder / "growth.svg")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -55,7 +55,7 @@ def speed_page(folder: Path) -> str:
 def _table(section: str, rows: list[dict[str, Any]]) -> str:
     if section == "growth":
         body = [[f"{row['tokens']:,}", f"{row['seconds']:.2f}"] for row in rows]
-        return _lines(["tokens of a text", "seconds"], body)
+        return _lines(["tokens of a text", "seconds"], body) + "\n\n![Seconds against tokens](growth.svg)"
     body = []
     for row in rows:
         what, size = row.get("what", ""), f"{row['tokens']:,} x {row['texts']}" if section == "overhead" else ""

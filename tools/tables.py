@@ -44,7 +44,7 @@ def main() -> int:
         return 1 if stale else 0
     for path in stale:
         path.write_text(made[path])
-    draw(results, ROOT / "docs")
+    draw(results, ROOT / "results" / "speed", ROOT / "docs")
     return 0
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from .errors import OutOfMemory
 
-__all__ = ["blocks", "run_batches", "token_batches"]
+__all__ = ["blocks", "characters", "run_batches", "token_batches"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,11 @@ def blocks(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator
         size += length
     if block:
         yield block
+
+
+def characters(text: Any) -> int:
+    """A text's length; 0 for what is not a string, which is told when it is tokenised."""
+    return len(text) if isinstance(text, str) else 0
 
 
 def token_batches(

@@ -13,52 +13,27 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from .bulk import Engine, Job, Report, ShardMaker, Written, found_shard
-from .config import EmbedConfig
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .files import needed
-from .models import BUNDLED, load
 from .shards import Shard
-from .transform import Transform
+from .workers import Recipe
 
 __all__ = ["ray_engine"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """How an actor gets the embedder that the driver has."""
-
-    name: str
-    revision: str | None
-    dtype: str
-    config: EmbedConfig
-    transform: Transform | None
-    batch_tokens: int
-    fingerprint: str
-
-    def load(self) -> Embedder:
-        model, tokenizer = load(self.name, dtype=self.dtype, revision=self.revision)
-        embedder = Embedder(
-            model, tokenizer, self.config, batch_tokens=self.batch_tokens, transform=self.transform, name=self.name
-        )
-        if embedder.fingerprint() != self.fingerprint:
-            raise InputError(f"{self.name} has other weights on a worker than where the job was started")
-        return embedder
 
 
 class _Actor:
     """One of the pool: holds the model, makes shards. A user's mistake comes back as a row, for Ray would wrap it."""
 
-    def __init__(self, job: Job, model: _Model) -> None:
+    def __init__(self, job: Job, recipe: Recipe) -> None:
         self._job = job
         self._make: ShardMaker | None = None
         self._error = ""
         try:
-            self._make = ShardMaker(job, model.load())
+            self._make = ShardMaker(job, recipe.load())
         except KvembedError as error:
             self._error = str(error)
 
@@ -92,18 +67,13 @@ def ray_engine(
         InputError: Ray is not installed.
     """
     ray, data = needed("ray", "ray"), needed("ray.data", "ray")
-    local = Path(model).expanduser()
-    name = str(local.resolve()) if model not in BUNDLED and local.exists() else model
 
     def run(job: Job, embedder: Embedder, shards: Sequence[Shard], report: Report) -> Iterator[Written]:
         if not shards:
             return
         plan = dataclasses.replace(job.plan, folder=job.plan.folder.resolve())
         sent = dataclasses.replace(job, plan=plan, out=job.out.resolve())
-        dtype = str(embedder.model.dtype).removeprefix("torch.")
-        how = _Model(
-            name, revision, dtype, embedder.config, embedder.transform, embedder.batch_tokens, embedder.fingerprint()
-        )
+        recipe = Recipe.of(embedder, model, revision)
         with _connected(ray, address):
             data.DataContext.get_current().enable_progress_bars = False
             logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -112,7 +82,7 @@ def ray_engine(
                 [{"index": shard.index} for shard in shards], override_num_blocks=len(shards)
             ).map_batches(
                 _Actor,
-                fn_constructor_args=(sent, how),
+                fn_constructor_args=(sent, recipe),
                 batch_size=1,
                 # A pool that may shrink: in a fixed one, an actor whose node died could wait for a place for ever, and
                 # the shards that were given to it with it.

@@ -58,6 +58,10 @@ Dim = Annotated[int | None, typer.Option("--dim", min=1, help="Keep the best dim
 Fitted = Annotated[
     Path | None, typer.Option("--fitted", help="A transform that `kvembed tune -o` wrote. None: the stored one.")
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", help="A process on each: cuda:0,cuda:1 or cpu,cpu. None: one device, this process."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -91,6 +95,7 @@ def embed(
     precision: Precision = "float32",
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = None,
+    devices: Devices = None,
 ) -> None:
     """Embed texts: one unit vector each, in order."""
     with one_line_errors():
@@ -104,8 +109,14 @@ def embed(
         texts, count = stream_texts(files or [], field)
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         from .quantize import quantize
+        from .workers import Recipe, encode_on
 
-        pieces = embedder.encode_stream(texts, role=role, total=count, progress=True)
+        if devices is None:
+            pieces = embedder.encode_stream(texts, role=role, total=count, progress=True)
+        else:
+            recipe = Recipe.of(embedder, model)
+            del embedder  # it may be on one of the devices
+            pieces = encode_on(devices.split(","), recipe, texts, role=role, total=count, progress=True)
         write_vectors((dataclasses.replace(x, vectors=quantize(x.vectors, precision)) for x in pieces), output)
 
 
@@ -130,6 +141,7 @@ def bulk_command(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Ray actors at most. None: one a GPU, or else one a node.")
     ] = None,
+    devices: Devices = None,
     model: Model = "smollm2",
     method: Method = None,
     layers: Layers = None,
@@ -145,6 +157,8 @@ def bulk_command(
     with one_line_errors():
         if engine == "local" and (address or workers):
             raise InputError("--address and --workers need --engine ray")
+        if engine == "ray" and devices:
+            raise InputError("--devices is for this machine alone; with --engine ray, say --workers")
         from .files import needed
         from .shards import check_folders
 
@@ -159,6 +173,10 @@ def bulk_command(
             from .bulk_ray import ray_engine
 
             run = ray_engine(model, address=address, workers=workers)
+        elif devices:
+            from .bulk_devices import devices_engine
+
+            run = devices_engine(devices.split(","), model)
         summary = bulk(
             embedder,
             source,

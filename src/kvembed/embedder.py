@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import models
 from .backbone import Backbone
-from .batching import blocks, run_batches
+from .batching import blocks, characters, run_batches
 from .config import EmbedConfig, Readout, Role
 from .errors import InputError, KvembedError
 from .files import whole_file, why
@@ -337,7 +337,7 @@ class Embedder:
         seen = cut = 0
         with ThreadPoolExecutor(1, "kvembed-tokenizing") as tokenizing, bar:
             ahead: deque[Future[list[list[Prompt]]]] = deque()
-            for block in itertools.chain(blocks(texts, _characters), [None]):
+            for block in itertools.chain(blocks(texts, characters), [None]):
                 if block is not None:
                     ahead.append(tokenizing.submit(self._prompts, block, role, self.max_tokens, seen))
                     seen += len(block)
@@ -357,7 +357,7 @@ class Embedder:
         return self._read(self._prompts(_listed(texts), role, self.max_tokens))
 
     def prompts(
-        self, texts: Iterable[str | Sequence[int]], *, role: Role = "document", truncate: bool = True
+        self, texts: Iterable[str | Sequence[int]], *, role: Role = "document", truncate: bool = True, first: int = 0
     ) -> list[tuple[Prompt, ...]]:
         """The first half of `encode`: each text tokenised in each template of its role.
 
@@ -365,13 +365,14 @@ class Embedder:
             texts: strings, or arrays of the tokenizer's ids, which are embedded as the text that they stand for.
             role: as in `encode`.
             truncate: cut texts that are too long and count what is lost in `Prompt.tokens_cut`; or else refuse them.
+            first: the first text's number, for errors.
 
         Raises:
             InputError: as `encode`; ids that are not text; a text that is too long and must not be cut.
         """
         whole = [self._prompter.decode(text) if isinstance(text, list | tuple) else text for text in texts]
-        prompts = list(zip(*self._prompts(whole, role, self.max_tokens if truncate else 2**31), strict=True))
-        for index, rendered in enumerate(prompts):
+        prompts = list(zip(*self._prompts(whole, role, self.max_tokens if truncate else 2**31, first), strict=True))
+        for index, rendered in enumerate(prompts, first):
             longest = max(len(prompt.ids) for prompt in rendered)
             if longest > self.max_tokens:
                 raise InputError(
@@ -539,10 +540,6 @@ def _listed(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str | bytes):
         raise InputError("texts must be a list of strings, not one string")
     return list(texts)
-
-
-def _characters(text: Any) -> int:
-    return len(text) if isinstance(text, str) else 0  # what it is if not a string is told when it is tokenised
 
 
 def _from_zero(layer: int | None, depth: int) -> int | None:
