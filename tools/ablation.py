@@ -1,9 +1,12 @@
 """Is the signal real? Controls of the slot, a bias sweep, and windows of layers against the one that ID chooses.
 
 Runs on three tasks of `mini` (stsb, banking77, trecqa) and writes to the ledger under the suite `ablation`; a run that
-was stopped goes on where it was. `make tables` makes the tables and plots from it.
+was stopped goes on where it was. `precision` is what bfloat16 costs `kv` on all of `mini`. `make tables` makes the
+tables and plots from it.
 
-    python tools/ablation.py --data ../shared/eval-data [--model smollm2] [--name NAME] [controls|bias|windows ...]
+    python tools/ablation.py --data ../shared/eval-data [--model smollm2] [--name NAME] [PART ...]
+
+Parts: controls, bias, windows, precision; by default all.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ def asked(description: str | None, parts: Sequence[str]) -> argparse.Namespace:
 
 def main() -> None:
     """Run what is asked for."""
-    arguments = asked(__doc__, ("controls", "bias", "windows"))
+    arguments = asked(__doc__, ("controls", "bias", "windows", "precision"))
     parts = arguments.parts
     tasks = [mini(task) for task in load_tasks(arguments.data, TASKS)]
     kv = Embedder.from_pretrained(arguments.model, method="kv", dtype="bfloat16", max_tokens=MINI_TOKENS)
@@ -132,6 +135,12 @@ def main() -> None:
         subject = dataclasses.replace(subject, method=control)
         rows = list(evaluate(subject, tasks, suite="ablation", results=arguments.results, progress=True))
         print(f"{mean(rows).value:6.2f}  {control}", flush=True)
+    if "precision" in parts:  # all tasks, against the row of `mini`, which is in bfloat16
+        exact = Embedder.from_pretrained(arguments.model, method="kv", dtype="float32", max_tokens=MINI_TOKENS)
+        subject = marked(embedder_subject(exact, name), "dtype", "float32")
+        tasks = [mini(task) for task in load_tasks(arguments.data)]
+        rows = list(evaluate(subject, tasks, suite="precision", results=arguments.results, progress=True))
+        print(f"{mean(rows).value:6.2f}  kv in float32", flush=True)
 
 
 def _controlled(embedder: Embedder, control: str, rerouting: type[Reroute], name: str) -> Subject:

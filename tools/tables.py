@@ -152,6 +152,7 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         _auto([result for result in results if result.suite == "auto"]),
         _own(mini, [result for result in results if result.suite == "own"]),
         _long(results),
+        _precision(mini, [result for result in results if result.suite == "precision"]),
         _ablation([result for result in results if result.suite == "ablation"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -294,6 +295,18 @@ def _own(mini: list[Result], results: list[Result]) -> str:
         "labels; never what is scored. **Bold**: the interval of the difference leaves out 0."
     )
     return "\n\n".join([title, "\n".join([_row(head), _row(["---", "---", *["---:"] * 4]), *lines])])
+
+
+def _precision(mini: list[Result], results: list[Result]) -> str:
+    """`kv` with weights and states in float32, against bfloat16, which all other results are in."""
+    presets = _presets(mini)
+    parts = []
+    for model in MODELS:
+        usual, exact = presets.get((model, "kv"), []), [result for result in results if result.model == model]
+        if usual and {result.task for result in exact} == {result.task for result in usual}:
+            both = [("bfloat16", usual), ("float32", exact)]
+            parts.append(_against(f"{model}, `kv` in", "bfloat16", both, usual))
+    return "\n\n".join(["## bfloat16 or float32", *parts]) if parts else ""
 
 
 def _long(results: list[Result]) -> str:
