@@ -130,7 +130,7 @@ class EmbedderModule(InputModule):  # type: ignore[misc]
         return {"prompts": prompts, "role": role}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
-        """What `preprocess` gave -> `sentence_embedding` (n,dim) float32, `token_counts` and `tokens_cut` (n,) int64."""
+        """What `preprocess` gave -> `sentence_embedding` (n,dim) float32, `token_counts`, `tokens_cut` (n,) int64."""
         encoded = self.embedder.encode_prompts(features["prompts"], role=features["role"])
         found = {
             "sentence_embedding": encoded.vectors,
