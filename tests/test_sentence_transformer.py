@@ -72,21 +72,22 @@ def test_documents_and_queries(model, embedder, documents, queries):
     same(model.similarity_pairwise(documents, documents), np.ones(len(TEXTS)))
 
 
-@pytest.mark.parametrize("method", ["auto", "last", "echo", "meta-eol", "token-prepending", "bidirectional"])
+@pytest.mark.parametrize("method", ["auto", "last", "echo", "token-prepending", "bidirectional"])
 def test_other_methods(method, llama, tokenizer, tmp_path):
     options = {"prepend_layers": [1, 2]} if method == "token-prepending" else {}
     calibration = [f"{notice} {letter}" for notice in NOTICES for letter in "abc"]
     embedder = Embedder.from_model(llama, tokenizer, method=method, texts=calibration, **options)
     embedder.save_pretrained(tmp_path / "saved")
     model = opened(tmp_path / "saved")
-    same(model.encode(TEXTS), embedder.encode(TEXTS))
-    same(model.encode_query(TEXTS), embedder.encode_query(TEXTS))
+    texts = TEXTS[40:]
+    same(model.encode(texts), embedder.encode(texts))
+    same(model.encode_query(texts), embedder.encode_query(texts))
     if method == "auto":  # its dimensions are ordered, so cutting them and making them unit again is what `dim` does
-        same(model.encode(TEXTS, truncate_dim=9, normalize_embeddings=True), embedder.replace(dim=9).encode(TEXTS))
+        same(model.encode(texts, truncate_dim=9, normalize_embeddings=True), embedder.replace(dim=9).encode(texts))
         assert opened(tmp_path / "saved", model_kwargs={"dim": 9}).get_embedding_dimension() == 9
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(order=st.permutations(range(len(TEXTS))), batch_size=st.integers(1, 60))
 def test_neither_order_nor_batches_matter(model, documents, order, batch_size):
     same(model.encode([TEXTS[i] for i in order], batch_size=batch_size), documents[order])
