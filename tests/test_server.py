@@ -153,6 +153,32 @@ def test_openais_client_works_unchanged(server, embedder, tokenizer):
         assert api.models.retrieve("tiny:query").id == "tiny:query"
 
 
+def test_frameworks_need_only_settings(server, embedder, monkeypatch):
+    """As docs/integrations.md has it; LangChain's and LlamaIndex's clients are packages that the tests do without."""
+    monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
+    monkeypatch.setenv("CHROMA_OPENAI_API_KEY", "none")
+    from chromadb.utils.embedding_functions import OpenAIEmbeddingFunction
+    from haystack import Document
+    from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder
+    from haystack.utils import Secret
+
+    texts, query, url = NOTICES[:40], "two\nlines", f"{server.url}/v1"
+    wanted = embedder.encode_document(texts), embedder.encode_query(query)
+
+    key = Secret.from_token("none")
+    writer = OpenAIDocumentEmbedder(model="tiny", api_base_url=url, api_key=key, progress_bar=False)
+    asker = OpenAITextEmbedder(model="tiny:query", api_base_url=url, api_key=key)
+    documents = writer.run(documents=[Document(content=text) for text in texts])["documents"]
+    np.testing.assert_allclose([document.embedding for document in documents], wanted[0], atol=1e-5)
+    np.testing.assert_allclose(asker.run(text=query)["embedding"], wanted[1], atol=1e-5)
+
+    functions = [OpenAIEmbeddingFunction(model_name=name, api_base=url) for name in ("tiny", "tiny:query")]
+    np.testing.assert_allclose(functions[0](texts), wanted[0], atol=1e-5)
+    np.testing.assert_allclose(functions[1].embed_query([query])[0], wanted[1], atol=1e-5)
+    for one in (writer, asker, *functions):
+        one.client.close()
+
+
 def test_base64_is_little_endian_float32(server, embedder):
     status, _, content = call(server, {"model": "tiny", "input": "a", "encoding_format": "base64"})
     assert status == 200

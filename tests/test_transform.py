@@ -250,6 +250,9 @@ def test_any_method_can_be_whitened(llama, tokenizer):
 
 def test_saving_and_fitted_files(auto, tmp_path, llama, tokenizer, monkeypatch):
     auto.save_pretrained(tmp_path / "saved")
+    auto.save_pretrained(tmp_path / "other")
+    Embedder.from_model(llama, tokenizer, method="mean").save_pretrained(tmp_path / "other")  # the transform goes
+    assert Embedder.from_pretrained(tmp_path / "other").transform is None
     auto.transform.save(tmp_path / "t.safetensors")
     monkeypatch.setattr("kvembed.embedder.choose_transform", lambda *_, **__: pytest.fail("it was there"))
     again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +24,13 @@ from .backbone import Backbone
 from .batching import blocks, characters, run_batches
 from .config import EmbedConfig, Readout, Role
 from .errors import InputError, KvembedError
-from .files import whole_file, why
+from .files import why
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
 from .prompts import Prompt, Prompter
 from .quantize import unit
+from .saved import CONFIG_FILE, TRANSFORM_FILE, read_config, save_embedder, save_st_files
 from .transform import Transform
 from .tuning import FIT_TOKENS, UNBOUND, choose_transform, fitted_for
 from .vectors import Encoded
@@ -41,9 +39,6 @@ from .writing import own_texts
 __all__ = ["Embedder", "Explanation"]
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "kvembed.json"
-TRANSFORM_FILE = "kvembed.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +142,7 @@ class Embedder:
         if config.max_tokens and limit and config.max_tokens > limit:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
         self.max_tokens = config.max_tokens or limit or 2**31
-        self.batch_tokens = batch_tokens or (2048 if self.backbone.device.type == "cpu" else 16384)
+        self._batch_tokens = batch_tokens
         self._texts = texts
         self.transform: Transform | None = None
         if transform is not None and config.transform == "none":
@@ -200,7 +195,7 @@ class Embedder:
         source = os.fspath(name)
         saved = Path(source).expanduser() / CONFIG_FILE
         if method is None and saved.is_file():
-            config = _read_config(saved).replace(**options)
+            config = read_config(saved).replace(**options)
         else:
             config = preset(method or "kv", **options)
         transform = None
@@ -263,10 +258,15 @@ class Embedder:
             self.model,
             self.tokenizer,
             config,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=self._batch_tokens,
             texts=self._texts,
             transform=transform,
         )
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in a batch; the default goes by where the model is now."""
+        return self._batch_tokens or (2048 if self.backbone.device.type == "cpu" else 16384)
 
     def encode(
         self, texts: str | Iterable[str], *, role: Role = "document", progress: bool = False
@@ -475,35 +475,15 @@ class Embedder:
         return self.backbone.fingerprint()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save model, tokenizer and config to a folder that `from_pretrained` opens.
+        """Save to a folder that `from_pretrained` and `SentenceTransformer` open (docs/integrations.md).
 
-        Opened with the same dtype, it gives the same vectors. Each file appears whole or not at all, the config last.
+        Opened with the same dtype, it gives the same vectors. Each file appears whole or not at all.
 
         Raises:
             InputError: `folder` is a file, or the model is not a plain transformers model.
         """
-        target = Path(folder)
-        if not isinstance(self.model, PreTrainedModel):
-            raise InputError(
-                "only a plain transformers model can be saved; with an adapter, call merge_and_unload() first"
-            )
-        if target.exists() and not target.is_dir():
-            raise InputError(f"{target} is a file, not a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
-            with models.bars_off():
-                self.model.save_pretrained(scratch)
-            self.tokenizer.save_pretrained(scratch)
-            target.mkdir(exist_ok=True)
-            for path in Path(scratch).iterdir():
-                if path.is_dir():
-                    shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-                else:
-                    os.replace(path, target / path.name)
-        if self.transform is not None:
-            self.transform.save(target / TRANSFORM_FILE)
-        with whole_file(target / CONFIG_FILE) as file:
-            file.write((json.dumps(self.config.to_dict(), indent=1) + "\n").encode())
+        save_embedder(folder, self.model, self.tokenizer, self.config, self.transform)
+        save_st_files(folder)
 
     def _prompts(self, texts: Sequence[Any], role: Role, max_tokens: int, first: int = 0) -> list[list[Prompt]]:
         """For each template, a prompt for each text; `first` is the first text's number, for errors."""
@@ -547,10 +527,3 @@ def _from_zero(layer: int | None, depth: int) -> int | None:
     if layer is not None and not -depth <= layer < depth:
         raise InputError(f"output_layer is {layer}; the last layer is {depth - 1}")
     return None if layer is None else layer % depth
-
-
-def _read_config(path: Path) -> EmbedConfig:
-    try:
-        return EmbedConfig.from_dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a kvembed config: {error}") from None

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,11 @@ class Prompter:
         self._special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._start = next((token for token in starts if token is not None), None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.pop("_rules_with_placeholder", None)
+        self._rules.encode_special_tokens = True  # a copy, by pickle too, does not keep it
 
     def __call__(self, texts: Sequence[str], template: str, max_tokens: int, first: int = 0) -> list[Prompt]:
         """Tokenise each text in the template.

@@ -1,0 +1,89 @@
+"""The folder of a saved embedder: model and tokenizer, what is done to a text, and what sentence-transformers reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import EmbedConfig
+from .errors import InputError
+from .files import whole_file
+from .models import bars_off
+from .transform import Transform
+
+__all__ = ["CONFIG_FILE", "PROMPTS", "TRANSFORM_FILE", "read_config", "save_embedder", "save_st_files"]
+
+CONFIG_FILE = "kvembed.json"
+TRANSFORM_FILE = "kvembed.safetensors"
+
+# A sentence-transformers prompt is a prefix; ours only names a role, whose template is in the config.
+PROMPTS = {"query": "query", "document": "document"}
+_ST_FILES: dict[str, Any] = {
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "prompts": PROMPTS,
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "kvembed.sentence_transformer.EmbedderModule"}],
+}
+
+
+def save_embedder(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EmbedConfig,
+    transform: Transform | None,
+) -> None:
+    """Write what `Embedder.from_pretrained` opens. Each file appears whole or not at all, the config last.
+
+    Raises:
+        InputError: `folder` is a file, or the model is not a plain transformers model.
+    """
+    target = Path(folder)
+    if not isinstance(model, PreTrainedModel):
+        raise InputError("only a plain transformers model can be saved; with an adapter, call merge_and_unload() first")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target} is a file, not a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
+        with bars_off():
+            model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        target.mkdir(exist_ok=True)
+        for path in Path(scratch).iterdir():
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            else:
+                os.replace(path, target / path.name)
+    if transform is None:
+        (target / TRANSFORM_FILE).unlink(missing_ok=True)  # another method's, saved here before
+    else:
+        transform.save(target / TRANSFORM_FILE)
+    _write_json(target / CONFIG_FILE, config.to_dict())
+
+
+def save_st_files(folder: str | os.PathLike[str]) -> None:
+    """Write what `SentenceTransformer(folder)` reads first; sentence-transformers itself is not needed for it."""
+    for name, content in _ST_FILES.items():
+        _write_json(Path(folder) / name, content)
+
+
+def read_config(path: Path) -> EmbedConfig:
+    """The config of a saved embedder. Raises `InputError` for anything else."""
+    try:
+        return EmbedConfig.from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a kvembed config: {error}") from None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
