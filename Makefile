@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow check families bench results tables clean
+.PHONY: demo test test-slow check audit site reference families bench results tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,21 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python tools/tables.py --check
+	$(BIN)/python tools/reference.py --check
+	$(BIN)/python tools/audit.py --offline
+	$(MAKE) --no-print-directory site
+
+# Dependencies: pins, licences, withdrawn releases, known holes; 1: something was found, 3: a service could not be asked
+audit: $(INSTALLED)
+	$(BIN)/python tools/audit.py
+
+# build/site: the documentation; a warning is an error. `.venv/bin/mkdocs serve` shows it while it is written.
+site: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# docs/cli.md and docs/python.md, from help texts and docstrings
+reference: $(INSTALLED)
+	$(BIN)/python tools/reference.py
 
 # docs/families.md: which decoder families work, from tiny random models of each
 families: $(INSTALLED)

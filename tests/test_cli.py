@@ -16,7 +16,8 @@ from conftest import NOTICES
 from typer.testing import CliRunner
 
 from kvembed import Embedder
-from kvembed.cli import _parse_layers, app
+from kvembed.cli import app
+from kvembed.config import parse_layers
 
 KVEMBED = [sys.executable, "-m", "kvembed"]
 
@@ -115,10 +116,10 @@ def test_pull_prints_the_folder(run, folder):
 
 
 def test_parse_layers():
-    assert _parse_layers("6-9") == (6, 7, 8, 9)
-    assert _parse_layers("4,5,10-12") == (4, 5, 10, 11, 12)
-    assert _parse_layers("none") == ()
-    assert _parse_layers("auto") is None
+    assert parse_layers("6-9") == (6, 7, 8, 9)
+    assert parse_layers("4,5,10-12") == (4, 5, 10, 11, 12)
+    assert parse_layers("none") == ()
+    assert parse_layers("auto") is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .config import parse_layers
 from .console import (
     interrupt_again,
     one_line_errors,
@@ -544,7 +545,7 @@ def _embedder(
     options: dict[str, Any] = {"bias": bias, "max_tokens": max_tokens, "dim": dim}
     options = {name: value for name, value in options.items() if value is not None}
     if layers is not None:
-        options["layers"] = _parse_layers(layers)
+        options["layers"] = parse_layers(layers)
     from .methods import preset
 
     preset(method or "kv", **options)  # a bad option is told before seconds of imports
@@ -567,21 +568,3 @@ def _label(model: str) -> str:
     from .models import label
 
     return label(model)
-
-
-def _parse_layers(text: str) -> tuple[int, ...] | Literal["all"] | None:
-    """`6-9`, `4,5,10-12`, `none`, `all` or `auto`."""
-    if text == "all":
-        return "all"
-    if text in ("none", "auto"):
-        return () if text == "none" else None
-    chosen: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            chosen += range(int(first), min(int(last or first), 9999) + 1)  # no model is as deep
-    except ValueError:
-        chosen = []
-    if not chosen:
-        raise InputError(f"--layers takes 6-9 or 4,5,10 or none or all or auto, not {text!r}")
-    return tuple(chosen)

@@ -61,7 +61,7 @@ def one_line_errors() -> Iterator[None]:
         logger.error("interrupted")
         # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the signal
         # whatever the exit code, unless another `exec` has run since.
-        exec("")
+        exec("")  # noqa: S102
         raise typer.Exit(130) from None
     except (BrokenPipeError, typer.Exit):
         raise

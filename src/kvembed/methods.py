@@ -21,7 +21,7 @@ _KNOWLEDGE = (
     'additional but less central details. With this in mind , this sentence : "{text}" means in one word:"'
 )
 _ECHO = "Rewrite the sentence: {text}, rewritten sentence: {text}"
-_TOKEN_PREPENDING = 'This sentence : {pst} "{text}" means in one word:"'
+_TOKEN_PREPENDING = 'This sentence : {pst} "{text}" means in one word:"'  # noqa: S105 (no secret)
 _META_TASKS = (
     "In this task, you're presented with a text excerpt. Your task is to categorize the excerpt into a broad "
     "category such as 'Education', 'Technology', 'Health', 'Business', 'Environment', 'Politics', or 'Culture'. "
