@@ -20,8 +20,7 @@ def main() -> None:
     started = time.perf_counter()
     from kvembed import Embedder  # inside, so that its import is timed too
 
-    # PromptEOL's template with re-routing on top: on a model this small it does better than the paper's own template.
-    embedder = Embedder.from_pretrained("smollm2", method="prompt-eol", layers=[6, 7, 8, 9])
+    embedder = Embedder.from_pretrained("smollm2", method="auto")
     loaded = time.perf_counter()
 
     documents = (HERE / "notices.txt").read_text().splitlines()
@@ -38,8 +37,7 @@ def main() -> None:
     Console(width=120).print(table)
     print(
         f"{len(documents)} notices and {len(queries)} queries in {done - loaded:.1f} s "
-        f"({int(encoded.token_counts.sum())} tokens of notices, {embedder.dim} dimensions, "
-        f"layers {', '.join(map(str, embedder.config.layers or ()))} re-routed); "
+        f"({int(encoded.token_counts.sum())} tokens of notices, {embedder.dim} dimensions); "
         f"start-up and loading {loaded - started:.1f} s"
     )
 

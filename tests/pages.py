@@ -95,7 +95,8 @@ class Runner:
 
     def folder(self, name):
         """In place of `models._local_folder`."""
-        return self.folders["tiny"] if self.is_tiny else self.folders.get(name) or self.known(name)
+        is_tiny = self.is_tiny and not os.path.isdir(name)  # a folder that the page has made is what it is
+        return self.folders["tiny"] if is_tiny else self.folders.get(name) or self.known(name)
 
     def run(self, block):
         """Raises `AssertionError` with the line if a block is not as the page has it."""

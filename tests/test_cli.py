@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from kvembed import Embedder
 from kvembed.cli import app
 from kvembed.config import parse_layers
+from kvembed.saved import usual_method
 
 KVEMBED = [sys.executable, "-m", "kvembed"]
 
@@ -344,3 +345,8 @@ def test_tune_told_wrong(run, folder, tmp_path, monkeypatch, args, message):
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") <= 2
+
+
+def test_the_usual_method_is_auto_or_a_folders_own(folder, tmp_path):
+    assert usual_method("smollm2") == usual_method(str(tmp_path)) == "auto"
+    assert usual_method(str(folder)) is None

@@ -14,7 +14,7 @@ import reference
 from conftest import NOTICES, SHARED
 from transformers import MistralConfig, MistralForCausalLM
 
-from kvembed import Embedder
+from kvembed import Embedder, tuning
 from kvembed.evaluate import evaluate
 from kvembed.subjects import sentence_transformer_subject
 from kvembed.tasks import load_tasks
@@ -84,6 +84,25 @@ def test_the_shipped_profile_is_found(smollm2, monkeypatch):
     monkeypatch.setattr("kvembed.layers.own_texts", lambda *_, **__: pytest.fail("the profile was not found"))
     assert Embedder.from_model(*smollm2).config.layers == (6, 7, 8, 9)
     assert Embedder.from_pretrained("smollm2", dtype="bfloat16").config.layers == (6, 7, 8, 9)
+
+
+def test_autos_transform_comes_with_the_package(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: pytest.fail("texts were written"))
+    embedder = Embedder.from_model(*smollm2, method="auto")
+    assert embedder.transform.info["texts"] == "self-written"
+    ferry, boat, cheese = embedder.encode(["The ferry leaves at noon.", "When does the boat go?", "I like cheese."])
+    assert ferry @ boat > 0.35 > ferry @ cheese
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_packages_transform_is_what_a_fit_gives(smollm2, tmp_path, monkeypatch):
+    shipped = Embedder.from_model(*smollm2, method="auto").encode(NOTICES)
+    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(tuning, "_shipped", lambda bound: None)
+    fitted = Embedder.from_model(*smollm2, method="auto").encode(NOTICES)
+    assert (shipped * fitted).sum(1).min() > 0.999  # that one was fitted on bfloat16 states
 
 
 def test_special_strings_are_text(smollm2):

@@ -41,7 +41,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help="smollm2, a hub id, a folder or a .gguf file.")]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the folder's own, or kv."),
+    typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the folder's own, or auto."),
 ]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers to re-route: 6-9 or 4,5,10 or none or all or auto.")
@@ -548,13 +548,14 @@ def _embedder(
         options["layers"] = parse_layers(layers)
     from .methods import preset
 
-    preset(method or "kv", **options)  # a bad option is told before seconds of imports
+    preset(method or "auto", **options)  # a bad option is told before seconds of imports
     quiet()
     from .embedder import Embedder
+    from .saved import usual_method
 
     return Embedder.from_pretrained(
         model,
-        method=method,
+        method=method or usual_method(model),
         dtype=dtype,
         batch_tokens=batch_tokens,
         fitted=fitted,

@@ -17,7 +17,7 @@ from .files import whole_file
 from .models import bars_off
 from .transform import Transform
 
-__all__ = ["CONFIG_FILE", "PROMPTS", "TRANSFORM_FILE", "read_config", "save_embedder", "save_st_files"]
+__all__ = ["CONFIG_FILE", "PROMPTS", "TRANSFORM_FILE", "read_config", "save_embedder", "save_st_files", "usual_method"]
 
 CONFIG_FILE = "kvembed.json"
 TRANSFORM_FILE = "kvembed.safetensors"
@@ -33,6 +33,11 @@ _ST_FILES: dict[str, Any] = {
     },
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "kvembed.sentence_transformer.EmbedderModule"}],
 }
+
+
+def usual_method(model: str) -> str | None:
+    """The method of the command line and the server where none is named: `auto`, or (None) a saved folder's own."""
+    return None if (Path(model).expanduser() / CONFIG_FILE).is_file() else "auto"
 
 
 def save_embedder(

@@ -109,6 +109,7 @@ class Transform:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 info = json.loads((file.metadata() or {})["info"])
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}  # the package's are in float16
             means = {name.removeprefix("mean."): tensors.pop(name) for name in list(tensors) if "mean." in name}
             transform = cls(means=means, info=info, **tensors)
             views, dim, kept = transform.whiten.shape

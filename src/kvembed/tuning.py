@@ -8,6 +8,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def choose_transform(
     texts: Sequence[str] | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Transform:
-    """From the cache, or fitted now and cached. A run that is stopped keeps what it has read.
+    """From the cache or the package, or else fitted now and cached. A run that is stopped keeps what it has read.
 
     Args:
         fingerprint: of the model's weights.
@@ -70,6 +71,8 @@ def choose_transform(
         pass
     except (InputError, OSError) as error:
         logger.warning("ignoring the damaged transform: %s", error)
+    if texts is None and (shipped := _shipped(bound)):
+        return shipped
     logger.info("fitting a transform on %s texts, once", source)
     found = list(dict.fromkeys(write() if texts is None else texts))
     if len(found) > _FIT_TEXTS:
@@ -109,6 +112,16 @@ def choose_transform(
     for piece in pieces:
         piece.unlink(missing_ok=True)
     return transform
+
+
+def _shipped(bound: dict[str, str]) -> Transform | None:
+    """The one that comes with the package, for its default model: fitted on what the model wrote, kept in float16."""
+    for entry in (files("kvembed") / "transforms").iterdir():
+        with as_file(entry) as path:
+            transform = Transform.load(path)
+        if transform.is_for(bound | {"formula": str(FORMULA)}):
+            return transform
+    return None
 
 
 def _kept(path: Path, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
