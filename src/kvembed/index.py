@@ -1,0 +1,357 @@
+"""An index to search: documents with their vectors and words in a LanceDB table, and the model that made them.
+
+    DIR/kvembed-index.json            which model and config made it; every other name follows from that
+    DIR/documents-HASH.lance          the table
+    DIR/transform-HASH.safetensors    what the config's transform was fitted to, if it has one
+    DIR/_lock                         held by the process that writes
+
+HASH is of all that decides the vectors, so a table never holds vectors of two kinds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .config import EmbedConfig
+from .documents import INDEX_FILE
+from .errors import InputError, ModelNotFound
+from .files import needed, only_writer, whole_file, why
+from .indexing import Indexed, update
+
+if TYPE_CHECKING:
+    import numpy as np
+    from lancedb.table import Table
+    from numpy.typing import NDArray
+
+    from .documents import Corpus
+    from .embedder import Embedder
+
+__all__ = ["LOCK", "Hit", "Index", "Mode", "identity"]
+
+LOCK = "_lock"
+DEPTH = 100  # hits of each kind that are put together in hybrid search
+Mode = Literal["vector", "text", "hybrid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A document that was found.
+
+    Attributes:
+        rank: from 1.
+        score: the higher the better. vector: cosine similarity; text: BM25; hybrid: reciprocal rank fusion.
+        id: of the row, or else a hash of its content.
+        file, line: where it was read; in Parquet the row.
+        text: the document.
+        fields: what else it has.
+    """
+
+    rank: int
+    score: float
+    id: str
+    file: str
+    line: int
+    text: str
+    fields: dict[str, Any]
+
+
+def identity(embedder: Embedder) -> dict[str, Any]:
+    """Everything that decides an embedder's vectors, in plain JSON types."""
+    told = {
+        "weights": embedder.fingerprint(),
+        "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "config": embedder.config.to_dict(),
+        "max_tokens": embedder.max_tokens,
+        "transform": None if embedder.transform is None else embedder.transform.digest(),
+        "dim": embedder.dim,
+    }
+    return dict(json.loads(json.dumps(told)))
+
+
+class Index:
+    """A folder with an index. Make one with `create`, or `open` one.
+
+    Any number of processes may search while one writes; each search sees what was there when it began.
+
+    Attributes:
+        folder: where it is.
+        model: name or path of the model.
+        made_with: everything that decides the vectors, see `identity`.
+    """
+
+    def __init__(self, folder: Path, model: str, made_with: dict[str, Any]) -> None:
+        """Prefer `create` or `open`."""
+        self.folder, self.model, self.made_with = folder, model, made_with
+
+    @staticmethod
+    def exists(folder: str | os.PathLike[str]) -> bool:
+        """Whether a folder holds an index."""
+        return (Path(folder) / INDEX_FILE).is_file()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, model: str | None = None) -> Index:
+        """Open an index; its model is loaded when the first text is embedded.
+
+        Args:
+            folder: that `create` made.
+            model: where the model is now, if no longer where it was.
+
+        Raises:
+            InputError: no index there, or a damaged one.
+        """
+        needed("lancedb", "search")
+        path = Path(folder)
+        try:
+            told = json.loads((path / INDEX_FILE).read_text())
+            made_with, name = told["made_with"], told["model"]
+            if not isinstance(name, str) or not isinstance(made_with, dict):
+                raise TypeError("its parts are of other types")
+            EmbedConfig.from_dict(made_with["config"])
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path}: no index here; `kvembed index PATH --db {path}` makes one") from None
+        except OSError as error:
+            raise InputError(f"{path}: {why(error)}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path / INDEX_FILE} is not of an index of kvembed: {error}") from None
+        return cls(path, model or name, made_with)
+
+    @classmethod
+    def create(
+        cls, folder: str | os.PathLike[str], embedder: Embedder, *, model: str = "smollm2", refit: bool = False
+    ) -> Index:
+        """Make an index, or open the one that is there.
+
+        Args:
+            folder: new, empty, or with an index.
+            embedder: makes the vectors. If its config has a transform, fit it on the documents' texts
+                (`Embedder.from_pretrained(..., texts=corpus.sample)`): it is kept with the index.
+            model: the name that the embedder's model was loaded by, to load it again.
+            refit: let the index become that of this embedder, whatever it was before: the next `update` embeds all
+                documents anew, and what is there can be searched until that is done.
+
+        Raises:
+            InputError: the folder holds something else, or an index with another model or config; another process is
+                writing to it.
+        """
+        needed("lancedb", "search")
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file, not a folder")
+        name = os.path.abspath(os.path.expanduser(model)) if os.path.exists(os.path.expanduser(model)) else model
+        index = cls(path, name, identity(embedder))
+        index.__dict__["embedder"] = embedder
+        if cls.exists(path) and not refit:
+            if told := _difference(cls.open(path).made_with, index.made_with):
+                raise InputError(f"{path} was made with {told}; the same one goes on with it, --refit starts anew")
+            return index
+        if path.is_dir() and not cls.exists(path):
+            ours = (LOCK, "documents-", "transform-", f".{INDEX_FILE}", ".transform-")
+            if others := sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(ours)):
+                raise InputError(f"{path} holds no index but other files ({others[0]}); give a new or empty folder")
+        with only_writer(path, LOCK):
+            try:
+                if embedder.transform is not None:
+                    embedder.transform.save(index.transform_file)
+                if not cls.exists(path):
+                    index.take_over()
+            except OSError as error:
+                raise InputError(f"{path}: {why(error)}") from None
+        return index
+
+    @property
+    def config(self) -> EmbedConfig:
+        """What was done to a text to make its vector."""
+        return EmbedConfig.from_dict(self.made_with["config"])
+
+    @property
+    def name(self) -> str:
+        """The table's name."""
+        return f"documents-{self._hash}"
+
+    @property
+    def transform_file(self) -> Path:
+        """Where the transform is kept, if there is one."""
+        return self.folder / f"transform-{self._hash}.safetensors"
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.made_with, sort_keys=True).encode()).hexdigest()[:16]
+
+    def current(self) -> Index:
+        """What the folder's index is: this one, or the one that it will replace."""
+        return Index.open(self.folder)
+
+    def take_over(self) -> None:
+        """Make this the folder's index, if it is not."""
+        from . import __version__
+
+        if self.exists(self.folder) and self.current().name == self.name:
+            return
+        told = {"kvembed": __version__, "model": self.model, "made_with": self.made_with}
+        with whole_file(self.folder / INDEX_FILE) as file:
+            file.write((json.dumps(told, indent=1) + "\n").encode())
+
+    def drop_others(self) -> None:
+        """Remove tables and transforms that are neither this index's nor the folder's present one's."""
+        kept = {one.name: one.transform_file for one in (self, self.current())}
+        for path in self.folder.glob("documents-*.lance"):
+            if path.stem not in kept:
+                self.connection.drop_table(path.stem)
+        for path in self.folder.glob("transform-*.safetensors"):
+            if path not in kept.values():
+                path.unlink()
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        """The model and config that made the index, loaded when first needed.
+
+        Raises:
+            InputError: the model has other weights, or the transform is not the one that the index was made with.
+            ModelNotFound: the model is not where it was.
+        """
+        from . import models
+        from .backbone import Backbone
+        from .embedder import Embedder
+        from .transform import Transform
+
+        told = self.made_with
+        try:
+            model, tokenizer = models.load(self.model, dtype=told["dtype"])
+        except ModelNotFound as error:
+            raise ModelNotFound(f"{error} (--model says where the index's model is now)") from None
+        if Backbone(model).fingerprint() != told["weights"]:
+            raise InputError(f"{self.folder} was made with other weights than those of {self.model}")
+        transform = None
+        if told["transform"] is not None:
+            try:
+                transform = Transform.load(self.transform_file)
+            except OSError as error:
+                raise InputError(f"{self.transform_file}: {why(error)}") from None
+        embedder = Embedder(model, tokenizer, self.config, transform=transform)
+        if difference := _difference(told, identity(embedder)):
+            raise InputError(f"{self.folder} was made with {difference}")
+        return embedder
+
+    @functools.cached_property
+    def connection(self) -> Any:
+        """LanceDB's, that looks for new versions at every use."""
+        return needed("lancedb", "search").connect(self.folder, read_consistency_interval=datetime.timedelta(0))
+
+    @functools.cached_property
+    def table(self) -> Table:
+        """LanceDB's table. Raises `InputError` if nothing has been written yet."""
+        if not self.has_table:
+            raise InputError(f"{self.folder}: nothing has been indexed yet")
+        table: Table = self.connection.open_table(self.name)
+        return table
+
+    @property
+    def has_table(self) -> bool:
+        """Whether anything has been written."""
+        return (self.folder / f"{self.name}.lance").is_dir()
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return int(self.table.count_rows())
+
+    def update(self, corpus: Corpus, *, language: str | None = None, progress: bool = False) -> Indexed:
+        """Bring the documents of the corpus's paths up to date; those of other paths stay.
+
+        What has changed is embedded, what is gone is removed, and a document whose text is known keeps its vector. A
+        stopped update, made again, goes on where it was.
+
+        Args:
+            corpus: what is in the paths now.
+            language: whose stems and stop words full-text search knows (LanceDB's names), or `"none"`. Default: as it
+                was, English at first.
+            progress: show a bar on a terminal.
+
+        Raises:
+            InputError: nothing to index, another process is writing, a full disk. What is done is kept.
+        """
+        with only_writer(self.folder, LOCK):
+            return update(self, corpus, language=language, progress=progress)
+
+    def search(self, query: str, *, top: int = 10, mode: Mode = "hybrid", where: str | None = None) -> list[Hit]:
+        """The documents nearest to a query, best first. Arguments and errors as in `search_many`."""
+        return self.search_many([query], top=top, mode=mode, where=where)[0]
+
+    def search_many(
+        self, queries: Sequence[str], *, top: int = 10, mode: Mode = "hybrid", where: str | None = None
+    ) -> list[list[Hit]]:
+        """The documents nearest to each query, best first.
+
+        Args:
+            queries: at least a letter each.
+            top: how many documents.
+            mode: `"vector"`: by the cosine of all vectors, not of a choice; `"text"`: by words (BM25), which needs no
+                model; `"hybrid"`: both rankings, put together by reciprocal rank fusion.
+            where: a condition that documents must fulfil, in SQL over their fields: `"lang = 'de' AND year > 2020"`.
+
+        Raises:
+            InputError: an empty query, or a condition that is not one.
+        """
+        for number, query in enumerate(queries, 1):
+            if not query.strip():
+                raise InputError(f"query {number} is empty" if len(queries) > 1 else "the query is empty")
+        if top < 1:
+            raise InputError(f"top must be a whole number from 1, not {top!r}")
+        vectors: Any = [None] * len(queries) if mode == "text" else self.embedder.encode_query(queries)
+        return [self._find(*one, top, mode, where) for one in zip(queries, vectors, strict=True)]
+
+    def _find(
+        self, query: str, vector: NDArray[np.float32] | None, top: int, mode: Mode, where: str | None
+    ) -> list[Hit]:
+        names = [name for name in self.table.schema.names if name != "vector" and not name.startswith("_")]
+        depth = max(top, DEPTH) if mode == "hybrid" else top
+        found, score = None, ""
+        try:
+            if mode != "text":
+                near: Any = self.table.search(vector, vector_column_name="vector")
+                near = near.distance_type("dot").bypass_vector_index().where(where) if where else near
+                near = near.distance_type("dot").bypass_vector_index().limit(depth)
+                found, score = near.select([*names, "_distance"]).with_row_id(True).to_arrow(), "_distance"
+            if mode != "vector":
+                match: Any = needed("lancedb.query", "search").MatchQuery(query, "text")
+                words: Any = self.table.search(match, query_type="fts").limit(depth)
+                words = words.where(where) if where else words
+                said = words.select([*names, "_score"]).with_row_id(True).to_arrow()
+                found, score = (
+                    (said, "_score") if found is None else (self._fused(query, found, said), "_relevance_score")
+                )
+        except (ValueError, RuntimeError, OSError) as error:
+            told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split())).removeprefix("Invalid input, ")
+            raise InputError(f"{f'where {where!r}' if where else self.folder}: {told[:300]}") from None
+        assert found is not None
+        hits = []
+        for rank, row in enumerate(found.slice(0, top).to_pylist(), 1):
+            value = 1 - row[score] if score == "_distance" else row[score]
+            own = {name: row.pop(name) for name in ("id", "file", "line", "text")}
+            fields = {name: row[name] for name in names if row.get(name) is not None}
+            hits.append(Hit(rank, value, **own, fields=fields))
+        return hits
+
+    @staticmethod
+    def _fused(query: str, near: Any, said: Any) -> Any:
+        reranker = needed("lancedb.rerankers", "search").RRFReranker()
+        return reranker.rerank_hybrid(query, near, said)
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing in which two identities differ: `bias 1.0, not 2.0`."""
+    for name in now:
+        old, new = before.get(name), now[name]
+        if old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                return _difference(old, new)
+            return f"{name} {json.dumps(old):.80}, not {json.dumps(new):.80}"
+    return ""
