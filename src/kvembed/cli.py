@@ -189,7 +189,7 @@ def index_command(
     ] = None,
     language: Annotated[
         str | None,
-        typer.Option("--language", help="Whose stems and stop words text search knows, or none. Default: English."),
+        typer.Option("--language", help="Whose word stems text search knows, or none. Default: English."),
     ] = None,
     refit: Annotated[
         bool, typer.Option("--refit", help="Choose model, config and transform anew, and embed everything anew.")
@@ -214,27 +214,22 @@ def index_command(
 ) -> None:
     """Make documents searchable, or bring an index up to date: what changed is embedded, what is gone is removed."""
     with one_line_errors():
-        from .files import needed
-
-        needed("lancedb", "search")
         from .documents import Corpus
         from .index import Index
         from .methods import preset
 
-        index = Index.open(db, model=model) if Index.exists(db) and not refit else None
-        if index is not None:
-            made_by = index.config.method
-            if method not in (None, made_by):
-                raise InputError(f"{db} was made with method {made_by}, not {method}; --refit embeds everything anew")
-            method = made_by if made_by in METHODS else None
-        corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=index is not None, progress=True)
-        options = (layers, bias, None if dtype == "auto" else dtype, max_tokens, batch_tokens, dim, fitted)
-        if index is None or any(option is not None for option in options):
-            if index is not None:  # what is not said is as it was
-                dtype = index.made_with["dtype"] if dtype == "auto" else dtype
-                fitted = fitted or (index.transform_file if index.transform_file.exists() else None)
+        there = Index.exists(db) and not refit
+        if there:
+            index = Index.open(db, model=model, batch_tokens=batch_tokens)
+            chosen = None if layers is None else _parse_layers(layers)
+            options = {"method": method, "layers": chosen, "bias": bias, "dim": dim, "max_tokens": max_tokens}
+            index.check_options(dtype=None if dtype == "auto" else dtype, fitted=fitted, **options)
+        else:
+            Index.check_folder(db)
+        corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=there, progress=True)
+        if not there:
             texts = corpus.sample if method and preset(method).transform != "none" and fitted is None else None
-            name = model or (index.model if index else "smollm2")
+            name = model or "smollm2"
             embedder = _embedder(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts)
             index = Index.create(db, embedder, model=name, refit=refit)
         quiet()

@@ -131,6 +131,9 @@ class Corpus:
             for file in self._files:
                 for document in self._read(file, named):
                     bar.update()
+                    if not document.text.strip():
+                        self.empty += 1
+                        continue
                     place = document.place
                     known = self.documents.setdefault(document.id, place)
                     if known is not place:
@@ -211,9 +214,6 @@ class Corpus:
         for row in read_rows(path, self._field, self._id_field, others=True):
             place = f"{file}, {number} {row.next.line}"
             check_unicode(row.text, place)
-            if not row.text.strip():
-                self.empty += 1
-                continue
             fields = {_column(name, named, place): _plain(value, csv) for name, value in row.others.items()}
             for name, value in fields.items():
                 check_unicode(f"{name} {value}", place)

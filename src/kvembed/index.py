@@ -11,7 +11,6 @@ HASH is of all that decides the vectors, so a table never holds vectors of two k
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
@@ -88,9 +87,9 @@ class Index:
         made_with: everything that decides the vectors, see `identity`.
     """
 
-    def __init__(self, folder: Path, model: str, made_with: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, model: str, made_with: dict[str, Any], *, batch_tokens: int | None = None) -> None:
         """Prefer `create` or `open`."""
-        self.folder, self.model, self.made_with = folder, model, made_with
+        self.folder, self.model, self.made_with, self._batch_tokens = folder, model, made_with, batch_tokens
 
     @staticmethod
     def exists(folder: str | os.PathLike[str]) -> bool:
@@ -98,12 +97,15 @@ class Index:
         return (Path(folder) / INDEX_FILE).is_file()
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, model: str | None = None) -> Index:
+    def open(
+        cls, folder: str | os.PathLike[str], *, model: str | None = None, batch_tokens: int | None = None
+    ) -> Index:
         """Open an index; its model is loaded when the first text is embedded.
 
         Args:
             folder: that `create` made.
             model: where the model is now, if no longer where it was.
+            batch_tokens: as in `Embedder.from_pretrained`.
 
         Raises:
             InputError: no index there, or a damaged one.
@@ -122,7 +124,7 @@ class Index:
             raise InputError(f"{path}: {why(error)}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path / INDEX_FILE} is not of an index of kvembed: {error}") from None
-        return cls(path, model or name, made_with)
+        return cls(path, model or name, made_with, batch_tokens=batch_tokens)
 
     @classmethod
     def create(
@@ -142,21 +144,15 @@ class Index:
             InputError: the folder holds something else, or an index with another model or config; another process is
                 writing to it.
         """
-        needed("lancedb", "search")
+        cls.check_folder(folder)
         path = Path(folder)
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file, not a folder")
         name = os.path.abspath(os.path.expanduser(model)) if os.path.exists(os.path.expanduser(model)) else model
         index = cls(path, name, identity(embedder))
         index.__dict__["embedder"] = embedder
         if cls.exists(path) and not refit:
             if told := _difference(cls.open(path).made_with, index.made_with):
-                raise InputError(f"{path} was made with {told}; the same one goes on with it, --refit starts anew")
+                raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
             return index
-        if path.is_dir() and not cls.exists(path):
-            ours = (LOCK, "documents-", "transform-", f".{INDEX_FILE}", ".transform-")
-            if others := sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(ours)):
-                raise InputError(f"{path} holds no index but other files ({others[0]}); give a new or empty folder")
         with only_writer(path, LOCK):
             try:
                 if embedder.transform is not None:
@@ -185,6 +181,42 @@ class Index:
     @functools.cached_property
     def _hash(self) -> str:
         return hashlib.sha256(json.dumps(self.made_with, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check_options(self, *, dtype: str | None = None, fitted: Path | None = None, **fields: Any) -> None:
+        """Whether the index was made as one with these options would be; those that are None are not looked at.
+
+        Args:
+            dtype, fitted: as in `Embedder.from_pretrained`.
+            fields: of `EmbedConfig`.
+
+        Raises:
+            InputError: it was not.
+        """
+        from .transform import Transform
+
+        config = self.config.replace(**{name: value for name, value in fields.items() if value is not None})
+        if config.layers == "all":
+            config = config.replace(layers=self.embedder.backbone.changed_layers(config))
+        told = {"dtype": dtype or self.made_with["dtype"], "config": json.loads(json.dumps(config.to_dict()))}
+        if fitted is not None:
+            try:
+                told["transform"] = Transform.load(fitted).digest()
+            except OSError as error:
+                raise InputError(f"{fitted}: {why(error)}") from None
+        if difference := _difference(self.made_with, told):
+            raise InputError(f"{self.folder} was made with {difference}; --refit embeds everything anew")
+
+    @staticmethod
+    def check_folder(folder: str | os.PathLike[str]) -> None:
+        """Fail before a model is loaded. Raises `InputError` for a folder that can't become an index."""
+        needed("lancedb", "search")
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file, not a folder")
+        if path.is_dir() and not Index.exists(path):
+            ours = (LOCK, "documents-", "transform-", f".{INDEX_FILE}", ".transform-")
+            if others := sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(ours)):
+                raise InputError(f"{path} holds no index but other files ({others[0]}); give a new or empty folder")
 
     def current(self) -> Index:
         """What the folder's index is: this one, or the one that it will replace."""
@@ -236,19 +268,23 @@ class Index:
                 transform = Transform.load(self.transform_file)
             except OSError as error:
                 raise InputError(f"{self.transform_file}: {why(error)}") from None
-        embedder = Embedder(model, tokenizer, self.config, transform=transform)
+        embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
         if difference := _difference(told, identity(embedder)):
             raise InputError(f"{self.folder} was made with {difference}")
         return embedder
 
     @functools.cached_property
     def connection(self) -> Any:
-        """LanceDB's, that looks for new versions at every use."""
-        return needed("lancedb", "search").connect(self.folder, read_consistency_interval=datetime.timedelta(0))
+        """LanceDB's."""
+        return needed("lancedb", "search").connect(self.folder)
 
-    @functools.cached_property
+    @property
     def table(self) -> Table:
-        """LanceDB's table. Raises `InputError` if nothing has been written yet."""
+        """LanceDB's table as it is now, whatever is written to it later.
+
+        Raises:
+            InputError: nothing has been written yet.
+        """
         if not self.has_table:
             raise InputError(f"{self.folder}: nothing has been indexed yet")
         table: Table = self.connection.open_table(self.name)
@@ -271,7 +307,7 @@ class Index:
 
         Args:
             corpus: what is in the paths now.
-            language: whose stems and stop words full-text search knows (LanceDB's names), or `"none"`. Default: as it
+            language: whose stems full-text search knows (LanceDB's names), or `"none"`. Default: as it
                 was, English at first.
             progress: show a bar on a terminal.
 
@@ -306,44 +342,41 @@ class Index:
         if top < 1:
             raise InputError(f"top must be a whole number from 1, not {top!r}")
         vectors: Any = [None] * len(queries) if mode == "text" else self.embedder.encode_query(queries)
-        return [self._find(*one, top, mode, where) for one in zip(queries, vectors, strict=True)]
+        table = self.table  # one version for both searches of a hybrid one, or a document could be in it twice
+        return [self._find(table, *one, top, mode, where) for one in zip(queries, vectors, strict=True)]
 
     def _find(
-        self, query: str, vector: NDArray[np.float32] | None, top: int, mode: Mode, where: str | None
+        self, table: Table, query: str, vector: NDArray[np.float32] | None, top: int, mode: Mode, where: str | None
     ) -> list[Hit]:
-        names = [name for name in self.table.schema.names if name != "vector" and not name.startswith("_")]
+        names = [name for name in table.schema.names if name != "vector" and not name.startswith("_")]
         depth = max(top, DEPTH) if mode == "hybrid" else top
-        found, score = None, ""
+
+        def found(search: Any, score: str) -> Any:
+            search = search if where is None else search.where(where)
+            return search.limit(depth).select([*names, score]).with_row_id(True).to_arrow()
+
         try:
             if mode != "text":
-                near: Any = self.table.search(vector, vector_column_name="vector")
-                near = near.distance_type("dot").bypass_vector_index().where(where) if where else near
-                near = near.distance_type("dot").bypass_vector_index().limit(depth)
-                found, score = near.select([*names, "_distance"]).with_row_id(True).to_arrow(), "_distance"
+                search: Any = table.search(vector, vector_column_name="vector")
+                rows, score = found(search.distance_type("dot").bypass_vector_index(), "_distance"), "_distance"
             if mode != "vector":
-                match: Any = needed("lancedb.query", "search").MatchQuery(query, "text")
-                words: Any = self.table.search(match, query_type="fts").limit(depth)
-                words = words.where(where) if where else words
-                said = words.select([*names, "_score"]).with_row_id(True).to_arrow()
-                found, score = (
-                    (said, "_score") if found is None else (self._fused(query, found, said), "_relevance_score")
-                )
+                words = needed("lancedb.query", "search").MatchQuery(query, "text")
+                matched = found(table.search(words, query_type="fts"), "_score")
+                if mode == "text":
+                    rows, score = matched, "_score"
+                else:
+                    fusion = needed("lancedb.rerankers", "search").RRFReranker()
+                    rows, score = fusion.rerank_hybrid(query, rows, matched), "_relevance_score"
         except (ValueError, RuntimeError, OSError) as error:
             told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split())).removeprefix("Invalid input, ")
-            raise InputError(f"{f'where {where!r}' if where else self.folder}: {told[:300]}") from None
-        assert found is not None
+            raise InputError(f"{self.folder if where is None else f'where {where!r}'}: {told[:300]}") from None
         hits = []
-        for rank, row in enumerate(found.slice(0, top).to_pylist(), 1):
+        for rank, row in enumerate(rows.slice(0, top).to_pylist(), 1):
             value = 1 - row[score] if score == "_distance" else row[score]
             own = {name: row.pop(name) for name in ("id", "file", "line", "text")}
             fields = {name: row[name] for name in names if row.get(name) is not None}
             hits.append(Hit(rank, value, **own, fields=fields))
         return hits
-
-    @staticmethod
-    def _fused(query: str, near: Any, said: Any) -> Any:
-        reranker = needed("lancedb.rerankers", "search").RRFReranker()
-        return reranker.rerank_hybrid(query, near, said)
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

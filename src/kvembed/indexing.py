@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Indexed", "update"]
 
-COMMIT_SECONDS = 20.0
+_COMMIT_SECONDS = 20.0
 _BLOCK_CHARACTERS, _BLOCK_DOCUMENTS, _COMMIT_DOCUMENTS = 100_000, 1000, 10_000
 _KEEP = datetime.timedelta(hours=1)  # old versions, for whoever is reading one
 
@@ -59,12 +59,10 @@ class Indexed:
     max_tokens: int
 
 
-def update(
-    index: Index, corpus: Corpus, *, language: str | None, progress: bool, commit_seconds: float = COMMIT_SECONDS
-) -> Indexed:
+def update(index: Index, corpus: Corpus, *, language: str | None, progress: bool) -> Indexed:
     """See `Index.update`; the caller holds the lock."""
     try:
-        return _Writer(index, corpus, commit_seconds).run(language, progress)
+        return _Writer(index, corpus).run(language, progress)
     except OSError as error:
         raise InputError(f"{index.folder}: {why(error)}") from None
     except RuntimeError as error:  # LanceDB's, for what goes wrong below it
@@ -72,8 +70,8 @@ def update(
 
 
 class _Writer:
-    def __init__(self, index: Index, corpus: Corpus, commit_seconds: float) -> None:
-        self._index, self._corpus, self._commit_seconds = index, corpus, commit_seconds
+    def __init__(self, index: Index, corpus: Corpus) -> None:
+        self._index, self._corpus = index, corpus
         self._arrow = needed("pyarrow", "search")
         self._stale: dict[str, list[str]] = defaultdict(list)  # file -> content of documents that are gone
         self._texts: set[str] = set()  # hashes of texts whose vectors the table has
@@ -155,7 +153,6 @@ class _Writer:
                 table = self._rewritten(table, kinds)
             elif new := self._schema({name: kind for name, kind in kinds.items() if name not in had}).names[len(own) :]:
                 table.add_columns(arrow.schema([self._schema(kinds).field(name) for name in new]))
-        index.__dict__["table"] = table
         language = (language or before or "English").title()
         if _language_of(table) != language:
             self._index_words(table, language)
@@ -196,9 +193,12 @@ class _Writer:
 
     def _index_words(self, table: Table, language: str) -> None:
         """Full-text search over the texts: words as Unicode knows them in every script, stems of one language."""
-        options = {"stem": False, "remove_stop_words": False} if language == "None" else {"language": language}
+        # The list of stop words behind "icu" is of many languages at once: in it "die" is an article, and "c" a pronoun.
+        options = {"stem": False} if language == "None" else {"language": language}
         try:
-            words = needed("lancedb.index", "search").FTS(base_tokenizer="icu/split", **options)
+            words = needed("lancedb.index", "search").FTS(
+                base_tokenizer="icu/split", remove_stop_words=False, **options
+            )
             table.create_index("text", config=words, replace=True)
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -231,7 +231,7 @@ class _Writer:
             self._embedded += len(fresh)
             self._cut += encoded.truncated
         self._waiting += [(x, *vectors[x.text_hash]) for x in block]
-        due = time.monotonic() - self._committed >= self._commit_seconds
+        due = time.monotonic() - self._committed >= _COMMIT_SECONDS
         if due or len(self._waiting) >= _COMMIT_DOCUMENTS:
             self._commit()
 
