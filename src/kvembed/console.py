@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .bulk import Summary
     from .config import EmbedConfig
     from .embedder import Embedder, Explanation
-    from .index import Hit
+    from .hits import Hit
     from .indexing import Indexed
     from .results import Result
 

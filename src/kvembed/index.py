@@ -10,57 +10,30 @@ HASH is of all that decides the vectors, so a table never holds vectors of two k
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
 from .files import needed, only_writer, whole_file, why
+from .hits import Hit, Mode, find
 from .indexing import Indexed, update
 
 if TYPE_CHECKING:
-    import numpy as np
     from lancedb.table import Table
-    from numpy.typing import NDArray
 
     from .documents import Corpus
     from .embedder import Embedder
 
-__all__ = ["LOCK", "Hit", "Index", "Mode", "identity"]
+__all__ = ["Index", "identity"]
 
 LOCK = "_lock"
-DEPTH = 100  # hits of each kind that are put together in hybrid search
-Mode = Literal["vector", "text", "hybrid"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Hit:
-    """A document that was found.
-
-    Attributes:
-        rank: from 1.
-        score: the higher the better. vector: cosine similarity; text: BM25; hybrid: reciprocal rank fusion.
-        id: of the row, or else a hash of its content.
-        file, line: where it was read; in Parquet the row.
-        text: the document.
-        fields: what else it has.
-    """
-
-    rank: int
-    score: float
-    id: str
-    file: str
-    line: int
-    text: str
-    fields: dict[str, Any]
 
 
 def identity(embedder: Embedder) -> dict[str, Any]:
@@ -343,40 +316,7 @@ class Index:
             raise InputError(f"top must be a whole number from 1, not {top!r}")
         vectors: Any = [None] * len(queries) if mode == "text" else self.embedder.encode_query(queries)
         table = self.table  # one version for both searches of a hybrid one, or a document could be in it twice
-        return [self._find(table, *one, top, mode, where) for one in zip(queries, vectors, strict=True)]
-
-    def _find(
-        self, table: Table, query: str, vector: NDArray[np.float32] | None, top: int, mode: Mode, where: str | None
-    ) -> list[Hit]:
-        names = [name for name in table.schema.names if name != "vector" and not name.startswith("_")]
-        depth = max(top, DEPTH) if mode == "hybrid" else top
-
-        def found(search: Any, score: str) -> Any:
-            search = search if where is None else search.where(where)
-            return search.limit(depth).select([*names, score]).with_row_id(True).to_arrow()
-
-        try:
-            if mode != "text":
-                search: Any = table.search(vector, vector_column_name="vector")
-                rows, score = found(search.distance_type("dot").bypass_vector_index(), "_distance"), "_distance"
-            if mode != "vector":
-                words = needed("lancedb.query", "search").MatchQuery(query, "text")
-                matched = found(table.search(words, query_type="fts"), "_score")
-                if mode == "text":
-                    rows, score = matched, "_score"
-                else:
-                    fusion = needed("lancedb.rerankers", "search").RRFReranker()
-                    rows, score = fusion.rerank_hybrid(query, rows, matched), "_relevance_score"
-        except (ValueError, RuntimeError, OSError) as error:
-            told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split())).removeprefix("Invalid input, ")
-            raise InputError(f"{self.folder if where is None else f'where {where!r}'}: {told[:300]}") from None
-        hits = []
-        for rank, row in enumerate(rows.slice(0, top).to_pylist(), 1):
-            value = 1 - row[score] if score == "_distance" else row[score]
-            own = {name: row.pop(name) for name in ("id", "file", "line", "text")}
-            fields = {name: row[name] for name in names if row.get(name) is not None}
-            hits.append(Hit(rank, value, **own, fields=fields))
-        return hits
+        return [find(table, *one, top, mode, where) for one in zip(queries, vectors, strict=True)]
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

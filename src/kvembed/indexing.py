@@ -193,7 +193,7 @@ class _Writer:
 
     def _index_words(self, table: Table, language: str) -> None:
         """Full-text search over the texts: words as Unicode knows them in every script, stems of one language."""
-        # The list of stop words behind "icu" is of many languages at once: in it "die" is an article, and "c" a pronoun.
+        # The stop words behind "icu" are those of many languages at once: "die" is an article, "c" a pronoun.
         options = {"stem": False} if language == "None" else {"language": language}
         try:
             words = needed("lancedb.index", "search").FTS(

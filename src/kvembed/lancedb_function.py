@@ -51,7 +51,6 @@ class KvembedFunction(TextEmbeddingFunction):
     fitted: str | None = None
     options: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
     made_with: str | None = None
-    max_retries: int = 0  # what fails here fails again
 
     @functools.cached_property
     def embedder(self) -> Embedder:
@@ -74,6 +73,14 @@ class KvembedFunction(TextEmbeddingFunction):
     def compute_query_embeddings(self, query: str, *args: Any, **kwargs: Any) -> list[Any]:
         """The vector of a query."""
         return list(self.embedder.encode_query(self.sanitize_input(query)))
+
+    def compute_query_embeddings_with_retry(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Without another try: what fails here fails again."""
+        return self.compute_query_embeddings(*args, **kwargs)
+
+    def compute_source_embeddings_with_retry(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Likewise."""
+        return list(self.compute_source_embeddings(*args, **kwargs))
 
     def safe_model_dump(self) -> dict[str, Any]:
         """What LanceDB stores with a table."""
