@@ -180,7 +180,7 @@ def bulk_command(
 def index_command(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Text, Markdown, .jsonl, .csv or .parquet files, and folders of them."),
+        typer.Argument(metavar="PATH", help="Text, Markdown, .jsonl, .csv or .parquet files, and folders of them."),
     ],
     db: Annotated[Path, typer.Option("--db", help="Folder of the index: new, empty, or with an index.")],
     field: Annotated[str, typer.Option("--field", help="Key or column that holds the text.")] = "text",

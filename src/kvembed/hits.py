@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lancedb.table import Table
     from numpy.typing import NDArray
 
-__all__ = ["Hit", "Mode", "find"]
+__all__ = ["Hit", "Mode", "find", "plain"]
 
 DEPTH = 100  # documents of either ranking that hybrid search puts together
 Mode = Literal["vector", "text", "hybrid"]
@@ -66,8 +66,7 @@ def find(
                 fusion = needed("lancedb.rerankers", "search").RRFReranker()
                 rows, score = fusion.rerank_hybrid(query, rows, matched), "_relevance_score"
     except (ValueError, RuntimeError, OSError) as error:
-        told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split())).removeprefix("Invalid input, ")
-        raise InputError(f"{'the index' if where is None else f'where {where!r}'}: {told[:300]}") from None
+        raise InputError(f"{'the index' if where is None else f'where {where!r}'}: {plain(error)}") from None
     hits = []
     for rank, row in enumerate(rows.slice(0, top).to_pylist(), 1):
         value = 1 - row[score] if score == "_distance" else row[score]
@@ -75,3 +74,9 @@ def find(
         fields = {name: row[name] for name in names if row.get(name) is not None}
         hits.append(Hit(rank, value, **own, fields=fields))
     return hits
+
+
+def plain(error: Exception) -> str:
+    """What LanceDB says went wrong, without where in its source."""
+    told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split()))
+    return re.sub(r"^(lance error: )?(LanceError\(\w+\): |Invalid input, )", "", told)[:300]

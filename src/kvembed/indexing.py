@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from .documents import Corpus, Document, Kind, Place, converted, joint_kind
 from .errors import InputError
 from .files import needed, why
+from .hits import plain
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,7 +68,7 @@ def update(index: Index, corpus: Corpus, *, language: str | None, progress: bool
     except OSError as error:
         raise InputError(f"{index.folder}: {why(error)}") from None
     except RuntimeError as error:  # LanceDB's, for what goes wrong below it
-        raise InputError(f"{index.folder}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{index.folder}: {plain(error)}") from None
 
 
 class _Writer:
@@ -88,7 +90,7 @@ class _Writer:
         self._table, self._kinds = self._opened(language)
         there = self._there()
         for root in corpus.gone:
-            if not any(file == root or file.startswith(f"{root}/") for file in {x.file for x in there.values()}):
+            if not any(file == root or file.startswith(root + os.sep) for file in {x.file for x in there.values()}):
                 raise InputError(f"{root}: no such file or folder, and {index.folder} has nothing from it")
         todo = {key: place for key, place in corpus.documents.items() if there.get(key) != place}
         gone = {key: x for key, x in there.items() if key not in corpus.documents and corpus.holds(x.file)}
@@ -201,7 +203,7 @@ class _Writer:
             )
             table.create_index("text", config=words, replace=True)
         except ValueError as error:
-            raise InputError(str(error)) from None
+            raise InputError(plain(error)) from None
 
     def _there(self) -> dict[str, Place]:
         """What the table has: id -> place."""
