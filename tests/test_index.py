@@ -500,6 +500,8 @@ def test_the_commands(folder, notes, embedder):
     assert [hit["rank"] for hit in hits] == [1, 2, 3]
     first = next(hit for hit in hits if hit["text"] == NOTICES[4])
     assert (first["fields"], first["line"]) == ({"year": 2002}, 3)
+    wrong = run("search", "x", "--db", "db", "--where", "yeer > 2005", "--mode", "text").stderr
+    assert "No field named yeer. Valid fields are `id`, `file`, `line`, `text`, `year`." in wrong
     where = run("search", "x", "--db", "db", "--where", "year > 2005", "--mode", "vector", "--json").stdout
     assert [json.loads(line)["text"] for line in where.splitlines()] == [NOTICES[8]]
     assert run("search", "xyzzy", "--db", "db", "--mode", "text").stdout == "nothing found for: xyzzy\n"

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -173,14 +174,16 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], form: Literal["table
 
 
 def _where(hit: Hit) -> str:
-    """The row's own id and fields, or else file and line, from here if it is below."""
+    """File and line, from here if it is below."""
     here = os.path.relpath(hit.file) if hit.file.startswith(os.getcwd() + os.sep) else hit.file
     return f"{here}:{hit.line}"
 
 
 def _snippet(hit: Hit) -> str:
+    """The beginning of the text, and what else the document has."""
     text = " ".join(hit.text.split())
-    fields = ", ".join(f"{name}={' '.join(str(value).split()):.40}" for name, value in hit.fields.items())
+    own_id = {} if re.fullmatch("[0-9a-f]{32}", hit.id) else {"id": hit.id}
+    fields = ", ".join(f"{name}={' '.join(str(value).split()):.40}" for name, value in (own_id | hit.fields).items())
     return (text if len(text) <= 240 else text[:239] + "…") + (f"  [{fields}]" if fields else "")
 
 

@@ -79,4 +79,5 @@ def find(
 def plain(error: Exception) -> str:
     """What LanceDB says went wrong, without where in its source."""
     told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split()))
+    told = re.sub(r"`(vector|_\w+)`, ", "", told)  # of the columns, those that are for filters
     return re.sub(r"^(lance error: )?(LanceError\(\w+\): |Invalid input, )", "", told)[:300]
