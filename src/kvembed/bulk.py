@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .batching import blocks
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .files import needed, sha256_of, whole_file, why
+from .files import needed, only_writer, sha256_of, whole_file, why
 from .shards import LOCK, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 
@@ -126,7 +125,9 @@ def bulk(
         "job_hash": told_hash,
         "job": told,
     }
-    with _only_writer(out):
+    with only_writer(out, LOCK):
+        for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*")):
+            stale.unlink(missing_ok=True)  # what a killed run left half-written
         before = _read_manifest(out / MANIFEST)
         if before is None:
             _write_manifest(out, manifest | {"finished": False})
@@ -304,25 +305,6 @@ def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
             file.write((json.dumps(manifest, indent=1) + "\n").encode())
     except OSError as error:
         raise InputError(f"{out / MANIFEST}: {why(error)}") from None
-
-
-@contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """The lock on a folder, and the folder rid of what a killed run left half-written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{out}: another process is writing to it") from None
-    except OSError as error:
-        raise InputError(f"{out}: {why(error)}") from None
-    try:
-        for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*")):
-            stale.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

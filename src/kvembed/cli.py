@@ -18,6 +18,8 @@ from .console import (
     one_line_errors,
     print_bulk,
     print_explanation,
+    print_hits,
+    print_indexed,
     print_json,
     print_line,
     print_results,
@@ -191,6 +193,116 @@ def bulk_command(
             progress=True,
         )
         print_bulk(summary, out)
+
+
+@app.command("index")
+def index_command(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH", help="Text, Markdown, .jsonl, .csv or .parquet files, and folders of them."),
+    ],
+    db: Annotated[Path, typer.Option("--db", help="Folder of the index: new, empty, or with an index.")],
+    field: Annotated[str, typer.Option("--field", help="Key or column that holds the text.")] = "text",
+    id_field: Annotated[
+        str | None, typer.Option("--id-field", help="Key or column that holds the id. None: a hash of the content.")
+    ] = None,
+    language: Annotated[
+        str | None,
+        typer.Option("--language", help="Whose word stems text search knows, or none. Default: English."),
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Choose model, config and transform anew, and embed everything anew.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="smollm2, a hub id, a folder or a .gguf file. Default: the index's own."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the index's own, or auto.")
+    ] = None,
+    layers: Layers = None,
+    bias: Bias = None,
+    dtype: Dtype = "auto",
+    dim: Dim = None,
+    fitted: Annotated[
+        Path | None,
+        typer.Option("--fitted", help="A transform that `kvembed tune -o` wrote. None: fitted on the texts."),
+    ] = None,
+    max_tokens: MaxTokens = None,
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Make documents searchable, or bring an index up to date: what changed is embedded, what is gone is removed."""
+    with one_line_errors():
+        from .documents import Corpus
+        from .index import Index
+        from .methods import preset
+        from .saved import usual_method
+
+        there = Index.exists(db) and not refit
+        if there:
+            index = Index.open(db, model=model, batch_tokens=batch_tokens)
+            chosen = None if layers is None else parse_layers(layers)
+            options = {"method": method, "layers": chosen, "bias": bias, "dim": dim, "max_tokens": max_tokens}
+            index.check_options(dtype=None if dtype == "auto" else dtype, fitted=fitted, **options)
+        else:
+            Index.check_folder(db)
+        corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=there, progress=True)
+        if not there:
+            name = model or "smollm2"
+            method = method or usual_method(name)
+            is_fitted = method is not None and preset(method).transform != "none" and fitted is None
+            texts = corpus.calibration() if is_fitted else None
+            embedder = _embedder(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts)
+            index = Index.create(db, embedder, model=name, refit=refit)
+        quiet()
+        print_indexed(index.update(corpus, language=language, progress=True), db)
+
+
+@app.command()
+def search(
+    question: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
+    db: Annotated[Path, typer.Option("--db", help="Folder of the index.")] = ...,  # type: ignore[assignment]
+    top: Annotated[int, typer.Option("--top", min=1, help="How many documents.")] = 10,
+    mode: Annotated[
+        Literal["vector", "text", "hybrid"],
+        typer.Option("--mode", help="By meaning, by words, or both rankings put together."),
+    ] = "hybrid",
+    where: Annotated[
+        str | None, typer.Option("--where", help="Condition in SQL: \"lang = 'de' AND year > 2020\".")
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            "--queries", help="Many questions instead: .txt (one a line), .jsonl, .csv, .parquet, - for stdin."
+        ),
+    ] = None,
+    field: Annotated[str, typer.Option("--field", help="Key or column of --queries that holds the text.")] = "text",
+    id_field: Annotated[
+        str | None, typer.Option("--id-field", help="Key or column of --queries that holds the id. None: 0, 1, ...")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines, one a hit.")] = False,
+    as_trec: Annotated[bool, typer.Option("--trec", help="Print a run file of TREC.")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Where the index's model is now, if it has been moved.")
+    ] = None,
+) -> None:
+    """Find the documents nearest to a question, by the model and config that made the index."""
+    with one_line_errors():
+        from .index import Index
+        from .texts import read_rows
+
+        if (question is None) == (queries is None):
+            raise InputError("say what to look for: a question, or --queries FILE")
+        if as_json and as_trec:
+            raise InputError("--json or --trec, not both")
+        index = Index.open(db, model=model)
+        rows = [] if queries is None else list(read_rows(queries, field, id_field))
+        asked = [row.text for row in rows] if question is None else [question]
+        keys = ["0"] if question is not None else [str(n if row.id is None else row.id) for n, row in enumerate(rows)]
+        quiet()
+        found = index.search_many(asked, top=top, mode=mode, where=where)
+        form: Literal["table", "json", "trec"] = "json" if as_json else "trec" if as_trec else "table"
+        print_hits(list(zip(keys, asked, found, strict=True)), form)
 
 
 @app.command()

@@ -8,14 +8,15 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from .errors import KvembedError
+from .errors import InputError, KvembedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .bulk import Summary
     from .config import EmbedConfig
     from .embedder import Embedder, Explanation
+    from .hits import Hit
+    from .indexing import Indexed
     from .results import Result
 
 __all__ = [
@@ -30,6 +33,8 @@ __all__ = [
     "one_line_errors",
     "print_bulk",
     "print_explanation",
+    "print_hits",
+    "print_indexed",
     "print_json",
     "print_line",
     "print_results",
@@ -130,6 +135,56 @@ def print_bulk(summary: Summary, out: Path) -> None:
         f"{out}: {summary.rows:,} rows of {summary.dim} dimensions in {summary.shards:,} shards{before}, "
         f"{summary.tokens:,} tokens{cut}"
     )
+
+
+def print_indexed(done: Indexed, db: Path) -> None:
+    """Print what an index holds now, and what was not read."""
+    told = [
+        f"{done.embedded:,} texts embedded",
+        f"{done.changed:,} documents changed without it" if done.changed else "",
+        f"{done.removed:,} removed" if done.removed else "",
+        f"{done.duplicates:,} duplicates kept once" if done.duplicates else "",
+        f"{done.empty:,} rows without text left out" if done.empty else "",
+        f"{done.cut:,} texts were cut to {done.max_tokens:,} tokens" if done.cut else "",
+    ]
+    others = ", ".join(f"{count:,} {kind}" for kind, count in sorted(done.passed_over.items()))
+    print_line(
+        f"{db}: {done.documents:,} documents of {done.dim} dimensions; {done.files:,} files read, "
+        f"{', '.join(filter(None, told))}{f'; passed over: {others}' if others else ''}"
+    )
+
+
+def print_hits(found: Sequence[tuple[str, str, list[Hit]]], form: Literal["table", "json", "trec"]) -> None:
+    """Print what was found for each query (its id and its text): tables, JSON lines, or a run file of TREC."""
+    for key, query, hits in found:
+        if form == "json":
+            for hit in hits:
+                print_json({"query": key, **dataclasses.asdict(hit)})
+        elif form == "trec":
+            for hit in hits:
+                if len(f"{key} {hit.id}".split()) != 2:
+                    raise InputError(f"ids with white space can't be told in a run file: {key!r}, {hit.id!r}")
+                print_line(f"{key} Q0 {hit.id} {hit.rank} {hit.score:.6f} kvembed")
+        elif hits:
+            print_table(
+                ["score", "where", f"nearest to: {query}"], [[f"{x.score:.3f}", _where(x), _snippet(x)] for x in hits]
+            )
+        else:
+            print_line(f"nothing found for: {query}")
+
+
+def _where(hit: Hit) -> str:
+    """File and line, from here if it is below."""
+    here = os.path.relpath(hit.file) if hit.file.startswith(os.getcwd() + os.sep) else hit.file
+    return f"{here}:{hit.line}"
+
+
+def _snippet(hit: Hit) -> str:
+    """The beginning of the text, and what else the document has."""
+    text = " ".join(hit.text.split())
+    own_id = {} if re.fullmatch("[0-9a-f]{32}", hit.id) else {"id": hit.id}
+    fields = ", ".join(f"{name}={' '.join(str(value).split()):.40}" for name, value in (own_id | hit.fields).items())
+    return (text if len(text) <= 240 else text[:239] + "…") + (f"  [{fields}]" if fields else "")
 
 
 def print_tuned(embedder: Embedder, output: Path | None, *, as_json: bool) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
+
 from .errors import InputError
 
-__all__ = ["check_writable", "needed", "sha256_of", "store", "whole_file", "why"]
+__all__ = ["check_writable", "needed", "only_writer", "sha256_of", "store", "whole_file", "why"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,23 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, lock: str) -> Iterator[None]:
+    """A folder, made if need be, held by its file `lock`. Raises `InputError` if another process holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / lock)
+        held.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{folder}: another process is writing to it") from None
+    except OSError as error:
+        raise InputError(f"{folder}: {why(error)}") from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def store(path: Path, text: str, what: str) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .files import needed, sha256_of, why
-from .texts import Mark, Row, read_rows
+from .texts import Mark, Row, check_unicode, read_rows
 
 __all__ = [
     "LOCK",
@@ -157,7 +157,9 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
                 if total % shard_rows == 0:
                     shards.append(Shard(len(shards), total, shard_rows, number, *mark))
                 total, mark = total + 1, row.next
-                _check_unicode(row, path)
+                for value in (row.text, row.id):
+                    if isinstance(value, str):
+                        check_unicode(value, _place(path, mark))
                 if id_field is not None:
                     kind = "string" if isinstance(row.id, str) else "int64"
                     if id_type is None:
@@ -172,16 +174,6 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
         raise InputError(f"{source}: no texts in it")
     shards[-1] = dataclasses.replace(shards[-1], rows=total - shards[-1].first_row)
     return Plan(folder, tuple(inputs), tuple(shards), field, id_field, id_type or "int64")
-
-
-def _check_unicode(row: Row, path: Path) -> None:
-    for value in (row.text, row.id):
-        try:
-            if isinstance(value, str):
-                value.encode()
-        except UnicodeEncodeError as error:
-            code = ord(error.object[error.start])
-            raise InputError(f"{_place(path, row.next)}: lone surrogate (U+{code:04X}), not valid Unicode") from None
 
 
 def _size(path: Path) -> int:

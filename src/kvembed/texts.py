@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import InputError
 from .files import needed, why
 
-__all__ = ["Mark", "Row", "read_rows", "read_texts", "stream_texts"]
+__all__ = ["Mark", "Row", "check_unicode", "read_rows", "read_texts", "stream_texts"]
 
 
 class Mark(NamedTuple):
@@ -27,11 +29,12 @@ _START = Mark()
 
 
 class Row(NamedTuple):
-    """A text, its id if one was asked for, and where the next row starts."""
+    """A text, its id if one was asked for, where the next row starts, and its other fields if they were asked for."""
 
     text: str
     id: str | int | None
     next: Mark
+    others: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_texts(paths: Sequence[Path], field: str = "text") -> list[str]:
@@ -67,13 +70,16 @@ def _some_rows(path: Path, field: str) -> Iterator[Row]:
         raise InputError(f"{_name(path)}: no texts in it")
 
 
-def read_rows(path: Path, field: str = "text", id_field: str | None = None, start: Mark = _START) -> Iterator[Row]:
+def read_rows(
+    path: Path, field: str = "text", id_field: str | None = None, start: Mark = _START, *, others: bool = False
+) -> Iterator[Row]:
     """Read a file row by row; never the whole of it at once.
 
     Args:
         path, field: as in `read_texts`.
         id_field: the key or column that holds a row's id, a string or a whole number.
         start: where to begin: `Row.next` of the row before.
+        others: give the other fields too, as the file has them: strings in CSV, any value in JSON and Parquet.
 
     Raises:
         InputError: as `read_texts`, when the row is reached; a file without rows is no error here.
@@ -83,7 +89,7 @@ def read_rows(path: Path, field: str = "text", id_field: str | None = None, star
         raise InputError("standard input is closed")
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
-            yield from _KINDS.get(path.suffix.lower(), _text_rows)(file, name, field, id_field, start)
+            yield from _KINDS.get(path.suffix.lower(), _text_rows)(file, name, field, id_field, start, others)
     except OSError as error:
         raise InputError(f"{name}: {why(error)}") from None
 
@@ -117,7 +123,7 @@ class _Lines:
         return Mark(self._offset, self._line)
 
 
-def _text_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark) -> Iterator[Row]:
+def _text_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:
     if id_field is not None:
         raise InputError(f"{name}: lines of text have no field {id_field!r} to take ids from")
     if start.offset:
@@ -127,7 +133,7 @@ def _text_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
         yield Row(line.removesuffix("\n").removesuffix("\r"), None, lines.mark)
 
 
-def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark) -> Iterator[Row]:
+def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:
     if start.offset:
         file.seek(start.offset)
     lines = _Lines(file, name, start)  # split at \n alone: U+2028 and its like are allowed inside a JSON string
@@ -145,10 +151,14 @@ def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
             raise InputError(f"{place}: no text in field {field!r}{known} (choose with --field)")
         if id_field is not None and not (isinstance(row, dict) and id_field in row):
             raise InputError(f"{place}: no field {id_field!r}{known} (choose with --id-field)")
-        yield Row(value, None if id_field is None else _id(row[id_field], place, id_field), lines.mark)
+        row_id = None if id_field is None else _id(row[id_field], place, id_field)
+        more = (
+            {key: row[key] for key in row if key not in (field, id_field)} if others and isinstance(row, dict) else {}
+        )
+        yield Row(value, row_id, lines.mark, more)
 
 
-def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark) -> Iterator[Row]:
+def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     lines = _Lines((piece for line in file for piece in line.splitlines(keepends=True)), name, Mark())
     try:
@@ -157,6 +167,9 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
             return
         text_at = _column(columns, field, name, "--field")
         id_at = None if id_field is None else _column(columns, id_field, name, "--id-field")
+        rest = [
+            i for i, column in enumerate(columns) if others and _column(columns, column, name) not in (text_at, id_at)
+        ]
         if start.offset:
             file.seek(start.offset)
             lines = _Lines((piece for line in file for piece in line.splitlines(keepends=True)), name, start)
@@ -166,12 +179,15 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
             if len(row) <= max(text_at, id_at or 0):
                 lacking = field if len(row) <= text_at else id_field
                 raise InputError(f"{name}, line {lines.mark.line}: no value in column {lacking!r}")
-            yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark)
+            more = {columns[i]: row[i] for i in rest if i < len(row)}
+            yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark, more)
     except csv.Error as error:
         raise InputError(f"{name}, line {lines.mark.line}: not CSV ({error})") from None
 
 
-def _parquet_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark) -> Iterator[Row]:
+def _parquet_rows(
+    file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool
+) -> Iterator[Row]:
     parquet = needed("pyarrow.parquet", "parquet")
     try:
         # Left to itself, pyarrow keeps what it has read of a file in memory until the end of it.
@@ -184,18 +200,20 @@ def _parquet_rows(file: BinaryIO, name: str, field: str, id_field: str | None, s
         while group < table.num_row_groups and at + (size := table.metadata.row_group(group).num_rows) <= start.offset:
             group, at = group + 1, at + size
         wanted = [field] if id_field in (None, field) else [field, id_field]
+        rest = [column for column in columns if others and column not in wanted]
         groups = list(range(group, table.num_row_groups))
-        for batch in table.iter_batches(1024, row_groups=groups, columns=wanted) if groups else ():
+        for batch in table.iter_batches(1024, row_groups=groups, columns=wanted + rest) if groups else ():
             texts = batch.column(field).to_pylist()
             ids = texts if id_field is None else batch.column(id_field).to_pylist()
-            for text, key in zip(texts, ids, strict=True):
+            more = batch.select(rest).to_pylist() if rest else itertools.repeat({}, len(texts))
+            for text, key, fields in zip(texts, ids, more, strict=True):
                 at += 1
                 if at <= start.offset:
                     continue
                 if not isinstance(text, str):
                     raise InputError(f"{name}, row {at}: column {field!r} holds {type(text).__name__}, not text")
                 row_id = None if id_field is None else _id(key, f"{name}, row {at}", id_field)
-                yield Row(text, row_id, Mark(at, at))
+                yield Row(text, row_id, Mark(at, at), fields)
     except InputError:
         raise
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
@@ -205,13 +223,22 @@ def _parquet_rows(file: BinaryIO, name: str, field: str, id_field: str | None, s
 _KINDS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
-def _column(columns: list[str], wanted: str, name: str, option: str) -> int:
+def _column(columns: list[str], wanted: str, name: str, option: str = "") -> int:
     """Where a column is. Raises `InputError` if it is not there, or more than once."""
     if columns.count(wanted) > 1:
         raise InputError(f"{name}: column {wanted!r} is there more than once")
     if wanted not in columns:
         raise InputError(f"{name}: no column {wanted!r}; it has {', '.join(columns)[:200]} (choose with {option})")
     return columns.index(wanted)
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Raises `InputError` for a lone surrogate, which JSON can hold and UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise InputError(f"{place}: lone surrogate (U+{code:04X}), not valid Unicode") from None
 
 
 def _id(value: Any, place: str, field: str) -> str | int:

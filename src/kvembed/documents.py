@@ -1,0 +1,305 @@
+"""Documents to search: folders walked, files cut into passages or read row by row, each with its place.
+
+| file                                | document                                           |
+|-------------------------------------|----------------------------------------------------|
+| `.jsonl`, `.csv`, `.parquet`        | a row: its text, and its other fields to filter by |
+| `.md`, `.markdown`                  | a passage, cut at headings too                     |
+| `.txt`, `.rst`; any other, by name  | a passage                                          |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from tqdm import tqdm
+
+from .errors import InputError
+from .files import why
+from .passages import passages
+from .texts import check_unicode, read_rows
+from .transform import LEAST_TEXTS
+
+__all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "converted", "joint_kind"]
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "kvembed-index.json"  # a folder with it is an index, and passed over
+ROWS, MARKDOWN, TEXT = (".jsonl", ".csv", ".parquet"), (".md", ".markdown"), (".txt", ".rst")
+_SAMPLE = 1000  # texts that a transform is fitted on
+
+Kind = Literal["bool", "int64", "float64", "string"]
+
+
+class Place(NamedTuple):
+    """Where a document is, and the hash of all that it holds."""
+
+    file: str
+    line: int
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text to find.
+
+    Attributes:
+        id: of the row, if its field was named; or else the hash of text and fields.
+        text: the row's, or a passage.
+        file: absolute path.
+        line: the first one, from 1; in Parquet the row.
+        fields: the row's other fields, by their names in the index.
+    """
+
+    id: str
+    text: str
+    file: str
+    line: int
+    fields: Mapping[str, Any]
+
+    @property
+    def place(self) -> Place:
+        """Where it is, and the hash of id, text and fields."""
+        return Place(self.file, self.line, _hash([self.id, self.text, sorted(self.fields.items())]))
+
+    @property
+    def text_hash(self) -> str:
+        """32 hex digits; texts with the same have the same vector."""
+        return _hash(self.text)
+
+
+class Corpus:
+    """All documents of some paths, read once to know them and again to embed them; texts are not kept.
+
+    Attributes:
+        roots: the paths, absolute.
+        gone: those of them that do not exist.
+        documents: id -> place. A document that is there more than once is known by its first place.
+        kinds: field -> type of its column: what holds all its values.
+        sample: up to 1,000 texts, drawn with a fixed seed, for a transform to be fitted on.
+        files: how many were read.
+        passed_over: what was not, by ending, and why -> how many files.
+        duplicates, empty: documents that were left out.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        *,
+        field: str = "text",
+        id_field: str | None = None,
+        may_be_gone: bool = False,
+        progress: bool = False,
+    ) -> None:
+        """Read all files once.
+
+        Args:
+            paths: files, and folders with all that is in them; hidden files and links out of a folder are passed over.
+            field: the key or column that holds a row's text.
+            id_field: the key or column that holds a row's id. Default: rows are known by their content.
+            may_be_gone: whether a path may be missing, because its documents are to be removed from an index.
+            progress: show a bar on a terminal.
+
+        Raises:
+            InputError: a path that is missing; a row that can't be used, with its file and line; one id for two rows.
+        """
+        self._field, self._id_field = field, id_field
+        self.roots = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+        self.gone = [root for root in self.roots if not os.path.lexists(root)]
+        if self.gone and not may_be_gone:
+            raise InputError(f"{self.gone[0]}: no such file or folder")
+        self.documents: dict[str, Place] = {}
+        self.kinds: dict[str, Kind] = {}
+        self.sample: list[str] = []
+        self.passed_over: Counter[str] = Counter()
+        self.duplicates = self.empty = 0
+        self._files = [file for file in dict.fromkeys(self._find()) if self._is_read(file)]
+        self.files = len(self._files)
+        named: dict[str, str] = {}  # column -> field
+        draw = random.Random(0)
+        with tqdm(desc="reading", unit="document", unit_scale=True, disable=None if progress else True) as bar:
+            for file in self._files:
+                for document in self._read(file, named):
+                    bar.update()
+                    if not document.text.strip():
+                        self.empty += 1
+                        continue
+                    place = document.place
+                    known = self.documents.setdefault(document.id, place)
+                    if known is not place:
+                        if known.content != place.content:
+                            raise InputError(
+                                f"{place.file}, line {place.line}: id {document.id!r} is in {known.file}, line "
+                                f"{known.line}, with other content"
+                            )
+                        self.duplicates += 1
+                        continue
+                    for name, value in document.fields.items():
+                        if (kind := _kind(value)) is not None:
+                            self.kinds[name] = joint_kind(self.kinds.get(name, kind), kind)
+                    at = draw.randrange(len(self.documents))
+                    if len(self.sample) < _SAMPLE:
+                        self.sample.append(document.text)
+                    elif at < _SAMPLE:
+                        self.sample[at] = document.text
+
+    def calibration(self) -> list[str] | None:
+        """What a transform is fitted on: texts of the corpus, or None, with a warning, if these are too few."""
+        if len({*self.sample}) >= LEAST_TEXTS:
+            return self.sample
+        logger.warning(
+            "%d documents: fewer than %d, so the transform is fitted on text that the model writes itself",
+            len(self.documents),
+            LEAST_TEXTS,
+        )
+        return None
+
+    def read(self, ids: Mapping[str, Place]) -> Iterator[Document]:
+        """Read some documents again: those that still are where and what they were when the corpus was made."""
+        wanted, named = {place.file for place in ids.values()}, dict[str, str]()
+        for file in self._files:
+            if file in wanted:
+                for document in self._read(file, named):
+                    if ids.get(document.id) == document.place:
+                        yield document
+
+    def holds(self, file: str) -> bool:
+        """Whether a path is one of the corpus's, or in a folder of it."""
+        return any(file == root or file.startswith(root.rstrip(os.sep) + os.sep) for root in self.roots)
+
+    def _find(self) -> Iterator[str]:
+        """Files in the order of their names, those named themselves whatever their ending."""
+        for root in self.roots:
+            if not os.path.isdir(root):
+                if root not in self.gone:
+                    yield root
+                continue
+            real = os.path.realpath(root)
+            for folder, inner, names in os.walk(root, onerror=_raise):
+                inner[:] = sorted(name for name in inner if not name.startswith(".") and INDEX_FILE not in names)
+                if INDEX_FILE in names:
+                    continue
+                for name in sorted(names):
+                    path = os.path.join(folder, name)
+                    if name.startswith("."):
+                        continue
+                    if os.path.splitext(name)[1].lower() not in (*ROWS, *MARKDOWN, *TEXT):
+                        self.passed_over[os.path.splitext(name)[1] or "without ending"] += 1
+                    elif os.path.commonpath([real, os.path.realpath(path)]) != real:
+                        self.passed_over["link out of its folder"] += 1
+                    else:
+                        yield path
+
+    def _is_read(self, file: str) -> bool:
+        """Whether a file of text is UTF-8; in a folder one that is not is passed over, and told."""
+        if file in self.roots or file.lower().endswith(ROWS):
+            return True
+        try:
+            for _ in read_rows(Path(file)):
+                pass
+        except InputError as error:
+            logger.warning("passed over: %s", error)
+            self.passed_over["not UTF-8"] += 1
+            return False
+        return True
+
+    def _read(self, file: str, named: dict[str, str]) -> Iterator[Document]:
+        """A file's documents."""
+        path, number = Path(file), "row" if file.lower().endswith(".parquet") else "line"
+        if not file.lower().endswith(ROWS):
+            lines = ((row.next.line, row.text) for row in read_rows(path))
+            for line, text in passages(lines, headings=file.lower().endswith(MARKDOWN)):
+                yield Document(_hash([text, []]), text, file, line, {})
+            return
+        csv = file.lower().endswith(".csv")
+        for row in read_rows(path, self._field, self._id_field, others=True):
+            place = f"{file}, {number} {row.next.line}"
+            check_unicode(row.text, place)
+            fields = {_column(name, named, place): _plain(value, csv) for name, value in row.others.items()}
+            for name, value in fields.items():
+                check_unicode(f"{name} {value}", place)
+            if row.id is None:
+                key = _hash([row.text, sorted(fields.items())])
+            else:
+                check_unicode(key := str(row.id), place)
+            yield Document(key, row.text, file, row.next.line, fields)
+
+
+def _raise(error: OSError) -> None:
+    raise InputError(f"{error.filename}: {why(error)}") from None
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+# --- fields -----------------------------------------------------------------------------------------------------------
+
+OWN = ("id", "text", "vector", "file", "line")
+
+
+class _Cell(str):
+    """A value in CSV: a number if it reads like one, as long as all in its column do."""
+
+    __slots__ = ()
+
+
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,3})?")
+
+
+def _column(name: str, named: dict[str, str], place: str) -> str:
+    """A field's name in the index: letters, digits and `_`, unlike the index's own."""
+    column = re.sub(r"\W", "_", name).lstrip("_") or "field"
+    column += "_" * (column in OWN)
+    if named.setdefault(column, name) != name:
+        raise InputError(f"{place}: fields {named[column]!r} and {name!r} would both be called {column!r}; rename one")
+    return column
+
+
+def _plain(value: Any, csv: bool) -> Any:
+    """A value as plain JSON types; what is not a number, a string or a truth value becomes its JSON or ISO 8601."""
+    if csv:
+        return _Cell(value) if value else None
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _kind(value: Any) -> Kind | None:
+    if isinstance(value, _Cell):
+        found = _NUMBER.fullmatch(value)
+        return "string" if found is None else "float64" if found[2] or found[3] else "int64"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int64" if -(2**63) <= value < 2**63 else "string"
+    return None if value is None else "float64" if isinstance(value, float) else "string"
+
+
+def joint_kind(one: Kind, other: Kind) -> Kind:
+    """The narrowest type that holds the values of both."""
+    return one if one == other else "float64" if {one, other} == {"int64", "float64"} else "string"
+
+
+def converted(value: Any, kind: Kind) -> Any:
+    """A value of a document's field in the type of its column."""
+    if value is None:
+        return None
+    if kind == "string":
+        return str(value) if isinstance(value, str) else json.dumps(value)
+    return bool(value) if kind == "bool" else int(value) if kind == "int64" else float(value)

@@ -1,0 +1,83 @@
+"""Documents found in a table: by the cosine of all vectors, by words, or by both rankings put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import InputError
+from .files import needed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from lancedb.table import Table
+    from numpy.typing import NDArray
+
+__all__ = ["Hit", "Mode", "find", "plain"]
+
+DEPTH = 100  # documents of either ranking that hybrid search puts together
+Mode = Literal["vector", "text", "hybrid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A document that was found.
+
+    Attributes:
+        rank: from 1.
+        score: the higher the better. vector: cosine similarity; text: BM25; hybrid: reciprocal rank fusion.
+        id: of the row, or else a hash of its content.
+        file, line: where it was read; in Parquet the row.
+        text: the document.
+        fields: what else it has.
+    """
+
+    rank: int
+    score: float
+    id: str
+    file: str
+    line: int
+    text: str
+    fields: dict[str, Any]
+
+
+def find(
+    table: Table, query: str, vector: NDArray[np.float32] | None, top: int, mode: Mode, where: str | None
+) -> list[Hit]:
+    """One query of `Index.search_many`; `vector` (dim,) is not needed in mode `"text"`."""
+    names = [name for name in table.schema.names if name != "vector" and not name.startswith("_")]
+    depth = max(top, DEPTH) if mode == "hybrid" else top
+
+    def found(search: Any, score: str) -> Any:
+        search = search if where is None else search.where(where)
+        return search.limit(depth).select([*names, score]).with_row_id(True).to_arrow()
+
+    try:
+        if mode != "text":
+            near: Any = table.search(vector, vector_column_name="vector")
+            rows, score = found(near.distance_type("dot").bypass_vector_index(), "_distance"), "_distance"
+        if mode != "vector":
+            words = needed("lancedb.query", "search").MatchQuery(query, "text")
+            matched = found(table.search(words, query_type="fts"), "_score")
+            if mode == "text":
+                rows, score = matched, "_score"
+            else:
+                fusion = needed("lancedb.rerankers", "search").RRFReranker()
+                rows, score = fusion.rerank_hybrid(query, rows, matched), "_relevance_score"
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InputError(f"{'the index' if where is None else f'where {where!r}'}: {plain(error)}") from None
+    hits = []
+    for rank, row in enumerate(rows.slice(0, top).to_pylist(), 1):
+        value = 1 - row[score] if score == "_distance" else row[score]
+        own = {name: row.pop(name) for name in ("id", "file", "line", "text")}
+        fields = {name: row[name] for name in names if row.get(name) is not None}
+        hits.append(Hit(rank, value, **own, fields=fields))
+    return hits
+
+
+def plain(error: Exception) -> str:
+    """What LanceDB says went wrong, without where in its source."""
+    told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split()))
+    told = re.sub(r"`(vector|_\w+)`, ", "", told)  # of the columns, those that are for filters
+    return re.sub(r"^(lance error: )?(LanceError\(\w+\): |Invalid input, )", "", told)[:300]

@@ -1,0 +1,330 @@
+"""An index to search: documents with their vectors and words in a LanceDB table, and the model that made them.
+
+    DIR/kvembed-index.json            which model and config made it; every other name follows from that
+    DIR/documents-HASH.lance          the table
+    DIR/transform-HASH.safetensors    what the config's transform was fitted to, if it has one
+    DIR/_lock                         held by the process that writes
+
+HASH is of all that decides the vectors, so a table never holds vectors of two kinds.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import EmbedConfig
+from .documents import INDEX_FILE
+from .errors import InputError, ModelNotFound
+from .files import needed, only_writer, whole_file, why
+from .hits import Hit, Mode, find
+from .indexing import Indexed, update
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+    from .documents import Corpus
+    from .embedder import Embedder
+
+__all__ = ["Index", "identity"]
+
+LOCK = "_lock"
+
+
+def identity(embedder: Embedder) -> dict[str, Any]:
+    """Everything that decides an embedder's vectors, in plain JSON types."""
+    told = {
+        "weights": embedder.fingerprint(),
+        "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "config": embedder.config.to_dict(),
+        "max_tokens": embedder.max_tokens,
+        "transform": None if embedder.transform is None else embedder.transform.digest(),
+        "dim": embedder.dim,
+    }
+    return dict(json.loads(json.dumps(told)))
+
+
+class Index:
+    """A folder with an index. Make one with `create`, or `open` one.
+
+    Any number of processes may search while one writes; each search sees what was there when it began.
+
+    Attributes:
+        folder: where it is.
+        model: name or path of the model.
+        made_with: everything that decides the vectors, see `identity`.
+    """
+
+    def __init__(self, folder: Path, model: str, made_with: dict[str, Any], *, batch_tokens: int | None = None) -> None:
+        """Prefer `create` or `open`."""
+        self.folder, self.model, self.made_with, self._batch_tokens = folder, model, made_with, batch_tokens
+
+    @staticmethod
+    def exists(folder: str | os.PathLike[str]) -> bool:
+        """Whether a folder holds an index."""
+        return (Path(folder) / INDEX_FILE).is_file()
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], *, model: str | None = None, batch_tokens: int | None = None
+    ) -> Index:
+        """Open an index; its model is loaded when the first text is embedded.
+
+        Args:
+            folder: that `create` made.
+            model: where the model is now, if no longer where it was.
+            batch_tokens: as in `Embedder.from_pretrained`.
+
+        Raises:
+            InputError: no index there, or a damaged one.
+        """
+        needed("lancedb", "search")
+        path = Path(folder)
+        try:
+            told = json.loads((path / INDEX_FILE).read_text())
+            made_with, name = told["made_with"], told["model"]
+            if not isinstance(name, str) or not isinstance(made_with, dict):
+                raise TypeError("its parts are of other types")
+            EmbedConfig.from_dict(made_with["config"])
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path}: no index here; `kvembed index PATH --db {path}` makes one") from None
+        except OSError as error:
+            raise InputError(f"{path}: {why(error)}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path / INDEX_FILE} is not of an index of kvembed: {error}") from None
+        return cls(path, model or name, made_with, batch_tokens=batch_tokens)
+
+    @classmethod
+    def create(
+        cls, folder: str | os.PathLike[str], embedder: Embedder, *, model: str = "smollm2", refit: bool = False
+    ) -> Index:
+        """Make an index, or open the one that is there.
+
+        Args:
+            folder: new, empty, or with an index.
+            embedder: makes the vectors. If its config has a transform, fit it on the documents' texts
+                (`Embedder.from_pretrained(..., texts=corpus.sample)`): it is kept with the index.
+            model: the name that the embedder's model was loaded by, to load it again.
+            refit: let the index become that of this embedder, whatever it was before: the next `update` embeds all
+                documents anew, and what is there can be searched until that is done.
+
+        Raises:
+            InputError: the folder holds something else, or an index with another model or config; another process is
+                writing to it.
+        """
+        cls.check_folder(folder)
+        path = Path(folder)
+        name = os.path.abspath(os.path.expanduser(model)) if os.path.exists(os.path.expanduser(model)) else model
+        index = cls(path, name, identity(embedder))
+        index.__dict__["embedder"] = embedder
+        if cls.exists(path) and not refit:
+            if told := _difference(cls.open(path).made_with, index.made_with):
+                raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
+            return index
+        with only_writer(path, LOCK):
+            try:
+                if embedder.transform is not None:
+                    embedder.transform.save(index.transform_file)
+                if not cls.exists(path):
+                    index.take_over()
+            except OSError as error:
+                raise InputError(f"{path}: {why(error)}") from None
+        return index
+
+    @property
+    def config(self) -> EmbedConfig:
+        """What was done to a text to make its vector."""
+        return EmbedConfig.from_dict(self.made_with["config"])
+
+    @property
+    def name(self) -> str:
+        """The table's name."""
+        return f"documents-{self._hash}"
+
+    @property
+    def transform_file(self) -> Path:
+        """Where the transform is kept, if there is one."""
+        return self.folder / f"transform-{self._hash}.safetensors"
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.made_with, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check_options(self, *, dtype: str | None = None, fitted: Path | None = None, **fields: Any) -> None:
+        """Whether the index was made as one with these options would be; those that are None are not looked at.
+
+        Args:
+            dtype, fitted: as in `Embedder.from_pretrained`.
+            fields: of `EmbedConfig`.
+
+        Raises:
+            InputError: it was not.
+        """
+        from .transform import Transform
+
+        config = self.config.replace(**{name: value for name, value in fields.items() if value is not None})
+        if config.layers == "all":
+            config = config.replace(layers=self.embedder.backbone.changed_layers(config))
+        told = {"dtype": dtype or self.made_with["dtype"], "config": json.loads(json.dumps(config.to_dict()))}
+        if fitted is not None:
+            try:
+                told["transform"] = Transform.load(fitted).digest()
+            except OSError as error:
+                raise InputError(f"{fitted}: {why(error)}") from None
+        if difference := _difference(self.made_with, told):
+            raise InputError(f"{self.folder} was made with {difference}; --refit embeds everything anew")
+
+    @staticmethod
+    def check_folder(folder: str | os.PathLike[str]) -> None:
+        """Fail before a model is loaded. Raises `InputError` for a folder that can't become an index."""
+        needed("lancedb", "search")
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file, not a folder")
+        if path.is_dir() and not Index.exists(path):
+            ours = (LOCK, "documents-", "transform-", f".{INDEX_FILE}", ".transform-")
+            if others := sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(ours)):
+                raise InputError(f"{path} holds no index but other files ({others[0]}); give a new or empty folder")
+
+    def current(self) -> Index:
+        """What the folder's index is: this one, or the one that it will replace."""
+        return Index.open(self.folder)
+
+    def take_over(self) -> None:
+        """Make this the folder's index, if it is not."""
+        from . import __version__
+
+        if self.exists(self.folder) and self.current().name == self.name:
+            return
+        told = {"kvembed": __version__, "model": self.model, "made_with": self.made_with}
+        with whole_file(self.folder / INDEX_FILE) as file:
+            file.write((json.dumps(told, indent=1) + "\n").encode())
+
+    def drop_others(self) -> None:
+        """Remove tables and transforms that are neither this index's nor the folder's present one's."""
+        kept = {one.name: one.transform_file for one in (self, self.current())}
+        for path in self.folder.glob("documents-*.lance"):
+            if path.stem not in kept:
+                self.connection.drop_table(path.stem)
+        for path in self.folder.glob("transform-*.safetensors"):
+            if path not in kept.values():
+                path.unlink()
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        """The model and config that made the index, loaded when first needed.
+
+        Raises:
+            InputError: the model has other weights, or the transform is not the one that the index was made with.
+            ModelNotFound: the model is not where it was.
+        """
+        from . import models
+        from .backbone import Backbone
+        from .embedder import Embedder
+        from .transform import Transform
+
+        told = self.made_with
+        try:
+            model, tokenizer = models.load(self.model, dtype=told["dtype"])
+        except ModelNotFound as error:
+            raise ModelNotFound(f"{error} (--model says where the index's model is now)") from None
+        if Backbone(model).fingerprint() != told["weights"]:
+            raise InputError(f"{self.folder} was made with other weights than those of {self.model}")
+        transform = None
+        if told["transform"] is not None:
+            try:
+                transform = Transform.load(self.transform_file)
+            except OSError as error:
+                raise InputError(f"{self.transform_file}: {why(error)}") from None
+        embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
+        if difference := _difference(told, identity(embedder)):
+            raise InputError(f"{self.folder} was made with {difference}")
+        return embedder
+
+    @functools.cached_property
+    def connection(self) -> Any:
+        """LanceDB's."""
+        return needed("lancedb", "search").connect(self.folder)
+
+    @property
+    def table(self) -> Table:
+        """LanceDB's table as it is now, whatever is written to it later.
+
+        Raises:
+            InputError: nothing has been written yet.
+        """
+        if not self.has_table:
+            raise InputError(f"{self.folder}: nothing has been indexed yet")
+        table: Table = self.connection.open_table(self.name)
+        return table
+
+    @property
+    def has_table(self) -> bool:
+        """Whether anything has been written."""
+        return (self.folder / f"{self.name}.lance").is_dir()
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return int(self.table.count_rows())
+
+    def update(self, corpus: Corpus, *, language: str | None = None, progress: bool = False) -> Indexed:
+        """Bring the documents of the corpus's paths up to date; those of other paths stay.
+
+        What has changed is embedded, what is gone is removed, and a document whose text is known keeps its vector. A
+        stopped update, made again, goes on where it was.
+
+        Args:
+            corpus: what is in the paths now.
+            language: whose stems full-text search knows (LanceDB's names), or `"none"`. Default: as it
+                was, English at first.
+            progress: show a bar on a terminal.
+
+        Raises:
+            InputError: nothing to index, another process is writing, a full disk. What is done is kept.
+        """
+        with only_writer(self.folder, LOCK):
+            return update(self, corpus, language=language, progress=progress)
+
+    def search(self, query: str, *, top: int = 10, mode: Mode = "hybrid", where: str | None = None) -> list[Hit]:
+        """The documents nearest to a query, best first. Arguments and errors as in `search_many`."""
+        return self.search_many([query], top=top, mode=mode, where=where)[0]
+
+    def search_many(
+        self, queries: Sequence[str], *, top: int = 10, mode: Mode = "hybrid", where: str | None = None
+    ) -> list[list[Hit]]:
+        """The documents nearest to each query, best first.
+
+        Args:
+            queries: at least a letter each.
+            top: how many documents.
+            mode: `"vector"`: by the cosine of all vectors, not of a choice; `"text"`: by words (BM25), which needs no
+                model; `"hybrid"`: both rankings, put together by reciprocal rank fusion.
+            where: a condition that documents must fulfil, in SQL over their fields: `"lang = 'de' AND year > 2020"`.
+
+        Raises:
+            InputError: an empty query, or a condition that is not one.
+        """
+        for number, query in enumerate(queries, 1):
+            if not query.strip():
+                raise InputError(f"query {number} is empty" if len(queries) > 1 else "the query is empty")
+        if top < 1:
+            raise InputError(f"top must be a whole number from 1, not {top!r}")
+        vectors: Any = [None] * len(queries) if mode == "text" else self.embedder.encode_query(queries)
+        table = self.table  # one version for both searches of a hybrid one, or a document could be in it twice
+        return [find(table, *one, top, mode, where) for one in zip(queries, vectors, strict=True)]
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing in which two identities differ: `bias 1.0, not 2.0`."""
+    for name in now:
+        old, new = before.get(name), now[name]
+        if old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                return _difference(old, new)
+            return f"{name} {json.dumps(old):.80}, not {json.dumps(new):.80}"
+    return ""

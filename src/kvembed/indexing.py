@@ -1,0 +1,315 @@
+"""Writing an index: what has changed is embedded and committed every few seconds, so that a stop loses seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .documents import Corpus, Document, Kind, Place, converted, joint_kind
+from .errors import InputError
+from .files import needed, why
+from .hits import plain
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from lancedb.table import Table
+
+    from .index import Index
+
+__all__ = ["Indexed", "update"]
+
+_COMMIT_SECONDS = 20.0
+_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS, _COMMIT_DOCUMENTS = 100_000, 1000, 10_000
+_KEEP = datetime.timedelta(hours=1)  # old versions, for whoever is reading one
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexed:
+    """What `update` did.
+
+    Attributes:
+        documents: in the index now.
+        embedded: texts that were.
+        changed: documents whose text was known: at another place, or with other fields, or another's copy.
+        unchanged: documents that were left as they were.
+        removed: documents that are gone.
+        cut: of those embedded, how many were cut to `max_tokens`.
+        duplicates, empty: left out, being there once already, or without text.
+        files, passed_over: read, and not, by ending or reason.
+        dim, max_tokens: the embedder's.
+    """
+
+    documents: int
+    embedded: int
+    changed: int
+    unchanged: int
+    removed: int
+    cut: int
+    duplicates: int
+    empty: int
+    files: int
+    passed_over: dict[str, int]
+    dim: int
+    max_tokens: int
+
+
+def update(index: Index, corpus: Corpus, *, language: str | None, progress: bool) -> Indexed:
+    """See `Index.update`; the caller holds the lock."""
+    try:
+        return _Writer(index, corpus).run(language, progress)
+    except OSError as error:
+        raise InputError(f"{index.folder}: {why(error)}") from None
+    except RuntimeError as error:  # LanceDB's, for what goes wrong below it
+        raise InputError(f"{index.folder}: {plain(error)}") from None
+
+
+class _Writer:
+    def __init__(self, index: Index, corpus: Corpus) -> None:
+        self._index, self._corpus = index, corpus
+        self._arrow = needed("pyarrow", "search")
+        self._stale: dict[str, list[str]] = defaultdict(list)  # file -> content of documents that are gone
+        self._texts: set[str] = set()  # hashes of texts whose vectors the table has
+        self._waiting: list[tuple[Document, Any, int]] = []  # document, vector, tokens cut
+        self._committed = time.monotonic()
+        self._embedded = self._cut = 0
+
+    def run(self, language: str | None, progress: bool) -> Indexed:
+        corpus, index = self._corpus, self._index
+        self._check_refit()
+        if not corpus.documents and not index.has_table:
+            raise InputError(f"{', '.join(corpus.roots)}: no documents in {'them' if corpus.roots[1:] else 'it'}")
+        index.drop_others()
+        self._table, self._kinds = self._opened(language)
+        there = self._there()
+        for root in corpus.gone:
+            if not any(file == root or file.startswith(root + os.sep) for file in {x.file for x in there.values()}):
+                raise InputError(f"{root}: no such file or folder, and {index.folder} has nothing from it")
+        todo = {key: place for key, place in corpus.documents.items() if there.get(key) != place}
+        gone = {key: x for key, x in there.items() if key not in corpus.documents and corpus.holds(x.file)}
+        for place in gone.values():
+            self._stale[place.file].append(place.content)
+        with tqdm(total=len(todo), desc="indexing", unit="document", disable=None if progress else True) as bar:
+            written = 0
+            for block in _blocks(corpus.read(todo)):
+                self._add(block)
+                written += len(block)
+                bar.update(len(block))
+        self._commit()
+        self._remove([content for contents in self._stale.values() for content in contents])
+        if todo or gone or any(part.num_unindexed_rows for part in self._table.list_indices()):
+            self._table.optimize(cleanup_older_than=_KEEP)
+        if written < len(todo):
+            raise InputError(
+                f"{len(todo) - written} documents changed while they were read; run the same command again"
+            )
+        index.take_over()
+        index.drop_others()
+        return Indexed(
+            documents=len(index),
+            embedded=self._embedded,
+            changed=len(todo) - self._embedded,
+            unchanged=len(corpus.documents) - len(todo),
+            removed=len(gone),
+            cut=self._cut,
+            duplicates=corpus.duplicates,
+            empty=corpus.empty,
+            files=corpus.files,
+            passed_over=dict(corpus.passed_over),
+            dim=index.embedder.dim,
+            max_tokens=index.embedder.max_tokens,
+        )
+
+    def _check_refit(self) -> None:
+        """What is embedded anew is read anew, so that all of it must be in the corpus's paths."""
+        before = self._index.current()
+        if before.name != self._index.name and before.has_table:
+            for batch in before.table.search().select(["file"]).to_batches():
+                for file in set(batch["file"].to_pylist()):
+                    if not self._corpus.holds(file):
+                        raise InputError(
+                            f"{self._index.folder} also has documents from {file}; to embed all anew, name all paths"
+                        )
+
+    def _opened(self, language: str | None) -> tuple[Table, dict[str, Kind]]:
+        """The table, with columns for all fields of the corpus, and a full-text index; and the columns' types."""
+        index, arrow, wanted = self._index, self._arrow, self._corpus.kinds
+        kinds = dict(wanted)
+        before = None
+        if not index.has_table:
+            table = index.connection.create_table(index.name, schema=self._schema(kinds))
+        else:
+            table = index.table
+            before = _language_of(table)
+            own = self._schema({}).names
+            had: dict[str, Kind] = {x.name: _KINDS[str(x.type)] for x in table.schema if x.name not in own}
+            kinds = had | {name: joint_kind(had.get(name, kind), kind) for name, kind in wanted.items()}
+            if any(kinds[name] != kind for name, kind in had.items()):
+                table = self._rewritten(table, kinds)
+            elif new := self._schema({name: kind for name, kind in kinds.items() if name not in had}).names[len(own) :]:
+                table.add_columns(arrow.schema([self._schema(kinds).field(name) for name in new]))
+        language = (language or before or "English").title()
+        if _language_of(table) != language:
+            self._index_words(table, language)
+        return table, kinds
+
+    def _schema(self, kinds: dict[str, Kind]) -> pa.Schema:
+        arrow = self._arrow
+        own = {
+            "id": arrow.string(),
+            "file": arrow.string(),
+            "line": arrow.int64(),
+            "text": arrow.string(),
+            "vector": arrow.list_(arrow.float32(), self._index.made_with["dim"]),
+            "_text": arrow.string(),
+            "_content": arrow.string(),
+            "_tokens_cut": arrow.int64(),
+        }
+        return arrow.schema(own | {name: _arrow_type(arrow, kind) for name, kind in kinds.items()})
+
+    def _rewritten(self, table: Table, kinds: dict[str, Kind]) -> Table:
+        """The same table, in one commit, with the columns that hold other types of values now cast to the wider."""
+        schema = self._schema(kinds)
+        compute = needed("pyarrow.compute", "search")
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for batch in table.search().to_batches():
+                columns = [
+                    compute.cast(batch[x.name], x.type)
+                    if x.name in batch.schema.names
+                    else self._arrow.nulls(len(batch), x.type)
+                    for x in schema
+                ]
+                yield self._arrow.RecordBatch.from_arrays(columns, schema=schema)
+
+        reader = self._arrow.RecordBatchReader.from_batches(schema, batches())
+        made: Table = self._index.connection.create_table(self._index.name, reader, schema=schema, mode="overwrite")
+        return made
+
+    def _index_words(self, table: Table, language: str) -> None:
+        """Full-text search over the texts: words as Unicode knows them in every script, stems of one language."""
+        # The stop words behind "icu" are those of many languages at once: "die" is an article, "c" a pronoun.
+        options = {"stem": False} if language == "None" else {"language": language}
+        try:
+            words = needed("lancedb.index", "search").FTS(
+                base_tokenizer="icu/split", remove_stop_words=False, **options
+            )
+            table.create_index("text", config=words, replace=True)
+        except ValueError as error:
+            raise InputError(plain(error)) from None
+
+    def _there(self) -> dict[str, Place]:
+        """What the table has: id -> place."""
+        there: dict[str, Place] = {}
+        files: dict[str, str] = {}  # one string a file, not one a row
+        for batch in self._table.search().select(["id", "file", "line", "_content", "_text"]).to_batches():
+            keys, names, lines, contents, texts = (batch[name].to_pylist() for name in batch.schema.names[:5])
+            for key, name, line, content in zip(keys, names, lines, contents, strict=True):
+                there[key] = Place(files.setdefault(name, name), line, content)
+            self._texts.update(texts)
+        return there
+
+    def _add(self, block: list[Document]) -> None:
+        """Vectors for documents, those of the table for texts that it has; committed if it is time."""
+        vectors = self._stored({x.text_hash for x in block} & self._texts)
+        fresh = {x.text_hash: x for x in block if x.text_hash not in vectors}
+        embedder = self._index.embedder
+        try:
+            encoded = embedder.encode_prompts(embedder.prompts([x.text for x in fresh.values()])) if fresh else None
+        except InputError as error:
+            raise InputError(
+                f"in the {len(block)} documents from {block[0].file}, line {block[0].line} on: {error}"
+            ) from None
+        if encoded is not None:
+            cut = encoded.tokens_cut.tolist()
+            vectors |= dict(zip(fresh, zip(encoded.vectors, cut, strict=True), strict=True))
+            self._embedded += len(fresh)
+            self._cut += encoded.truncated
+        self._waiting += [(x, *vectors[x.text_hash]) for x in block]
+        due = time.monotonic() - self._committed >= _COMMIT_SECONDS
+        if due or len(self._waiting) >= _COMMIT_DOCUMENTS:
+            self._commit()
+
+    def _stored(self, hashes: set[str]) -> dict[str, tuple[Any, int]]:
+        """Text hash -> vector and tokens cut, of those that the table still has."""
+        if not hashes:
+            return {}
+        rows = self._table.search().where(f"_text IN ({_quoted(hashes)})").select(["_text", "vector", "_tokens_cut"])
+        found = {}
+        for batch in rows.to_batches():
+            vectors = batch["vector"].flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
+            for text, vector, cut in zip(
+                batch["_text"].to_pylist(), vectors, batch["_tokens_cut"].to_pylist(), strict=True
+            ):
+                found[text] = (vector, cut)
+        return found
+
+    def _commit(self) -> None:
+        """Write what waits, and in the same commit take away what it replaces: all that is gone from its files."""
+        rows, self._waiting, self._committed = self._waiting, [], time.monotonic()
+        if not rows:
+            return
+        arrow = self._arrow
+        documents = [row[0] for row in rows]
+        columns = {
+            "id": [x.id for x in documents],
+            "file": [x.file for x in documents],
+            "line": [x.line for x in documents],
+            "text": [x.text for x in documents],
+            "vector": arrow.FixedSizeListArray.from_arrays(
+                arrow.array(np.concatenate([row[1] for row in rows])), self._index.made_with["dim"]
+            ),
+            "_text": [x.text_hash for x in documents],
+            "_content": [x.place.content for x in documents],
+            "_tokens_cut": [row[2] for row in rows],
+        } | {name: [converted(x.fields.get(name), kind) for x in documents] for name, kind in self._kinds.items()}
+        replaced = [content for file in {x.file for x in documents} for content in self._stale.pop(file, ())]
+        merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+        if replaced:
+            merge = merge.when_not_matched_by_source_delete(f"_content IN ({_quoted(replaced)})")
+        merge.execute(arrow.table(columns, schema=self._schema(self._kinds)))
+        self._texts.update(columns["_text"])
+
+    def _remove(self, contents: list[str]) -> None:
+        for start in range(0, len(contents), 10_000):
+            self._table.delete(f"_content IN ({_quoted(contents[start : start + 10_000])})")
+
+
+_KINDS: dict[str, Kind] = {"bool": "bool", "int64": "int64", "double": "float64", "string": "string"}
+
+
+def _arrow_type(arrow: Any, kind: Kind) -> Any:
+    return arrow.bool_() if kind == "bool" else getattr(arrow, kind)()
+
+
+def _quoted(hashes: Iterable[str]) -> str:
+    return ",".join(f"'{digest}'" for digest in hashes)  # hex digits: nothing in them needs care
+
+
+def _language_of(table: Table) -> str | None:
+    """The language that a table's full-text index was made for; None if there is no such index."""
+    for part in table.list_indices():
+        if part.index_type == "FTS":
+            return str(told["language"]) if (told := part.index_details or {}).get("stem") else "None"
+    return None
+
+
+def _blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Texts to embed between two looks at the clock."""
+    block: list[Document] = []
+    size = 0
+    for document in documents:
+        if block and (len(block) == _BLOCK_DOCUMENTS or size + len(document.text) > _BLOCK_CHARACTERS):
+            yield block
+            block, size = [], 0
+        block.append(document)
+        size += len(document.text)
+    if block:
+        yield block
