@@ -143,8 +143,11 @@ class Runner:
         """A command of a pipe: exit code, what a terminal would show, standard output."""
         words = shlex.split(line, comments=True)
         if words[0] == "kvembed":
+            words, target = (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, os.devnull)
             done = CliRunner().invoke(cli.app, words[1:], input=given)
             assert isinstance(done.exception, SystemExit | None), done.exception
+            with open(target, "w") as file:
+                file.write(done.stdout)
             return done.exit_code, done.output, done.stdout
         ran = subprocess.run(["bash", "-c", line], input=given, capture_output=True, text=True, check=False)
         return ran.returncode, ran.stdout + ran.stderr, ran.stdout

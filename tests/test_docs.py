@@ -66,6 +66,11 @@ def runner(tmp_path, tiny_folder, real, loaded, monkeypatch):
     (home / "my-texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     rows = [{"key": f"note {i}", "text": text, "body": text} for i, text in enumerate(NOTICES)]
     (home / "corpus" / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "notes").mkdir()
+    (home / "notes" / "ferry.md").write_text("# Ferry\n\n" + "\n\n".join(NOTICES))
+    rows = [row | {"lang": "de", "year": 2000 + number} for number, row in enumerate(rows)]
+    (home / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "queries.jsonl").write_text("".join(json.dumps({"id": i, "text": NOTICES[i]}) + "\n" for i in range(3)))
     smollm2, embedder = real
     monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "cache"))  # what pages store outlives no test
     monkeypatch.setattr("kvembed.writing.write_texts", lambda *_, **__: texts)  # a random model's say nothing more

@@ -6,7 +6,6 @@ import json
 import random
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -567,18 +566,3 @@ def test_mistakes_are_one_line(folder, notes, args, message):
     (line,) = done.stderr.splitlines()
     assert line.startswith("kvembed: ")
     assert message in line
-
-
-def test_the_documented_commands(folder, notes):
-    """Those of docs/search.md run as they stand, with a model that is quick."""
-    jsonl(notes / "corpus.jsonl", [{"key": "a", "body": "text", "lang": "de", "year": 2021}])
-    jsonl(notes / "queries.jsonl", [{"id": "q", "text": "text"}])
-    (notes / "notes" / "latin.txt").unlink()
-    text = (Path(__file__).parent.parent / "docs" / "search.md").read_text()
-    commands = re.findall(r"^\$ kvembed ((?:index|search) .+?)(?: +#.*| \| .*| > run.*)?$", text, re.M)
-    assert len(commands) >= 5
-    for command in commands:
-        if "--method" not in command:
-            model = ["--model", folder] if command.startswith("index") else []
-            done = run(*shlex.split(command), *model)
-            assert (done.exit_code, done.stderr) == (0, ""), command
