@@ -68,7 +68,7 @@ def runner(tmp_path, tiny_folder, real, loaded, monkeypatch):
     (home / "corpus" / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "notes").mkdir()
     (home / "notes" / "ferry.md").write_text("# Ferry\n\n" + "\n\n".join(NOTICES))
-    rows = [row | {"lang": "de", "year": 2000 + number} for number, row in enumerate(rows)]
+    rows = [row | {"key": f"note-{number}", "lang": "de", "year": 2000 + number} for number, row in enumerate(rows)]
     (home / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "queries.jsonl").write_text("".join(json.dumps({"id": i, "text": NOTICES[i]}) + "\n" for i in range(3)))
     smollm2, embedder = real
