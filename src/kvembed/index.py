@@ -108,7 +108,7 @@ class Index:
         Args:
             folder: new, empty, or with an index.
             embedder: makes the vectors. If its config has a transform, fit it on the documents' texts
-                (`Embedder.from_pretrained(..., texts=corpus.sample)`): it is kept with the index.
+                (`Embedder.from_pretrained(..., texts=corpus.calibration())`): it is kept with the index.
             model: the name that the embedder's model was loaded by, to load it again.
             refit: let the index become that of this embedder, whatever it was before: the next `update` embeds all
                 documents anew, and what is there can be searched until that is done.
