@@ -1,4 +1,7 @@
-"""Tables from the ledger: docs/results.md, and the part of README.md between its markers. `--check` fails if stale."""
+"""Tables from results/: docs/results.md, docs/speed.md, and README.md's and docs/search.md's between their markers.
+
+`--check` fails if one is stale.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from figures import draw
+from search_table import search_table
 from speed import speed_page
 
 from kvembed.config import EmbedConfig
@@ -30,12 +34,12 @@ def main() -> int:
     results = read_results(ROOT / "results")
     mini = [result for result in results if result.suite == "mini"]
     readme = (ROOT / "README.md").read_text()
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    searching = (ROOT / "docs" / "search.md").read_text()
     made = {
         ROOT / "docs" / "results.md": _document(mini, results),
-        ROOT / "README.md": f"{before}{BEGIN}\n\n{_summary(mini)}\n{END}{after}",
+        ROOT / "README.md": _between(readme, _summary(mini)),
         ROOT / "docs" / "speed.md": speed_page(ROOT / "results" / "speed"),
+        ROOT / "docs" / "search.md": _between(searching, search_table(ROOT / "results" / "search")),
     }
     stale = [path for path, text in made.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
@@ -46,6 +50,12 @@ def main() -> int:
         path.write_text(made[path])
     draw(results, ROOT / "results" / "speed", ROOT / "docs")
     return 0
+
+
+def _between(page: str, text: str) -> str:
+    """A page with another text between its markers."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 def _presets(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
