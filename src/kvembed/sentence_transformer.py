@@ -1,4 +1,4 @@
-"""A saved embedder inside sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)`."""
+"""A saved embedder inside sentence-transformers, which opens it with `trust_remote_code`, as any class not its own."""
 
 from __future__ import annotations
 
