@@ -41,7 +41,7 @@ def loaded():
     load, kept = models.load, {}
 
     def cached(name, **options):
-        key = json.dumps([str(models._local_folder(name)), options], default=str)
+        key = json.dumps([os.path.abspath(models._local_folder(name) or name), options], default=str)
         if key not in kept:
             kept[key] = load(name, **options)
         return kept[key]
