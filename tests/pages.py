@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from kvembed import cli, models, server
 
 BLOCK = re.compile(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-NOT_HERE = re.compile(r"^(pip|make|docker|serve|ray) |--mteb|--engine ray")
+NOT_HERE = re.compile(r"^(pip|make|docker|serve|ray) |--mteb|--engine ray|--devices")
 NOT_HERE_CODE = re.compile(
     r"mteb\.evaluate|langchain_(huggingface|openai)|llama_index\.embeddings|haystack_integrations"
 )
