@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +133,28 @@ def browser(tmp_path_factory):
     driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
     yield driver
     driver.quit()
+
+
+@contextlib.contextmanager
+def running(app):
+    """An application on a free port, in a thread; yields the port."""
+    import uvicorn
+
+    from kvembed.server import _bound, uvicorn_config
+
+    server = uvicorn.Server(uvicorn_config(app))
+    listener = _bound("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive()
 
 
 def ground(browser):

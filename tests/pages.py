@@ -15,12 +15,10 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
-import time
 import tokenize
 from typing import NamedTuple
 
-import uvicorn
+from conftest import running
 from typer.testing import CliRunner
 
 from kvembed import cli, models, server
@@ -159,17 +157,4 @@ class Runner:
     def serve(self, embedder, names, *, keys, limits, **_):
         """In place of `server.serve`: on a free port, in a thread, until the page has ended."""
         app = server.create_app(embedder, names, keys=keys, limits=limits)
-        listener = server._bound("127.0.0.1", 0)
-        running = uvicorn.Server(server.uvicorn_config(app))
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-        thread.start()
-
-        def stop():
-            running.should_exit = True
-            thread.join(30)
-            listener.close()
-
-        self.stack.callback(stop)
-        while not running.started:
-            time.sleep(0.01)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{self.stack.enter_context(running(app))}"

@@ -24,8 +24,7 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
-import uvicorn
-from conftest import NOTICES, ground
+from conftest import NOTICES, ground, running
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -39,7 +38,7 @@ from typer.testing import CliRunner
 from kvembed import Embedder, InputError
 from kvembed.cli import app as cli
 from kvembed.gate import JsonLines
-from kvembed.server import _bound, api_keys, create_app, uvicorn_config
+from kvembed.server import _bound, api_keys, create_app
 from kvembed.service import Limits
 
 SECRET = "xyzzy plugh"  # stands in every text that must not be logged
@@ -57,21 +56,7 @@ def start():
 
         def start(embedder, names=("tiny",), **options):
             app = create_app(embedder, names, **options)
-            server = uvicorn.Server(uvicorn_config(app))
-            listener = _bound("127.0.0.1", 0)
-            port = listener.getsockname()[1]
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-            thread.start()
-
-            def stop():
-                server.should_exit = True
-                thread.join(30)
-                listener.close()
-                assert not thread.is_alive()
-
-            stack.callback(stop)
-            while not server.started:
-                time.sleep(0.01)
+            port = stack.enter_context(running(app))
             return SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, app=app, service=app.state.service)
 
         yield start

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import tiny_embedder
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvembed import EmbedConfig, Embedder, models
 from kvembed.attention import Reroute
@@ -252,17 +252,10 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A process each, so that a peak is its own."""
-    from transformers import AutoTokenizer
-
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        tokenizer = AutoTokenizer.from_pretrained(models.pull("smollm2"))
-        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), num_key_value_heads=1, **sizes)
-        Embedder.from_model(AutoModelForCausalLM.from_config(config).eval(), tokenizer, method="mean").save_pretrained(
-            folder / "tiny"
-        )
+        tiny_embedder().save_pretrained(folder / "tiny")
         for count in (2_000, 200_000):
             source = folder / f"{count}.txt"
             source.write_text("".join(f"Text number {i} of {count}, about {i % 97} things.\n" for i in range(count)))

@@ -38,24 +38,9 @@ WORDS = [
 
 def memory(folder: Path, counts: list[int], kind: str) -> None:
     """Peak memory and pace of the same job at several sizes."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from tiny import tiny_embedder  # it imports torch
 
-    from kvembed import models
-
-    tokenizer = AutoTokenizer.from_pretrained(models.pull("smollm2"))
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    tiny_embedder().save_pretrained(folder / "model")
     print(f"{'rows':>10} {'shards':>7} {'seconds':>8} {'rows/s':>7} {'peak RSS, MB':>13} {'input, MB':>10}")
     for count in counts:
         source, out = folder / f"{count}.{kind}", folder / f"out-{count}"

@@ -20,9 +20,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tiny import tiny_embedder
 
-from kvembed import Embedder, models
+from kvembed import Embedder
 from kvembed.documents import Corpus
 from kvembed.evaluate import hardware
 from kvembed.hits import Mode
@@ -32,6 +32,7 @@ from kvembed.tasks import MINI_TOKENS, Task, load_tasks, mini
 ROOT = Path(__file__).parent.parent
 TASKS, METHODS = ("scifact", "trecqa", "qmsum"), ("auto", "kv")
 MODES: tuple[Mode, ...] = ("vector", "text", "hybrid")
+PARTS = ("modes", "latency")
 DOCUMENTS, DIMENSIONS, QUERIES = 10_000, 576, 100
 
 
@@ -41,16 +42,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "search")
-    parser.add_argument("parts", nargs="*", choices=["modes", "latency", []], default=[])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if "modes" in (arguments.parts or "modes"):
+    parts = arguments.parts or PARTS
+    if "modes" in parts:
         for task in load_tasks(arguments.data, TASKS):
             for method in METHODS:
                 path = arguments.out / f"{arguments.model}-{method}-{task.name}.json"
                 if not path.exists():
                     _write(path, modes(mini(task), arguments.model, method))
-    if "latency" in (arguments.parts or "latency"):
+    if "latency" in parts:
         _write(arguments.out / "latency.json", latency())
 
 
@@ -88,11 +90,7 @@ def latency() -> dict[str, Any]:
     words = [line.split() for line in (ROOT / "examples" / "notices.txt").read_text().splitlines()]
     texts = [f"{i} {' '.join(words[i % 48] + words[i % 47])}" for i in range(DOCUMENTS)]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = models.pull("smollm2")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        sizes = {"hidden_size": DIMENSIONS, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), num_key_value_heads=1, **sizes)
-        tiny = Embedder.from_model(AutoModelForCausalLM.from_config(config).eval(), tokenizer, method="mean")
+        tiny = tiny_embedder(DIMENSIONS)
         index = Index.create(Path(scratch) / "db", tiny)
         index.update(_corpus(Path(scratch), texts))
         queries = texts[:: DOCUMENTS // QUERIES]

@@ -8,10 +8,8 @@ that it is for. To be run again when `transform.FORMULA`, `auto`'s config or the
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
-
-from safetensors.torch import save
 
 from kvembed import Embedder
 from kvembed.transform import FORMULA
@@ -21,15 +19,17 @@ FOLDER = Path(__file__).parent.parent / "src" / "kvembed" / "transforms"
 
 def main() -> None:
     """Write it."""
-    FOLDER.mkdir(exist_ok=True)
     target = FOLDER / "smollm2-auto.safetensors"
     target.unlink(missing_ok=True)  # or else it would be found, and written again
     transform = Embedder.from_pretrained("smollm2", method="auto", dtype="bfloat16", progress=True).transform
     assert transform is not None
-    tensors = {f"mean.{role}": mean for role, mean in transform.means.items()}
-    tensors |= {"whiten": transform.whiten, "rotate": transform.rotate}
-    info = json.dumps(transform.info | {"formula": str(FORMULA)}, sort_keys=True)
-    target.write_bytes(save({name: tensor.half() for name, tensor in tensors.items()}, {"info": info}))
+    dataclasses.replace(
+        transform,
+        means={role: mean.half() for role, mean in transform.means.items()},
+        whiten=transform.whiten.half(),
+        rotate=transform.rotate.half(),
+        info=transform.info | {"formula": str(FORMULA)},
+    ).save(target)
     print(f"{target.relative_to(FOLDER.parent.parent.parent)}: {target.stat().st_size:,} bytes")
 
 

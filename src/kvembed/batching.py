@@ -18,18 +18,26 @@ Item = TypeVar("Item")
 _BLOCK_ITEMS, _BLOCK_CHARACTERS = 1024, 1 << 20
 
 
-def blocks(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterator[list[Item]]:
+def blocks(
+    items: Iterable[Item],
+    characters: Callable[[Item], int],
+    *,
+    most_items: int | None = None,
+    most_characters: int | None = None,
+) -> Iterator[list[Item]]:
     """Cut a stream into lists that bound memory, and yet hold enough texts to group by length.
 
     Args:
         items: texts, or rows that hold one.
         characters: the length of an item's text.
+        most_items, most_characters: of a block; a single longer text still gets one. Default: 1,024 and a million.
     """
+    most_items, most_characters = most_items or _BLOCK_ITEMS, most_characters or _BLOCK_CHARACTERS
     block: list[Item] = []
     size = 0
     for item in items:
         length = characters(item)
-        if block and (len(block) == _BLOCK_ITEMS or size + length > _BLOCK_CHARACTERS):
+        if block and (len(block) == most_items or size + length > most_characters):
             yield block
             block, size = [], 0
         block.append(item)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .documents import Corpus
     from .embedder import Embedder
 
-__all__ = ["Index", "identity"]
+__all__ = ["Index", "identity", "identity_hash"]
 
 LOCK = "_lock"
 
@@ -47,6 +47,11 @@ def identity(embedder: Embedder) -> dict[str, Any]:
         "dim": embedder.dim,
     }
     return dict(json.loads(json.dumps(told)))
+
+
+def identity_hash(made_with: dict[str, Any]) -> str:
+    """16 hex digits of an `identity`."""
+    return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Index:
@@ -153,7 +158,7 @@ class Index:
 
     @functools.cached_property
     def _hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.made_with, sort_keys=True).encode()).hexdigest()[:16]
+        return identity_hash(self.made_with)
 
     def check_options(self, *, dtype: str | None = None, fitted: Path | None = None, **fields: Any) -> None:
         """Whether the index was made as one with these options would be; those that are None are not looked at.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from .batching import blocks
 from .documents import Corpus, Document, Kind, Place, converted, joint_kind
 from .errors import InputError
 from .files import needed, why
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Indexed", "update"]
 
 _COMMIT_SECONDS = 20.0
-_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS, _COMMIT_DOCUMENTS = 100_000, 1000, 10_000
+_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 100_000, 1000  # embedded between two looks at the clock
+_COMMIT_DOCUMENTS = 10_000
 _KEEP = datetime.timedelta(hours=1)  # old versions, for whoever is reading one
 
 
@@ -98,7 +100,9 @@ class _Writer:
             self._stale[place.file].append(place.content)
         with tqdm(total=len(todo), desc="indexing", unit="document", disable=None if progress else True) as bar:
             written = 0
-            for block in _blocks(corpus.read(todo)):
+            read = corpus.read(todo)
+            limits = {"most_items": _BLOCK_DOCUMENTS, "most_characters": _BLOCK_CHARACTERS}
+            for block in blocks(read, lambda document: len(document.text), **limits):
                 self._add(block)
                 written += len(block)
                 bar.update(len(block))
@@ -299,17 +303,3 @@ def _language_of(table: Table) -> str | None:
         if part.index_type == "FTS":
             return str(told["language"]) if (told := part.index_details or {}).get("stem") else "None"
     return None
-
-
-def _blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Texts to embed between two looks at the clock."""
-    block: list[Document] = []
-    size = 0
-    for document in documents:
-        if block and (len(block) == _BLOCK_DOCUMENTS or size + len(document.text) > _BLOCK_CHARACTERS):
-            yield block
-            block, size = [], 0
-        block.append(document)
-        size += len(document.text)
-    if block:
-        yield block

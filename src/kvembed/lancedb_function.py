@@ -16,14 +16,12 @@ with other weights, another config or another transform is refused when the tabl
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from typing import Any
 
 from .embedder import Embedder
 from .errors import InputError
 from .files import needed
-from .index import identity
+from .index import identity, identity_hash
 
 needed("lancedb", "search")
 
@@ -58,7 +56,7 @@ class KvembedFunction(TextEmbeddingFunction):
         embedder = Embedder.from_pretrained(
             self.name, method=self.method, dtype=self.dtype, fitted=self.fitted, **self.options
         )
-        if self.made_with not in (None, _hash(embedder)):
+        if self.made_with not in (None, identity_hash(identity(embedder))):
             raise InputError(f"the table was made with other weights, or another config, than {self.name} has now")
         return embedder
 
@@ -86,8 +84,4 @@ class KvembedFunction(TextEmbeddingFunction):
         """What LanceDB stores with a table."""
         given: dict[str, Any] = super().safe_model_dump()  # type: ignore[no-untyped-call]
         dtype = str(self.embedder.model.dtype).removeprefix("torch.")
-        return given | {"dtype": dtype, "made_with": _hash(self.embedder)}
-
-
-def _hash(embedder: Embedder) -> str:
-    return hashlib.sha256(json.dumps(identity(embedder), sort_keys=True).encode()).hexdigest()[:16]
+        return given | {"dtype": dtype, "made_with": identity_hash(identity(self.embedder))}
