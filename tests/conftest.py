@@ -21,6 +21,7 @@ settings.register_profile("kvembed", deadline=None)  # a busy machine is no fail
 settings.load_profile("kvembed")
 
 NOTICES = (Path(__file__).parent.parent / "examples" / "notices.txt").read_text().splitlines()
+MANY = [f"{one} {number}" for number in range(21) for one in NOTICES][:1000]  # as many as a transform is fitted on
 SHARED = Path(__file__).parent.parent.parent / "shared"
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 

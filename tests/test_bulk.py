@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import NOTICES, tiny
+from conftest import MANY, NOTICES, tiny
 from filelock import FileLock
 from test_shards import write
 from typer.testing import CliRunner
@@ -91,8 +91,7 @@ def test_the_manifest_says_what_is_where(embedder, source, whole):
 
 
 def test_a_transform_and_a_role(source, tmp_path, llama, tokenizer):
-    corpus = [f"{i} {text}" for i in range(3) for text in NOTICES]
-    embedder = Embedder.from_model(llama, tokenizer, method="auto", texts=corpus, dim=7)
+    embedder = Embedder.from_model(llama, tokenizer, method="auto", texts=MANY, dim=7)
     bulk(embedder, source, tmp_path / "out", role="query")
     np.testing.assert_allclose(vectors(pq.read_table(tmp_path / "out")), embedder.encode_query(TEXTS), atol=1e-5)
     job = json.loads((tmp_path / "out" / "_manifest.json").read_text())["job"]

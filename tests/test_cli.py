@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import NOTICES
+from conftest import MANY, NOTICES
 from typer.testing import CliRunner
 
 from kvembed import Embedder
@@ -314,7 +314,7 @@ def test_report_is_one_page(run, folder, tmp_path):
 
 def test_tune_and_its_file(run, folder, tmp_path):
     corpus, out = tmp_path / "corpus.txt", tmp_path / "t.safetensors"
-    corpus.write_text("\n".join(f"{number} {text}" for number in range(9) for text in NOTICES))
+    corpus.write_text("\n".join(MANY))
     told = run("tune", folder, "--texts", corpus, "-o", out, "--dtype", "float32")
     assert told.exit_code == 0, told.stderr
     assert "read      mean over the text's own tokens, after layer 0" in told.stdout

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import NOTICES, tiny
+from conftest import MANY, NOTICES, tiny
 from scipy.stats import spearmanr
 
 from kvembed import Embedder, InputError, ModelNotFound
@@ -69,8 +69,7 @@ def test_nothing_is_done_twice(subject, tmp_path, monkeypatch):
 
 
 def test_views_are_read_once_for_every_transform_and_number_of_dimensions(llama, tokenizer, tmp_path):
-    texts = [f"{number} {text}" for number in range(4) for text in NOTICES]
-    auto = Embedder.from_model(llama, tokenizer, method="auto", texts=texts)
+    auto = Embedder.from_model(llama, tokenizer, method="auto", texts=MANY)
     few = auto.replace(dim=5)
     calls = []
     run(recording(embedder_subject(auto, "tiny"), calls), RETRIEVAL, results=tmp_path)

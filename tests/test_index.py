@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import NOTICES, tiny
+from conftest import MANY, NOTICES, tiny
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -275,8 +275,7 @@ def test_everything_anew(embedder, tokenizer, tmp_path):
 
 
 def test_a_transform_is_kept_with_the_index(llama, tokenizer, tmp_path, monkeypatch):
-    texts = [f"{i} {text}" for i in range(3) for text in NOTICES]
-    source = jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    source = jsonl(tmp_path / "in.jsonl", [{"text": text} for text in MANY])
     corpus = Corpus([source])
     embedder = Embedder.from_model(llama, tokenizer, method="auto", texts=corpus.sample, dim=7)
     assert embedder.transform.info["texts"] == "given"
@@ -524,12 +523,14 @@ def test_many_queries(folder, notes, embedder):
     assert [(f"q{row['query']}", row["id"]) for row in rows] == expected
 
 
-def test_auto_is_fitted_on_the_corpus(folder, notes):
+def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
+    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: MANY)
     jsonl(notes / "many.jsonl", [{"text": f"{i} {text}"} for i in range(3) for text in NOTICES])
     options = ("--model", folder, "--method", "auto", "--dtype", "float32")
     run("index", "many.jsonl", "--db", "db", *options)
     index = Index.open("db")
-    assert (index.embedder.transform.info["texts"], index.embedder.transform.info["count"]) == ("given", 144)
+    info = index.embedder.transform.info
+    assert (info["texts"], info["count"], info["self_written"]) == ("given", 1000, 856)
     jsonl(notes / "many.jsonl", [{"text": f"{i} {text}"} for i in range(1, 4) for text in NOTICES])
     again = run("index", "many.jsonl", "--db", "db", *options)
     assert "144 documents of 48 dimensions; 1 files read, 48 texts embedded, 48 removed" not in again.stdout

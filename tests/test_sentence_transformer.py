@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import NOTICES, tiny
+from conftest import MANY, NOTICES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -75,8 +75,7 @@ def test_documents_and_queries(model, embedder, documents, queries):
 @pytest.mark.parametrize("method", ["auto", "last", "echo", "token-prepending", "bidirectional"])
 def test_other_methods(method, llama, tokenizer, tmp_path):
     options = {"prepend_layers": [1, 2]} if method == "token-prepending" else {}
-    calibration = [f"{notice} {letter}" for notice in NOTICES for letter in "abc"]
-    embedder = Embedder.from_model(llama, tokenizer, method=method, texts=calibration, **options)
+    embedder = Embedder.from_model(llama, tokenizer, method=method, texts=MANY, **options)
     embedder.save_pretrained(tmp_path / "saved")
     model = opened(tmp_path / "saved")
     texts = TEXTS[40:]

@@ -24,7 +24,7 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
-from conftest import NOTICES, ground, running
+from conftest import MANY, NOTICES, ground, running
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -189,8 +189,7 @@ def test_dimensions(start, server, embedder, llama, tokenizer):
         assert len(api.embeddings.create(model="tiny", input="a", dimensions=embedder.dim).data[0].embedding) == 48
         with pytest.raises(openai.BadRequestError, match="48 dimensions always"):
             api.embeddings.create(model="tiny", input="a", dimensions=20)
-    texts = [f"{a} {b}" for a in NOTICES[:12] for b in NOTICES[12:22]]
-    auto = Embedder.from_model(llama, tokenizer, method="auto", texts=texts)
+    auto = Embedder.from_model(llama, tokenizer, method="auto", texts=MANY)
     with client(start(auto)) as api:
         expected = auto.replace(dim=20).encode(NOTICES[:5])
         found = vectors(api.embeddings.create(model="tiny", input=NOTICES[:5], dimensions=20))

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import NOTICES, tiny
+from conftest import MANY, NOTICES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -164,8 +164,31 @@ def test_given_texts_have_a_transform_of_their_own(tmp_path):
     transform = tuned(read, tmp_path, TWO_VIEWS.replace(query="{text}"), texts=[*given_texts, *given_texts])
     assert len(seen) == len({*seen}) == 1000
     assert (transform.info["texts"], transform.info["count"]) == ("given", 1000)
+    assert "self_written" not in transform.info
     with pytest.raises(InputError, match="not 2; give more"):
         tuned(read, tmp_path, texts=["one", "two"])
+
+
+def test_few_given_texts_are_joined_by_self_written_ones(tmp_path, caplog, tokenizer):
+    seen = []
+
+    def read(texts, role, templates):
+        seen.extend(texts)
+        return views(len(seen), texts=len(texts))
+
+    config = TWO_VIEWS.replace(query="{text}")
+    few = [*TEXTS[:30], *(f"text {number}" for number in range(100))]  # 30 that the model wrote too: read once
+    transform = tuned(read, tmp_path, config, texts=few)
+    assert seen == [*few, *TEXTS[30:]]
+    assert (transform.info["count"], transform.info["self_written"]) == (230, 100)
+    almost = [f"text {number}" for number in range(990)]
+    seen.clear()
+    assert tuned(read, tmp_path, config, texts=almost).info["self_written"] == 10
+    assert seen == [*almost, *TEXTS[:10]]
+    seen.clear()
+    alone = choose_transform("x", config, read, lambda: write_texts(tiny().model, tokenizer), texts=few[1:])
+    assert (seen, alone.info["self_written"]) == (few[1:], 0)
+    assert "on 129 texts alone, fewer than are good: LlamaModel can't write" in caplog.text
 
 
 def test_a_template_that_both_roles_share_is_read_once(tmp_path, monkeypatch):
@@ -207,8 +230,10 @@ def test_a_stopped_writer_goes_on_as_if_it_had_not_been(llama, tokenizer, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def auto(llama, tokenizer):
-    return Embedder.from_model(llama, tokenizer, method="auto", texts=TEXTS)
+def auto(llama, tokenizer, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVEMBED_CACHE", str(tmp_path_factory.mktemp("cache")))  # made before a test's own cache is
+        return Embedder.from_model(llama, tokenizer, method="auto", texts=MANY)
 
 
 def test_auto_is_its_views_transformed(auto, llama, tokenizer):
@@ -242,9 +267,9 @@ def test_another_config_is_fitted_anew(auto):
 
 
 def test_any_method_can_be_whitened(llama, tokenizer):
-    plain = Embedder.from_model(llama, tokenizer, method="mean", texts=TEXTS)
+    plain = Embedder.from_model(llama, tokenizer, method="mean", texts=MANY)
     white = plain.replace(transform="whiten")
-    close = [embedder.encode(TEXTS) @ embedder.encode(TEXTS).T for embedder in (plain, white)]
+    close = [embedder.encode(MANY) @ embedder.encode(MANY).T for embedder in (plain, white)]
     assert close[0].mean() > 5 * abs(close[1].mean())  # no direction that all texts share is left
 
 
@@ -278,7 +303,7 @@ def test_a_model_without_a_head_wants_texts(tokenizer):
     headless = tiny().model
     with pytest.raises(InputError, match="can't write calibration texts itself"):
         Embedder.from_model(headless, tokenizer, method="auto")
-    assert Embedder.from_model(headless, tokenizer, method="auto", texts=TEXTS).encode("a").shape == (48,)
+    assert Embedder.from_model(headless, tokenizer, method="auto", texts=MANY).encode("a").shape == (48,)
 
 
 def test_the_results_of_a_fitted_method_say_what_it_was_fitted_on(auto, llama, tokenizer):
@@ -287,9 +312,9 @@ def test_the_results_of_a_fitted_method_say_what_it_was_fitted_on(auto, llama, t
     subject = embedder_subject(auto, "tiny")
     assert subject.config["fitted_on"] == {
         "texts": "given",
-        "count": len(TEXTS),
+        "count": 1000,
         "texts_sha256": auto.transform.info["texts_sha256"],
     }
-    other = Embedder.from_model(llama, tokenizer, method="auto", texts=TEXTS[:110])
+    other = Embedder.from_model(llama, tokenizer, method="auto", texts=[*MANY[1:], "one more"])
     assert embedder_subject(other, "tiny").identity != subject.identity
     json.dumps(subject.config)

@@ -295,7 +295,8 @@ def _own(mini: list[Result], results: list[Result]) -> str:
         rows = [result for result in results if result.model == model and result.task in usual]
         for own in sorted(rows, key=lambda result: result.task):
             scores = [f"{x.score:.1f} ± {(x.high - x.low) / 2:.1f}" for x in (usual[own.task], own)]
-            fitted_on = f"{own.config['fitted_on']['count']:,}"
+            told = own.config["fitted_on"]
+            fitted_on = f"{told['count'] - told.get('self_written', 0):,}"
             lines.append(_row([model, own.task, *scores, _gap(difference([own], [usual[own.task]])), fitted_on]))
     if not lines:
         return ""

@@ -210,9 +210,11 @@ def _print_readouts(config: EmbedConfig, fitted_on: Mapping[str, Any] | None) ->
         print_line(f"read      {one.pooling}{tokens}, {place}")
     if fitted_on:
         size = f"the best {config.dim} dimensions, " if config.dim else ""
+        joined = fitted_on.get("self_written", 0)
+        more = f" and {joined} self-written" if joined else ""
         print_line(
-            f"transform {config.transform}: {size}fitted on {fitted_on['count']} {fitted_on['texts']} texts "
-            f"({fitted_on['texts_sha256'][:8]}); what the read-outs agree on comes first"
+            f"transform {config.transform}: {size}fitted on {fitted_on['count'] - joined} {fitted_on['texts']} texts "
+            f"({fitted_on['texts_sha256'][:8]}){more}; what the read-outs agree on comes first"
         )
 
 

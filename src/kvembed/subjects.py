@@ -98,7 +98,9 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
 
         views = digest(f"{fitted_for(embedder.fingerprint(), embedder.config)}-{dtype}-{embedder.max_tokens}")
         told += f"-{embedder.transform.digest()}"
-        fitted = {"fitted_on": {name: embedder.transform.info[name] for name in ("texts", "texts_sha256", "count")}}
+        told_of = ("texts", "texts_sha256", "count", "self_written")
+        info = embedder.transform.info
+        fitted = {"fitted_on": {name: info[name] for name in told_of if name in info}}
     return Subject(
         model=model,
         method=embedder.config.method,

@@ -54,8 +54,9 @@ class Transform:
         means: role -> (V,D) float32, the mean of the unit views.
         whiten: (V,D,K) float32.
         rotate: (V*K,dim) float32, best direction first.
-        info: where it came from: `texts` (`"self-written"` or `"given"`), `texts_sha256`, `count`, and what it is for:
-            `fingerprint` of the weights and `config_hash`.
+        info: where it came from: `texts` (`"self-written"` or `"given"`), `texts_sha256`, `count`, of which
+            `self_written` joined given ones that were few; and what it is for: `fingerprint` of the weights and
+            `config_hash`.
     """
 
     means: dict[str, Tensor]

@@ -19,7 +19,7 @@ from .config import EmbedConfig, Role
 from .errors import InputError
 from .files import whole_file
 from .models import cache_folder
-from .transform import FORMULA, Transform, fit
+from .transform import FORMULA, LEAST_TEXTS, Transform, fit
 from .writing import SELF_WRITTEN, texts_digest
 
 __all__ = ["FIT_TOKENS", "UNBOUND", "choose_transform", "fitted_for"]
@@ -53,8 +53,10 @@ def choose_transform(
         fingerprint: of the model's weights.
         config: what makes the views. In a template that documents and queries share, each text is read once.
         read: (texts, role, which templates) -> their views (N,V,D), at most `FIT_TOKENS` tokens of each text.
-        write: gives texts that the model wrote itself; called if `texts` is None and nothing is in the cache.
+        write: gives texts that the model wrote itself; called if nothing is in the cache, and `texts` is None or few.
         texts: unlabelled texts, of which at most 1,000 different ones, drawn at random with a fixed seed, are used.
+            Fewer are joined by self-written ones, up to 1,000 together: a few hundred say too little of so many
+            directions, even of their own kind.
         report: called with prompts done and prompts in all.
 
     Raises:
@@ -75,8 +77,13 @@ def choose_transform(
         return shipped
     logger.info("fitting a transform on %s texts, once", source)
     found = list(dict.fromkeys(write() if texts is None else texts))
+    origin = {"texts": source, "texts_sha256": digest or texts_digest(found)}
     if len(found) > _FIT_TEXTS:
         found = random.Random(0).sample(found, _FIT_TEXTS)
+    elif texts is not None and LEAST_TEXTS <= len(found) < _FIT_TEXTS:
+        more = _more(write, found)
+        found += more
+        origin["self_written"] = len(more)
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
@@ -104,7 +111,7 @@ def choose_transform(
     views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries}
     views = {role: part.reshape(len(found), -1, part.shape[-1]) for role, part in views.items()}
     inside = [one.output_layer is not None for _, one in config.views]
-    transform = fit(views, inside, bound | {"texts": source, "texts_sha256": digest or texts_digest(found)})
+    transform = fit(views, inside, bound | origin)
     try:
         transform.save(cached)
     except OSError as error:
@@ -112,6 +119,16 @@ def choose_transform(
     for piece in pieces:
         piece.unlink(missing_ok=True)
     return transform
+
+
+def _more(write: Callable[[], list[str]], found: Sequence[str]) -> list[str]:
+    """Self-written texts to go with given ones that are few; none, with a warning, from a model that can't write."""
+    try:
+        known = {*found}
+        return [text for text in write() if text not in known][: _FIT_TEXTS - len(found)]
+    except InputError as error:
+        logger.warning("fitting on %d texts alone, fewer than are good: %s", len(found), error)
+        return []
 
 
 def _shipped(bound: dict[str, str]) -> Transform | None:
