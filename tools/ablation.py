@@ -124,6 +124,9 @@ def main() -> None:
             subjects[control] = _controlled(kv.replace(), control, change, name)
     for bias in BIASES if "bias" in parts else ():
         subjects[f"bias {bias:g}"] = embedder_subject(kv.replace(bias=bias), name)
+    for told, rerouting in (("a random token", RandomToken), ("another text", OtherText)) if "bias" in parts else ():
+        control = f"slot from {told}, bias {BIASES[-1]:g}"  # what is said louder should matter more
+        subjects[control] = _controlled(kv.replace(bias=BIASES[-1]), control, rerouting, name)
     attention, chosen = kv.backbone.attention_layers, kv.config.layers
     step = 1 if len(attention) < 25 else 2
     starts = range(len(attention) - len(chosen or ()) + 1)
