@@ -77,7 +77,7 @@ def choose_transform(
         return shipped
     logger.info("fitting a transform on %s texts, once", source)
     found = list(dict.fromkeys(write() if texts is None else texts))
-    origin = {"texts": source, "texts_sha256": digest or texts_digest(found)}
+    origin: dict[str, Any] = {"texts": source, "texts_sha256": digest or texts_digest(found)}
     if len(found) > _FIT_TEXTS:
         found = random.Random(0).sample(found, _FIT_TEXTS)
     elif texts is not None and LEAST_TEXTS <= len(found) < _FIT_TEXTS:
