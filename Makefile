@@ -41,9 +41,10 @@ reference: $(INSTALLED)
 families: $(INSTALLED)
 	$(BIN)/python tools/families.py
 
-# docs/speed.md: ratios of interleaved runs; DATA as below, for a corpus against sentence-transformers
+# docs/speed.md: ratios of interleaved runs; DATA as below, for a corpus against sentence-transformers; GGUF is a model
+# file, for the same against llama.cpp, with llama-cpp-python installed by hand
 bench: $(INSTALLED)
-	$(BIN)/python tools/bench.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python tools/bench.py $(if $(DATA),--data $(DATA)) $(if $(GGUF),--gguf $(GGUF))
 	$(BIN)/python tools/tables.py
 
 # results/: what the ledger lacks, for hours or days; DATA is a folder of tasks, MODELS as tools/results.py says

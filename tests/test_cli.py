@@ -350,3 +350,13 @@ def test_tune_told_wrong(run, folder, tmp_path, monkeypatch, args, message):
 def test_the_usual_method_is_auto_or_a_folders_own(folder, tmp_path):
     assert usual_method("smollm2") == usual_method(str(tmp_path)) == "auto"
     assert usual_method(str(folder)) is None
+
+
+def test_few_compiled_products_are_kept(monkeypatch):
+    """torch's own default fills 600 MB with batches of all lengths; a user who says otherwise is heard."""
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    code = "import json, os, kvembed.cli as cli\ntry: cli.main()\nfinally: print(json.dumps(dict(os.environ)))"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["LRU_CACHE_CAPACITY"], told["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("64", "7")

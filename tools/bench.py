@@ -4,6 +4,7 @@
 
 overhead  a re-routed forward over a plain causal one of the same tokens, and over other ways to see the whole text
 corpus    texts of mixed lengths, against sentence-transformers with the same backbone (needs --data)
+llama     the same texts, against llama.cpp with the same GGUF file (needs --data, --gguf, llama-cpp-python)
 machine   the forward's arithmetic over that of bare matrix products of the same shapes; share of tokens not padding
 growth    seconds by length of a text
 memory    peak resident set of `kvembed embed` with few and with many texts, a tiny random model
@@ -41,6 +42,7 @@ from kvembed.tasks import load_tasks
 ROOT = Path(__file__).parent.parent
 LENGTHS = {64: 16, 512: 4, 2048: 1, 4096: 1}  # tokens of a text -> texts in a batch
 GROWTH = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+LLAMA_BATCHES = (512, 2048)  # tokens
 CORPUS_TASKS, CORPUS_TEXTS, CORPUS_CHARACTERS = ("stsb", "stackoverflow", "scifact", "qmsum"), 12, 1500
 
 
@@ -49,19 +51,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--gguf", type=Path)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed")
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     arguments = parser.parse_args()
     for name in arguments.sections or SECTIONS:
-        if name == "corpus" and arguments.data is None:
-            print("corpus: left out, needs --data")
+        needs = {"corpus": ("data",), "llama": ("data", "gguf")}.get(name, ())
+        if lacking := [f"--{option}" for option in needs if getattr(arguments, option) is None]:
+            print(f"{name}: left out, needs {' and '.join(lacking)}")
             continue
         rows = SECTIONS[name](arguments)
         told = {
             "section": name,
-            "model": arguments.model,
+            "model": arguments.gguf.name if name == "llama" else arguments.model,
             "dtype": arguments.dtype,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
@@ -178,12 +182,46 @@ def corpus(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         runs[f"sentence-transformers, batches of {size}"] = lambda size=size: theirs.encode(texts, batch_size=size)  # type: ignore[misc]
     seconds = _interleaved(runs, min(arguments.rounds, 3))
     cosine = (embedder.encode(texts) * theirs.encode(texts, batch_size=1, normalize_embeddings=True)).sum(1).min()
-    common = {"texts": len(texts), "tokens": tokens, "least_cosine": round(float(cosine), 4)}
+    return _against(seconds, len(texts), tokens, float(cosine))
+
+
+def _against(seconds: Mapping[str, Sequence[float]], texts: int, tokens: int, cosine: float) -> list[dict[str, Any]]:
+    """A row for each, with its time over kvembed's."""
+    common = {"texts": texts, "tokens": tokens, "least_cosine": round(cosine, 4)}
     return [
         {"what": name, "tokens_per_second": round(tokens / statistics.median(found)), **common}
         | (_ratio(found, seconds["kvembed"]) if name != "kvembed" else {})
         for name, found in seconds.items()
     ]
+
+
+def llama(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Mean pooling without a prompt on both sides; llama.cpp by its threads and its batch of so many tokens."""
+    import llama_cpp  # not of the project's dependencies: it compiles for minutes
+    import numpy as np
+
+    texts = _corpus(arguments.data)
+    embedder = Embedder.from_pretrained(str(arguments.gguf), method="mean", dtype=arguments.dtype)
+    runs: dict[str, Callable[[], object]] = {"kvembed": lambda: embedder.encode(texts)}
+    for threads in sorted({1, torch.get_num_threads()}):
+        for batch in LLAMA_BATCHES:
+            theirs = llama_cpp.Llama(
+                str(arguments.gguf),
+                embedding=True,
+                pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,
+                n_ctx=max(LLAMA_BATCHES),
+                n_batch=batch,
+                n_ubatch=batch,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+            )
+            name = f"llama.cpp, {threads} thread{'s' * (threads > 1)}, batches of {batch:,}"
+            runs[name] = functools.partial(theirs.embed, texts, normalize=True)
+    seconds = _interleaved(runs, min(arguments.rounds, 3))
+    encoded = embedder.encode_with_report(texts)
+    cosine = (encoded.vectors * np.array(runs[name](), np.float32)).sum(1).min()
+    return _against(seconds, len(texts), int(encoded.token_counts.sum()), cosine)
 
 
 def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -280,7 +318,7 @@ def start(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-    part.__name__: part for part in (overhead, corpus, machine, growth, memory, start)
+    part.__name__: part for part in (overhead, corpus, llama, machine, growth, memory, start)
 }
 
 if __name__ == "__main__":

@@ -118,14 +118,15 @@ async def main() -> None:
     """Vectors, throughput, load."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--method", default="auto")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    embedder = Embedder.from_pretrained(options.model)
+    embedder = Embedder.from_pretrained(options.model, method=options.method)
     texts = mixed(options.texts, 0)
-    with serving(options.model) as (address, process):
+    with serving(options.model, "--method", options.method) as (address, process):
         client = AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
         ratios: dict[int, list[tuple[float, float]]] = {1: [], 50: []}
         for _ in range(options.rounds):

@@ -15,6 +15,7 @@ GOALS = {
     "echo, over re-routed in every layer": "at least 1.9",
     "two passes, over re-routed in every layer": "at least 1.9",
     "prepended, with a mask, over re-routed in every layer": "at least 1.3 at 2,048",
+    "llama.cpp": "at least 1 at its best threads and batch",
     "sentence-transformers, batches of 32": "at least 5",
     "sentence-transformers, batches of 8": "at least 2 at its best batch size",
     "sentence-transformers, batches of 1": "at least 2 at its best batch size",
@@ -26,6 +27,7 @@ GOALS = {
 TITLES = {
     "overhead": "One forward",
     "corpus": "A corpus of mixed lengths",
+    "llama": "Against llama.cpp",
     "machine": "How near to the machine's limit",
     "growth": "Seconds by length",
     "memory": "Memory",
@@ -59,7 +61,7 @@ def _table(section: str, rows: list[dict[str, Any]]) -> str:
     body = []
     for row in rows:
         what, size = row.get("what", ""), f"{row['tokens']:,} x {row['texts']}" if section == "overhead" else ""
-        if section == "corpus":
+        if section in ("corpus", "llama"):
             what, size = (
                 f"{what}: {row['tokens_per_second']:,} tokens/s",
                 f"{row['texts']} texts, {row['tokens']:,} tokens",
@@ -68,7 +70,8 @@ def _table(section: str, rows: list[dict[str, Any]]) -> str:
             what = f"peak with {row['texts']:,} texts: {row['peak_mib']} MiB"
         value = f"{row['seconds']:.2f} s" if "seconds" in row else f"{row['ratio']:.2f}" if "ratio" in row else ""
         spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
-        body.append([what, size, value + spread, GOALS.get(row.get("what", ""), "")])
+        goal = GOALS.get(row.get("what", ""), "") or ("ratio" in row and GOALS.get(str(row["what"]).split(",")[0], ""))
+        body.append([what, size, value + spread, goal or ""])
     return _lines(["what", "size", "measured", "goal"], body)
 
 

@@ -632,6 +632,9 @@ def pull(
 def main() -> None:
     """The `kvembed` command."""
     sys.unraisablehook = interrupt_again
+    for kept in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        # By default torch keeps 1,024 compiled matrix products, one a length of batch and shape of weight: 600 MB.
+        os.environ.setdefault(kept, "64")
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
