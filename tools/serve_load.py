@@ -1,8 +1,9 @@
 """`kvembed serve` under load: vectors and throughput against the library, then many clients with mixed lengths.
 
-    python tools/serve_load.py --seconds 120 --clients 64
+    python tools/serve_load.py --seconds 300 --clients 64
 
-It starts the server itself, on a free port. Needs the extra `server` and the `openai` package.
+It starts the server itself, on a free port, and writes results/serving/MODEL-METHOD.json; `make tables` makes
+docs/server.md's table of it. Needs the extra `server` and the `openai` package.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import subprocess
@@ -22,15 +22,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import torch
 from openai import APIStatusError, AsyncOpenAI
 
 from kvembed import Embedder
+from kvembed.evaluate import hardware
 
+ROOT = Path(__file__).parent.parent
 CUT = {"truncate": True}  # as the library does
-NOTICES = (Path(__file__).parent.parent / "examples" / "notices.txt").read_text().splitlines()
+NOTICES = (ROOT / "examples" / "notices.txt").read_text().splitlines()
 
 
 def mixed(count: int, seed: int) -> list[str]:
@@ -40,8 +43,8 @@ def mixed(count: int, seed: int) -> list[str]:
 
 
 @contextmanager
-def serving(model: str, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A running server's address, and its process."""
+def serving(model: str, *options: str) -> Iterator[str]:
+    """A running server's address."""
     command = [sys.executable, "-m", "kvembed", "serve", model, "--name", "m", "--port", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -52,7 +55,7 @@ def serving(model: str, *options: str) -> Iterator[tuple[str, subprocess.Popen[s
             raise SystemExit("the server did not start")
         threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
         try:
-            yield json.loads(line)["address"], process
+            yield json.loads(line)["address"]
         finally:
             process.terminate()
             process.wait()
@@ -78,8 +81,8 @@ async def embed(client: AsyncOpenAI, texts: Sequence[str], size: int) -> list[li
     return [row.embedding for answer in answers for row in answer.data]
 
 
-async def load(client: AsyncOpenAI, address: str, clients: int, seconds: float) -> None:
-    """Clients that ask again as soon as they are answered."""
+async def load(client: AsyncOpenAI, address: str, clients: int, seconds: float) -> dict[str, Any]:
+    """Clients that ask again as soon as they are answered; seconds, and megabytes after a quarter and at the end."""
     times: list[float] = []
     outcomes: Counter[str] = Counter()
     memory: list[float] = []
@@ -110,23 +113,25 @@ async def load(client: AsyncOpenAI, address: str, clients: int, seconds: float) 
     await asyncio.gather(watch(), *(one(seed) for seed in range(clients)))
     warm = memory[len(memory) // 4]
     p50, p99 = np.percentile(times, [50, 99])
-    print(f"load: {clients} clients, {seconds:g} s: {dict(outcomes)}, {texts} texts; p50 {p50:.2f} s, p99 {p99:.2f} s")
-    print(f"memory: {warm:.0f} MB after a quarter, {memory[-1]:.0f} MB at the end ({memory[-1] / warm - 1:+.1%})")
+    told = {"clients": clients, "seconds": seconds, "outcomes": dict(outcomes), "texts": texts}
+    return told | {"p50": round(p50, 2), "p99": round(p99, 2), "memory_mb": [round(warm), round(memory[-1])]}
 
 
 async def main() -> None:
     """Vectors, throughput, load."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--method", default="auto")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "serving")
     options = parser.parse_args()
+    told: dict[str, Any] = {"model": options.model, "method": options.method, "throughput": {}, "difference": 0.0}
     embedder = Embedder.from_pretrained(options.model, method=options.method)
     texts = mixed(options.texts, 0)
-    with serving(options.model, "--method", options.method) as (address, process):
+    with serving(options.model, "--method", options.method) as address:
         client = AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
         ratios: dict[int, list[tuple[float, float]]] = {1: [], 50: []}
         for _ in range(options.rounds):
@@ -138,16 +143,23 @@ async def main() -> None:
                 rows = await embed(client, texts, size)
                 server = time.perf_counter() - started
                 found.append((library / server, library_cpu / (metric(address, "process_cpu_seconds_total") - used)))
-                worst = np.abs(np.array(rows, np.float32) - encoded.vectors).max()
+                worst = float(np.abs(np.array(rows, np.float32) - encoded.vectors).max())
+                told["difference"] = max(told["difference"], worst)
                 tokens = encoded.token_counts.sum() / server
                 print(f"{len(texts)} texts, {size} a request: {tokens:.0f} tok/s, largest difference {worst:.1e}")
         for size, found in ratios.items():
-            wall, cpu = np.median(found, axis=0)
-            print(
-                f"throughput, {size} a request: {wall:.2f} of the library's by the clock, {cpu:.2f} by processor time"
-            )
-        await load(client, address, options.clients, options.seconds)
-        print(f"server process {process.pid}, {os.cpu_count()} cores")
+            wall, processor = np.median(found, axis=0).round(3).tolist()
+            told["throughput"][size] = {"clock": wall, "processor": processor}
+        told["load"] = await load(client, address, options.clients, options.seconds)
+    told |= {
+        "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{Path(options.model).stem}-{options.method}.json"
+    path.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

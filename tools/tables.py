@@ -11,6 +11,7 @@ from pathlib import Path
 
 from figures import draw
 from search_table import search_table
+from serving_table import serving_table
 from speed import speed_page
 
 from kvembed.config import EmbedConfig
@@ -35,11 +36,13 @@ def main() -> int:
     mini = [result for result in results if result.suite == "mini"]
     readme = (ROOT / "README.md").read_text()
     searching = (ROOT / "docs" / "search.md").read_text()
+    serving = (ROOT / "docs" / "server.md").read_text()
     made = {
         ROOT / "docs" / "results.md": _document(mini, results),
         ROOT / "README.md": _between(readme, _summary(mini)),
         ROOT / "docs" / "speed.md": speed_page(ROOT / "results" / "speed"),
         ROOT / "docs" / "search.md": _between(searching, search_table(ROOT / "results" / "search")),
+        ROOT / "docs" / "server.md": _between(serving, serving_table(ROOT / "results" / "serving")),
     }
     stale = [path for path, text in made.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
