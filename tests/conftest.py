@@ -16,6 +16,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # is read at import, which a block of docs/integrations.md does too
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 settings.register_profile("kvembed", deadline=None)  # a busy machine is no failure
 settings.load_profile("kvembed")

@@ -140,7 +140,6 @@ def test_openais_client_works_unchanged(server, embedder, tokenizer):
 
 def test_frameworks_need_only_settings(server, embedder, monkeypatch):
     """As docs/integrations.md has it; LangChain's and LlamaIndex's clients are packages that the tests do without."""
-    monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
     monkeypatch.setenv("CHROMA_OPENAI_API_KEY", "none")
     from chromadb.utils.embedding_functions import OpenAIEmbeddingFunction
     from haystack import Document
