@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from markdown_table import table
+
 __all__ = ["search_table"]
 
 MODES = ("vector", "text", "hybrid")
@@ -17,15 +19,15 @@ def search_table(folder: Path) -> str:
     rows: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*-*.json"))]
     parts = []
     if rows:
-        lines = ["| vectors | task | vector | text | hybrid |", "| --- | --- | ---: | ---: | ---: |"]
+        body = []
         for row in rows:
             scores = row["ndcg_at_10"]
             best = max(scores.values())
             cells = [f"**{scores[mode]:.1f}**" if scores[mode] == best else f"{scores[mode]:.1f}" for mode in MODES]
             size = f"{row['documents']} documents, {row['queries']} queries"
             task = f"{NAMES.get(row['task'], row['task'])} ({size})"
-            lines.append(f"| {row['model']}, `{row['method']}` | {task} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+            body.append([f"{row['model']}, `{row['method']}`", task, *cells])
+        parts.append(table(["vectors", "task", *MODES], "llrrr", body))
     if (folder / "latency.json").is_file():
         told = json.loads((folder / "latency.json").read_text())
         times = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from markdown_table import table
 
 __all__ = ["speed_page"]
 
@@ -57,11 +58,12 @@ def speed_page(folder: Path) -> str:
 def _table(section: str, rows: list[dict[str, Any]]) -> str:
     if section == "growth":
         body = [[f"{row['tokens']:,}", f"{row['seconds']:.2f}"] for row in rows]
-        return _lines(["tokens of a text", "seconds"], body) + "\n\n![Seconds against tokens](growth.svg)"
+        return table(["tokens of a text", "seconds"], "lr", body) + "\n\n![Seconds against tokens](growth.svg)"
     body = []
     for row in rows:
         what, size = row.get("what", ""), f"{row['tokens']:,} x {row['texts']}" if section == "overhead" else ""
-        if section in ("corpus", "llama"):
+        goal = GOALS.get(what) or GOALS.get(what.partition(",")[0], "")
+        if "tokens_per_second" in row:
             what, size = (
                 f"{what}: {row['tokens_per_second']:,} tokens/s",
                 f"{row['texts']} texts, {row['tokens']:,} tokens",
@@ -70,11 +72,5 @@ def _table(section: str, rows: list[dict[str, Any]]) -> str:
             what = f"peak with {row['texts']:,} texts: {row['peak_mib']} MiB"
         value = f"{row['seconds']:.2f} s" if "seconds" in row else f"{row['ratio']:.2f}" if "ratio" in row else ""
         spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
-        goal = GOALS.get(row.get("what", ""), "") or ("ratio" in row and GOALS.get(str(row["what"]).split(",")[0], ""))
-        body.append([what, size, value + spread, goal or ""])
-    return _lines(["what", "size", "measured", "goal"], body)
-
-
-def _lines(head: list[str], body: Iterable[list[str]]) -> str:
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        body.append([what, size, value + spread, goal])
+    return table(["what", "size", "measured", "goal"], "lrrr", body)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from figures import draw
+from markdown_table import row
 from search_table import search_table
 from serving_table import serving_table
 from speed import speed_page
@@ -34,16 +35,15 @@ def main() -> int:
     """Write, or with `--check` compare."""
     results = read_results(ROOT / "results")
     mini = [result for result in results if result.suite == "mini"]
-    readme = (ROOT / "README.md").read_text()
-    searching = (ROOT / "docs" / "search.md").read_text()
-    serving = (ROOT / "docs" / "server.md").read_text()
+    parts = {
+        "README.md": _summary(mini),
+        "docs/search.md": search_table(ROOT / "results" / "search"),
+        "docs/server.md": serving_table(ROOT / "results" / "serving"),
+    }
     made = {
         ROOT / "docs" / "results.md": _document(mini, results),
-        ROOT / "README.md": _between(readme, _summary(mini)),
         ROOT / "docs" / "speed.md": speed_page(ROOT / "results" / "speed"),
-        ROOT / "docs" / "search.md": _between(searching, search_table(ROOT / "results" / "search")),
-        ROOT / "docs" / "server.md": _between(serving, serving_table(ROOT / "results" / "serving")),
-    }
+    } | {ROOT / name: _between((ROOT / name).read_text(), text) for name, text in parts.items()}
     stale = [path for path, text in made.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
         for path in stale:
@@ -93,13 +93,13 @@ def _summary(mini: list[Result]) -> str:
     presets = {key: rows for key, rows in _presets(mini).items() if {result.task for result in rows} == tasks}
     models = [model for model in MODELS if any(name == model for name, _ in presets)]
     methods = [method for method in METHODS if any((model, method) in presets for model in models)]
-    lines = [_row(["method", "forward passes", *models]), _row(["---", "---:", *["---:"] * len(models)])]
+    lines = [row(["method", "forward passes", *models]), row(["---", "---:", *["---:"] * len(models)])]
     for method in methods:
         cells = []
         for model in models:
             rows = presets.get((model, method))
             cells.append(_interval(mean(rows)) + f", {_tokens(rows):.0f} tok" if rows else "")
-        lines.append(_row([f"`{method}`", str(METHODS[method].forward_passes), *cells]))
+        lines.append(row([f"`{method}`", str(METHODS[method].forward_passes), *cells]))
     references = [
         f"{name if name != method else 'TF-IDF'} ({REFERENCES[method]}) {_interval(mean(rows))}"
         for (name, method), rows in presets.items()
@@ -174,15 +174,15 @@ def _document(mini: list[Result], results: list[Result]) -> str:
 def _proof(results: list[Result]) -> str:
     full = {r.task: r for r in results if r.suite == "full" and r.method == "sentence-transformer"}
     lines = [
-        _row(["task", "metric", "n", "public", "ours", "difference", "allowed"]),
-        _row(["---", "---", *["---:"] * 5]),
+        row(["task", "metric", "n", "public", "ours", "difference", "allowed"]),
+        row(["---", "---", *["---:"] * 5]),
     ]
     for task, public in PUBLISHED.items():
         if task in full:
             ours = full[task]
             gap, allowed = ours.score - public, TOLERANCE.get(task, 0.1)
             cells = [f"{public:.2f}", f"{ours.score:.2f}", f"{gap:+.2f}", f"{allowed}"]
-            lines.append(_row([task, ours.metric, str(ours.n), *cells]))
+            lines.append(row([task, ours.metric, str(ours.n), *cells]))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -194,14 +194,14 @@ def _machine(rows: list[Result]) -> str:
 def _scores(table: dict[str, list[Result]]) -> str:
     tasks = sorted({result.task for rows in table.values() for result in rows})
     lines = [
-        _row(["method", "mean", "passes", "tokens a text", "seconds", *tasks]),
-        _row(["---", *["---:"] * (4 + len(tasks))]),
+        row(["method", "mean", "passes", "tokens a text", "seconds", *tasks]),
+        row(["---", *["---:"] * (4 + len(tasks))]),
     ]
     for method, rows in table.items():
         scores = {result.task: f"{result.score:.1f} ± {(result.high - result.low) / 2:.1f}" for result in rows}
         whole = _interval(mean(rows)) if len(rows) == len(tasks) else f"{len(rows)} of {len(tasks)} tasks"
         costs = [str(rows[0].passes), f"{_tokens(rows):.0f}", f"{sum(r.seconds for r in rows):.0f}"]
-        lines.append(_row([method, whole, *costs, *(scores.get(task, "") for task in tasks)]))
+        lines.append(row([method, whole, *costs, *(scores.get(task, "") for task in tasks)]))
     cut = sum(result.truncated for result in next(iter(table.values())))
     lines += ["", f"± is half the interval's width. Texts cut: {cut} with the first method of the table."]
     return "\n".join(lines)
@@ -214,12 +214,12 @@ def _differences(table: dict[str, list[Result]]) -> str:
         return ""
     tasks = sorted(ours)
     lines = ["`kv` minus the method, paired; **bold** where the interval leaves out 0:", ""]
-    lines += [_row(["method", "mean", *tasks]), _row(["---", *["---:"] * (1 + len(tasks))])]
+    lines += [row(["method", "mean", *tasks]), row(["---", *["---:"] * (1 + len(tasks))])]
     for method, rows in table.items():
         theirs = {result.task: result for result in rows}
         if method != "kv" and set(theirs) == set(ours):
             gaps = [difference(ours.values(), rows), *(difference([ours[task]], [theirs[task]]) for task in tasks)]
-            lines.append(_row([method, *map(_gap, gaps)]))
+            lines.append(row([method, *map(_gap, gaps)]))
     return "\n".join(lines) if len(lines) > 4 else ""
 
 
@@ -249,13 +249,13 @@ def _against(what: str, method: str, found: Iterable[tuple[str, list[Result]]], 
     """Each of `found` against `base`, which is `method` itself: mean, difference, and the tasks' scores."""
     tasks = sorted(result.task for result in base)
     lines = [
-        _row([what, "mean", f"against `{method}`", *tasks]),
-        _row(["---", *["---:"] * (2 + len(tasks))]),
+        row([what, "mean", f"against `{method}`", *tasks]),
+        row(["---", *["---:"] * (2 + len(tasks))]),
     ]
     for name, rows in found:
         scores = {result.task: f"{result.score:.1f}" for result in rows}
         gap = "" if rows is base else _gap(difference(rows, base))
-        lines.append(_row([name, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
+        lines.append(row([name, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
     return "\n".join(lines)
 
 
@@ -277,15 +277,15 @@ def _one_left_out(choices: dict[str, list[Result]], base: list[Result]) -> str:
 def _sizes(sizes: dict[str, list[Result]], base: list[Result]) -> str:
     bits = {"float32": 32, "int8": 8, "binary": 1}
     lines = [
-        _row(["dimensions", "numbers", "bytes a vector", "mean", "of `auto`"]),
-        _row(["---:", "---", *["---:"] * 3]),
+        row(["dimensions", "numbers", "bytes a vector", "mean", "of `auto`"]),
+        row(["---:", "---", *["---:"] * 3]),
     ]
     told = {method: (int(method.split()[1]), method.split()[2]) for method in sizes}
     for method, (dim, precision) in sorted(told.items(), key=lambda pair: -pair[1][0] * bits[pair[1][1]]):
         rows = sizes[method]
         share = mean(rows).value / mean(base).value
         cells = [str(dim), precision, f"{dim * bits[precision] // 8:,}", _interval(mean(rows)), f"{share:.1%}"]
-        lines.append(_row(cells))
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
@@ -300,7 +300,7 @@ def _own(mini: list[Result], results: list[Result]) -> str:
             scores = [f"{x.score:.1f} ± {(x.high - x.low) / 2:.1f}" for x in (usual[own.task], own)]
             told = own.config["fitted_on"]
             fitted_on = f"{told['count'] - told.get('self_written', 0):,}"
-            lines.append(_row([model, own.task, *scores, _gap(difference([own], [usual[own.task]])), fitted_on]))
+            lines.append(row([model, own.task, *scores, _gap(difference([own], [usual[own.task]])), fitted_on]))
     if not lines:
         return ""
     head = ["model", "task", "self-written", "own texts", "difference", "own texts used"]
@@ -308,7 +308,7 @@ def _own(mini: list[Result], results: list[Result]) -> str:
         "## `auto`, fitted on the task's own texts\n\nWhat is searched, or a classifier's training texts without their "
         "labels; never what is scored. **Bold**: the interval of the difference leaves out 0."
     )
-    return "\n\n".join([title, "\n".join([_row(head), _row(["---", "---", *["---:"] * 4]), *lines])])
+    return "\n\n".join([title, "\n".join([row(head), row(["---", "---", *["---:"] * 4]), *lines])])
 
 
 def _precision(mini: list[Result], results: list[Result]) -> str:
@@ -334,12 +334,12 @@ def _long(results: list[Result]) -> str:
         if not methods:
             continue
         lines = [
-            _row([f"{model}, method", *(f"{limit:,} tokens" for limit in limits)]),
-            _row(["---", *["---:"] * len(limits)]),
+            row([f"{model}, method", *(f"{limit:,} tokens" for limit in limits)]),
+            row(["---", *["---:"] * len(limits)]),
         ]
         for method in methods:
             found = [cells.get((method, limit)) for limit in limits]
-            lines.append(_row([f"`{method}`", *(_score_and_cut(r) if r else "" for r in found)]))
+            lines.append(row([f"`{method}`", *(_score_and_cut(r) if r else "" for r in found)]))
         parts.append("\n".join(lines))
     if not parts:
         return ""
@@ -410,10 +410,6 @@ def _interval(estimate: Estimate) -> str:
 
 def _tokens(rows: list[Result]) -> float:
     return sum(result.tokens for result in rows) / sum(result.texts for result in rows)
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
