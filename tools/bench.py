@@ -4,7 +4,8 @@
 
 overhead  a re-routed forward over a plain causal one of the same tokens, and over other ways to see the whole text
 corpus    texts of mixed lengths, against sentence-transformers with the same backbone (needs --data)
-llama     the same texts, against llama.cpp with the same GGUF file (needs --data, --gguf, llama-cpp-python)
+llama     the same texts, against llama.cpp with the same GGUF file (needs --data, --gguf, llama-cpp-python), and with
+          the same model in more files, if --gguf names some
 machine   the forward's arithmetic over that of bare matrix products of the same shapes; share of tokens not padding
 growth    seconds by length of a text
 memory    peak resident set of `kvembed embed` with few and with many texts, a tiny random model
@@ -42,6 +43,7 @@ from kvembed.tasks import load_tasks
 ROOT = Path(__file__).parent.parent
 LENGTHS = {64: 16, 512: 4, 2048: 1, 4096: 1}  # tokens of a text -> texts in a batch
 GROWTH = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+PACKAGES = ("kvembed", "torch", "transformers")
 LLAMA_BATCHES = (512, 2048)  # tokens
 CORPUS_TASKS, CORPUS_TEXTS, CORPUS_CHARACTERS = ("stsb", "stackoverflow", "scifact", "qmsum"), 12, 1500
 
@@ -51,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--gguf", type=Path, nargs="+")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed")
@@ -65,12 +67,14 @@ def main() -> None:
         rows = SECTIONS[name](arguments)
         told = {
             "section": name,
-            "model": arguments.gguf.name if name == "llama" else arguments.model,
+            "model": arguments.gguf[0].name if name == "llama" else arguments.model,
             "dtype": arguments.dtype,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
             "hardware": hardware(),
-            "versions": {package: _version(package) for package in ("kvembed", "torch", "transformers")},
+            "versions": {
+                package: _version(package) for package in PACKAGES + ("llama-cpp-python",) * (name == "llama")
+            },
             "rounds": arguments.rounds,
             "rows": rows,
         }
@@ -196,32 +200,34 @@ def _against(seconds: Mapping[str, Sequence[float]], texts: int, tokens: int, co
 
 
 def llama(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Mean pooling without a prompt on both sides; llama.cpp by its threads and its batch of so many tokens."""
+    """Mean pooling without a prompt and all threads on both sides; llama.cpp by its file and its tokens in a batch."""
     import llama_cpp  # not of the project's dependencies: it compiles for minutes
     import numpy as np
 
     texts = _corpus(arguments.data)
-    embedder = Embedder.from_pretrained(str(arguments.gguf), method="mean", dtype=arguments.dtype)
+    embedder = Embedder.from_pretrained(arguments.gguf[0], method="mean", dtype=arguments.dtype)
     runs: dict[str, Callable[[], object]] = {"kvembed": lambda: embedder.encode(texts)}
-    for threads in sorted({1, torch.get_num_threads()}):
+    for path in arguments.gguf:
         for batch in LLAMA_BATCHES:
             theirs = llama_cpp.Llama(
-                str(arguments.gguf),
+                str(path),
                 embedding=True,
                 pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN,
                 n_ctx=max(LLAMA_BATCHES),
                 n_batch=batch,
                 n_ubatch=batch,
-                n_threads=threads,
-                n_threads_batch=threads,
+                n_threads=torch.get_num_threads(),
+                n_threads_batch=torch.get_num_threads(),
                 verbose=False,
             )
-            name = f"llama.cpp, {threads} thread{'s' * (threads > 1)}, batches of {batch:,}"
-            runs[name] = functools.partial(theirs.embed, texts, normalize=True)
+            runs[f"llama.cpp, {path.stem}, batches of {batch:,}"] = functools.partial(
+                theirs.embed, texts, normalize=True
+            )
     seconds = _interleaved(runs, min(arguments.rounds, 3))
     encoded = embedder.encode_with_report(texts)
-    cosine = (encoded.vectors * np.array(runs[name](), np.float32)).sum(1).min()
-    return _against(seconds, len(texts), int(encoded.token_counts.sum()), cosine)
+    first = next(name for name in runs if name != "kvembed")  # of the file that kvembed reads too
+    cosine = (encoded.vectors * np.array(runs[first](), np.float32)).sum(1).min()
+    return _against(seconds, len(texts), int(encoded.token_counts.sum()), float(cosine))
 
 
 def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:

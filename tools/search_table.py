@@ -28,15 +28,23 @@ def search_table(folder: Path) -> str:
             task = f"{NAMES.get(row['task'], row['task'])} ({size})"
             body.append([f"{row['model']}, `{row['method']}`", task, *cells])
         parts.append(table(["vectors", "task", *MODES], "llrrr", body))
+    if (folder / "cli.json").is_file():
+        told = json.loads((folder / "cli.json").read_text())
+        scores = told["ndcg_at_10"]
+        options = f"--model {told['model']} --method {told['method']} --dtype float32 --max-tokens {told['max_tokens']}"
+        parts.append(
+            f"All of {NAMES[told['task']]} ({told['documents']:,} documents, {told['queries']} queries) by `kvembed "
+            f"index` and `kvembed search --mode vector`, with `{options}`: nDCG@10 {scores['search']:.4f}, and "
+            f"{scores['eval']:.4f} by `kvembed eval`."
+        )
     if (folder / "latency.json").is_file():
         told = json.loads((folder / "latency.json").read_text())
-        times = [
-            f"{told['milliseconds'][mode]['median']:.0f} ({told['milliseconds'][mode]['p95']:.0f})" for mode in MODES
-        ]
+        times = {name: f"{found['median']:.0f} ({found['p95']:.0f})" for name, found in told["milliseconds"].items()}
         machine = f"{told['threads']} threads, {told['hardware']}"
         parts.append(
-            f"{told['documents']:,} documents of {told['dimensions']} dimensions, once loaded ({machine}): {times[0]} "
-            f"ms a query by vector, {times[1]} by text, {times[2]} by both; in brackets the 95th percentile. The "
-            "query's own embedding comes on top."
+            f"{told['documents']:,} short texts of {told['dimensions']} dimensions, once loaded ({machine}): "
+            f"{times['vector']} ms a query by vector, {times['text']} by text, {times['hybrid']} by both; in brackets "
+            f"the 95th percentile. {times['embedding']} ms of the first and the last are the query's own embedding "
+            f"({told['model']}, `{told['method']}`)."
         )
     return "\n\n".join(parts)

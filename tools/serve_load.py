@@ -1,6 +1,6 @@
 """`kvembed serve` under load: vectors and throughput against the library, then many clients with mixed lengths.
 
-    python tools/serve_load.py --seconds 300 --clients 64
+    python tools/serve_load.py [--seconds 300] [--clients 64]
 
 It starts the server itself, on a free port, and writes results/serving/MODEL-METHOD.json; `make tables` makes
 docs/server.md's table of it. Needs the extra `server` and the `openai` package.
@@ -123,7 +123,7 @@ async def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--method", default="auto")
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "serving")
@@ -152,7 +152,7 @@ async def main() -> None:
             told["throughput"][size] = {"clock": wall, "processor": processor}
         told["load"] = await load(client, address, options.clients, options.seconds)
     told |= {
-        "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "dtype": embedder.dtype,
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
     }

@@ -36,6 +36,12 @@ TITLES = {
 }
 
 
+NOTES = {
+    "llama": " llama.cpp was built on the machine, for its own instructions. kvembed reads the first file; llama.cpp "
+    "made the other of it.",
+}
+
+
 def speed_page(folder: Path) -> str:
     """Markdown; empty if nothing was measured."""
     parts = [
@@ -51,7 +57,8 @@ def speed_page(folder: Path) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
         machine = f"{told['device']}, {told['threads']} threads, {told['hardware']}; {versions}"
         what = "a tiny random model" if section == "memory" else f"{told['model']}, {told['dtype']}"
-        parts += [f"## {title}", f"{what}; {machine}; {told['rounds']} rounds.", _table(section, told["rows"])]
+        about = f"{what}; {machine}; {told['rounds']} rounds.{NOTES.get(section, '')}"
+        parts += [f"## {title}", about, _table(section, told["rows"])]
     return "\n\n".join(parts) + "\n" if len(parts) > 2 else ""
 
 

@@ -248,7 +248,7 @@ def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> di
     told = {
         "kvembed": __version__,
         "weights": embedder.fingerprint(),
-        "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "dtype": embedder.dtype,
         "config": embedder.config.to_dict(),
         "config_hash": embedder.config.hash(),
         "transform": None if embedder.transform is None else embedder.transform.digest(),

@@ -265,6 +265,11 @@ class Embedder:
         )
 
     @property
+    def dtype(self) -> str:
+        """The weights' dtype as `from_pretrained` takes it: float32, bfloat16 or float16."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def batch_tokens(self) -> int:
         """Tokens in a batch; the default goes by where the model is now."""
         return self._batch_tokens or (2048 if self.backbone.device.type == "cpu" else 16384)

@@ -40,7 +40,7 @@ def identity(embedder: Embedder) -> dict[str, Any]:
     """Everything that decides an embedder's vectors, in plain JSON types."""
     told = {
         "weights": embedder.fingerprint(),
-        "dtype": str(embedder.model.dtype).removeprefix("torch."),
+        "dtype": embedder.dtype,
         "config": embedder.config.to_dict(),
         "max_tokens": embedder.max_tokens,
         "transform": None if embedder.transform is None else embedder.transform.digest(),

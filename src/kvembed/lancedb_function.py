@@ -83,5 +83,4 @@ class KvembedFunction(TextEmbeddingFunction):
     def safe_model_dump(self) -> dict[str, Any]:
         """What LanceDB stores with a table."""
         given: dict[str, Any] = super().safe_model_dump()  # type: ignore[no-untyped-call]
-        dtype = str(self.embedder.model.dtype).removeprefix("torch.")
-        return given | {"dtype": dtype, "made_with": identity_hash(identity(self.embedder))}
+        return given | {"dtype": self.embedder.dtype, "made_with": identity_hash(identity(self.embedder))}

@@ -73,7 +73,6 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
     """An `Embedder`, under the name that `model` has in tables."""
     import torch
 
-    dtype = str(embedder.model.dtype).removeprefix("torch.")
     device = embedder.model.device.type
     if device == "cpu":
         device += f", {torch.get_num_threads()} threads"
@@ -89,14 +88,14 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
     def join(flat: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
         return embedder.join(flat.reshape(len(flat), -1, embedder.backbone.dim), role=role)
 
-    told = f"{embedder.fingerprint()}-{dtype}-{embedder.config.hash()}-{embedder.max_tokens}"
+    told = f"{embedder.fingerprint()}-{embedder.dtype}-{embedder.config.hash()}-{embedder.max_tokens}"
     fitted = {}
     views = None
     if embedder.transform is not None:
         # Another transform of the same views, or fewer of its dimensions, needs no new forward.
         from .tuning import fitted_for
 
-        views = digest(f"{fitted_for(embedder.fingerprint(), embedder.config)}-{dtype}-{embedder.max_tokens}")
+        views = digest(f"{fitted_for(embedder.fingerprint(), embedder.config)}-{embedder.dtype}-{embedder.max_tokens}")
         told += f"-{embedder.transform.digest()}"
         told_of = ("texts", "texts_sha256", "count", "self_written")
         info = embedder.transform.info
@@ -108,7 +107,7 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         config_hash=embedder.config.hash(),
         identity=digest(told),
         passes=embedder.config.forward_passes,
-        device=f"{device}, {dtype}",
+        device=f"{device}, {embedder.dtype}",
         encode=encode_views if views else encode,
         finish=join if views else None,
         cached_as=views,

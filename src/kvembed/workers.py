@@ -59,7 +59,7 @@ class Recipe:
         return cls(
             name=str(local.resolve()) if name not in BUNDLED and local.exists() else name,
             revision=revision,
-            dtype=str(embedder.model.dtype).removeprefix("torch."),
+            dtype=embedder.dtype,
             config=embedder.config,
             transform=embedder.transform,
             batch_tokens=embedder.batch_tokens,
