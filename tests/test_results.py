@@ -126,7 +126,7 @@ def test_a_preset_with_changes_is_not_the_preset(tables):
 def test_stale_tables_fail(tables, tmp_path, monkeypatch, capsys):
     for name in ("docs", "results"):
         (tmp_path / name).mkdir()
-    for name in ("README.md", "docs/search.md", "docs/server.md"):
+    for name in ("README.md", "docs/bulk.md", "docs/search.md", "docs/server.md"):
         (tmp_path / name).write_text(f"before\n{tables.BEGIN}\n{tables.END}\nafter\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     one = result("a")

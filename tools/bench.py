@@ -45,7 +45,9 @@ LENGTHS = {64: 16, 512: 4, 2048: 1, 4096: 1}  # tokens of a text -> texts in a b
 GROWTH = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PACKAGES = ("kvembed", "torch", "transformers")
 LLAMA_BATCHES = (512, 2048)  # tokens
-CORPUS_TASKS, CORPUS_TEXTS, CORPUS_CHARACTERS = ("stsb", "stackoverflow", "scifact", "qmsum"), 12, 1500
+CORPUS_TEXTS = 79  # of each task
+CORPUS_TASKS = {"stsb": None, "stackoverflow": None, "scifact": 1500, "qmsum": 400}  # cut to so many characters
+LLAMA_TEXTS = 20  # of each task: llama.cpp takes minutes for more
 
 
 def main() -> None:
@@ -155,12 +157,13 @@ def overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _corpus(data: Path) -> list[str]:
+def _corpus(data: Path, count: int = CORPUS_TEXTS) -> list[str]:
+    """So many texts of each task, mixed."""
     texts: list[str] = []
-    for task in load_tasks(data, CORPUS_TASKS):
+    for task in load_tasks(data, list(CORPUS_TASKS)):
         documents = list(task.documents)
         random.Random(0).shuffle(documents)
-        texts += [text[:CORPUS_CHARACTERS] for text in documents[:CORPUS_TEXTS]]
+        texts += [text[: CORPUS_TASKS[task.name]] for text in documents[:count]]
     random.Random(1).shuffle(texts)
     return texts
 
@@ -204,7 +207,7 @@ def llama(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     import llama_cpp  # not of the project's dependencies: it compiles for minutes
     import numpy as np
 
-    texts = _corpus(arguments.data)
+    texts = _corpus(arguments.data, LLAMA_TEXTS)
     embedder = Embedder.from_pretrained(arguments.gguf[0], method="mean", dtype=arguments.dtype)
     runs: dict[str, Callable[[], object]] = {"kvembed": lambda: embedder.encode(texts)}
     for path in arguments.gguf:

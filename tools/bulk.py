@@ -1,7 +1,9 @@
 """What `kvembed bulk` promises, measured: flat memory at a million rows, and nothing lost by ten `kill -9`.
 
-python tools/bulk.py memory                                # a random model of one layer, 100,000 and 1,000,000 rows
+python tools/bulk.py memory [--kind parquet]               # a random model of one layer, 100,000 and 1,000,000 rows
 python tools/bulk.py kills texts.jsonl --model smollm2     # any texts and model; stops ten times at random moments
+
+Each writes a file to results/bulk/; `make tables` makes docs/bulk.md's tables of them.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from kvembed.evaluate import hardware
+
+ROOT = Path(__file__).parent.parent
 WORDS = [
     "ferry",
     "island",
@@ -36,12 +42,12 @@ WORDS = [
 ]
 
 
-def memory(folder: Path, counts: list[int], kind: str) -> None:
+def memory(folder: Path, counts: list[int], kind: str) -> dict[str, Any]:
     """Peak memory and pace of the same job at several sizes."""
     from tiny import tiny_embedder  # it imports torch
 
     tiny_embedder().save_pretrained(folder / "model")
-    print(f"{'rows':>10} {'shards':>7} {'seconds':>8} {'rows/s':>7} {'peak RSS, MB':>13} {'input, MB':>10}")
+    jobs = []
     for count in counts:
         source, out = folder / f"{count}.{kind}", folder / f"out-{count}"
         write_texts(source, count)
@@ -68,8 +74,10 @@ def memory(folder: Path, counts: list[int], kind: str) -> None:
         assert rows == [10_000] * (count // 10_000), "shards are not as planned"
         ids = pq.read_table(out, columns=["id"])["id"].to_numpy()
         assert np.array_equal(ids, np.arange(count)), "rows are lost, doubled or out of order"
-        size, peak = source.stat().st_size / 1e6, used.ru_maxrss / 1e3
-        print(f"{count:>10,} {len(shards):>7} {seconds:>8.0f} {count / seconds:>7,.0f} {peak:>13,.0f} {size:>10,.1f}")
+        job = {"rows": count, "shards": len(shards), "seconds": round(seconds, 1)}
+        jobs.append(job | {"peak_mb": round(used.ru_maxrss / 1e3), "input_mb": round(source.stat().st_size / 1e6, 1)})
+        print(json.dumps(jobs[-1]), flush=True)
+    return {"kind": kind, "jobs": jobs}
 
 
 def write_texts(path: Path, count: int) -> None:
@@ -88,7 +96,7 @@ def write_texts(path: Path, count: int) -> None:
             writer.write_table(pa.table({"text": chunk}, schema))
 
 
-def kills(folder: Path, source: Path, model: str, method: str, times: int, shard_rows: int) -> None:
+def kills(folder: Path, source: Path, model: str, method: str, times: int, shard_rows: int) -> dict[str, Any]:
     """The same job uninterrupted, and killed at random moments of its work until it is done."""
     options = ["--model", model, "--method", method, "--shard-rows", str(shard_rows)]
 
@@ -104,6 +112,7 @@ def kills(folder: Path, source: Path, model: str, method: str, times: int, shard
     print(f"uninterrupted: {seconds:.0f} s")
     shards = len(list(whole.glob("shard-*")))
     draw = random.Random(0)
+    kills = half_written = 0
     for _ in range(times):
         there, stale = len(list(stopped.glob("shard-*"))), set(stopped.glob(".shard-*"))
         writing = draw.random() < 0.3  # stop as a shard is being written, or else at any moment of making one
@@ -118,8 +127,9 @@ def kills(folder: Path, source: Path, model: str, method: str, times: int, shard
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.0005)
-        process.wait()
+        kills += process.wait() == -signal.SIGKILL
         now, left = len(list(stopped.glob("shard-*"))), len(set(stopped.glob(".shard-*")) - stale)
+        half_written += left
         print(f"killed after {time.monotonic() - begun:.1f} s: {now} shards, {now - there} new, {left} half-written")
     if start(stopped).wait():
         raise SystemExit("kvembed bulk failed")
@@ -128,7 +138,8 @@ def kills(folder: Path, source: Path, model: str, method: str, times: int, shard
     assert one.equals(other), "rows differ"
     names = sorted(path.name for path in whole.glob("*.parquet"))
     same = all((whole / name).read_bytes() == (stopped / name).read_bytes() for name in names)
-    print(f"{one.num_rows:,} rows in {len(names)} shards: equal; files equal byte for byte: {same}")
+    told = {"model": model, "method": method, "rows": one.num_rows, "shards": len(names), "seconds": round(seconds)}
+    return told | {"kills": kills, "half_written": half_written, "same_bytes": same}
 
 
 def main() -> None:
@@ -147,9 +158,14 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if given.command == "memory":
-            memory(Path(folder), given.rows, given.kind)
+            name, told = f"memory-{given.kind}", memory(Path(folder), given.rows, given.kind)
         else:
-            kills(Path(folder), given.source, given.model, given.method, given.times, given.shard_rows)
+            name = f"kills-{Path(given.model).stem}-{given.method}"
+            told = kills(Path(folder), given.source, given.model, given.method, given.times, given.shard_rows)
+    path = ROOT / "results" / "bulk" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told | {"hardware": hardware(), "cores": os.cpu_count()}, indent=1) + "\n")
+    print(path.relative_to(ROOT), json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables from results/: docs/results.md, docs/speed.md, and README.md's and docs/search.md's between their markers.
+"""Tables from results/: docs/results.md, docs/speed.md, and between their markers those of other pages.
 
 `--check` fails if one is stale.
 """
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bulk_table import bulk_table
 from figures import draw
 from markdown_table import row
 from search_table import search_table
@@ -37,6 +38,7 @@ def main() -> int:
     mini = [result for result in results if result.suite == "mini"]
     parts = {
         "README.md": _summary(mini),
+        "docs/bulk.md": bulk_table(ROOT / "results" / "bulk"),
         "docs/search.md": search_table(ROOT / "results" / "search"),
         "docs/server.md": serving_table(ROOT / "results" / "serving"),
     }
