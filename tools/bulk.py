@@ -112,7 +112,7 @@ def kills(folder: Path, source: Path, model: str, method: str, times: int, shard
     print(f"uninterrupted: {seconds:.0f} s")
     shards = len(list(whole.glob("shard-*")))
     draw = random.Random(0)
-    kills = half_written = 0
+    killed = half_written = 0
     for _ in range(times):
         there, stale = len(list(stopped.glob("shard-*"))), set(stopped.glob(".shard-*"))
         writing = draw.random() < 0.3  # stop as a shard is being written, or else at any moment of making one
@@ -127,7 +127,7 @@ def kills(folder: Path, source: Path, model: str, method: str, times: int, shard
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.0005)
-        kills += process.wait() == -signal.SIGKILL
+        killed += process.wait() == -signal.SIGKILL
         now, left = len(list(stopped.glob("shard-*"))), len(set(stopped.glob(".shard-*")) - stale)
         half_written += left
         print(f"killed after {time.monotonic() - begun:.1f} s: {now} shards, {now - there} new, {left} half-written")
@@ -139,7 +139,7 @@ def kills(folder: Path, source: Path, model: str, method: str, times: int, shard
     names = sorted(path.name for path in whole.glob("*.parquet"))
     same = all((whole / name).read_bytes() == (stopped / name).read_bytes() for name in names)
     told = {"model": model, "method": method, "rows": one.num_rows, "shards": len(names), "seconds": round(seconds)}
-    return told | {"kills": kills, "half_written": half_written, "same_bytes": same}
+    return told | {"kills": killed, "half_written": half_written, "same_bytes": same}
 
 
 def main() -> None:

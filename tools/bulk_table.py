@@ -14,8 +14,7 @@ __all__ = ["bulk_table"]
 def bulk_table(folder: Path) -> str:
     """Markdown; empty if nothing was measured."""
     parts = []
-    memory: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("memory-*.json"))]
-    if memory:
+    if memory := _read(folder, "memory-*.json"):
         body = [
             [
                 f"{job['rows']:,}, {told['kind']}",
@@ -28,8 +27,7 @@ def bulk_table(folder: Path) -> str:
             for job in told["jobs"]
         ]
         parts.append(table(["rows, of a random model of one layer", "shards", "peak", "rows/s", "on"], "lrrrl", body))
-    kills: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("kills-*.json"))]
-    if kills:
+    if kills := _read(folder, "kills-*.json"):
         body = [
             [
                 f"{told['rows']:,} texts, {told['model']}, `{told['method']}`",
@@ -43,6 +41,10 @@ def bulk_table(folder: Path) -> str:
         head = ["job", "shards", "`kill -9`", "against an uninterrupted job", "on"]
         parts.append(table(head, "lrlll", body))
     return "\n\n".join(parts)
+
+
+def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
 
 
 def _machine(told: dict[str, Any]) -> str:
