@@ -19,6 +19,7 @@ from .attention import Reroute, attending, stock_attention, turn_back, unfit
 from .config import EmbedConfig
 from .errors import InputError, UnsupportedModel
 from .packing import Packed, pack
+from .tiles import suits
 
 __all__ = ["Backbone"]
 
@@ -199,7 +200,9 @@ class Backbone:
 
     def _is_worth_packing(self, lengths: Tensor, width: int) -> bool:
         """Where nearly nothing is padded, one attention for all texts is faster than one for each length."""
-        return self.rerouting is Reroute and int(lengths.sum()) < _FULL * len(lengths) * width
+        if self.rerouting is not Reroute:
+            return False
+        return suits(self.device, self.model.dtype) or int(lengths.sum()) < _FULL * len(lengths) * width
 
     def _states(
         self,
@@ -210,6 +213,7 @@ class Backbone:
         placeholders: Tensor | None,
         readers: Mapping[int, Callable[[Tensor], None]],
         packed: Packed | None,
+        by_definition: bool = False,
     ) -> Tensor:
         kept: list[Tensor] = []
         unpack = packed.unpack if packed else _as_it_is
@@ -218,7 +222,7 @@ class Backbone:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the model's own dtype, always
             if config.layers or packed:
-                stack.enter_context(self._attention_changed(lengths, config, betas, packed))
+                stack.enter_context(self._attention_changed(lengths, config, betas, packed, by_definition))
             if config.prepend_layers and placeholders is not None:
                 rows = torch.arange(len(ids)) if packed is None else torch.zeros(len(ids), dtype=torch.long)
                 starts = 0 if packed is None else packed.starts
@@ -250,7 +254,11 @@ class Backbone:
         other = torch.cat([texts[:1].flip(1), texts[1:]])
         config = EmbedConfig()
         try:
-            ours, its = (self._states(x, lengths, config, None, None, {}, pack(x, lengths)) for x in (texts, other))
+            # by definition: it is the model that is tried, not how another kernel rounds
+            ours, its = (
+                self._states(x, lengths, config, None, None, {}, pack(x, lengths), by_definition=True)
+                for x in (texts, other)
+            )
         except Exception:  # a model's own code may fail in any way
             return False
         padded = self._states(texts, lengths, config, None, None, {}, None)
@@ -284,10 +292,16 @@ class Backbone:
 
     @contextlib.contextmanager
     def _attention_changed(
-        self, lengths: Tensor, config: EmbedConfig, betas: dict[int, Tensor] | None, packed: Packed | None
+        self,
+        lengths: Tensor,
+        config: EmbedConfig,
+        betas: dict[int, Tensor] | None,
+        packed: Packed | None,
+        by_definition: bool,
     ) -> Iterator[None]:
         rotations: dict[Any, tuple[Tensor, Tensor]] = {}
-        reroute = self.rerouting(
+        kind = functools.partial(self.rerouting, prefer_closed=False) if by_definition else self.rerouting
+        reroute = kind(
             layers=frozenset(self.changed_layers(config)),
             layer_calls=self.layer_calls,
             last=lengths - 1,

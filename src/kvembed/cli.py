@@ -28,6 +28,7 @@ from .console import (
     quiet,
 )
 from .errors import InputError
+from .heap import keep_for_the_next_batch
 from .methods import METHODS
 
 if TYPE_CHECKING:
@@ -632,9 +633,7 @@ def pull(
 def main() -> None:
     """The `kvembed` command."""
     sys.unraisablehook = interrupt_again
-    for kept in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        # By default torch keeps 1,024 compiled matrix products, one a length of batch and shape of weight: 600 MB.
-        os.environ.setdefault(kept, "64")
+    keep_for_the_next_batch()
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
