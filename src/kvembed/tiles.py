@@ -60,15 +60,16 @@ class Tiles:
         limits = torch.finfo(torch.bfloat16)
         self._bias, self._slot_self = min(max(bias, limits.min), limits.max), slot_self
         self._lengths = torch.tensor(lengths)
+        self._tile = min(TILE, _up(sum(lengths), _STEP))  # a few tokens in all, one query say, need no more
         self._text = torch.arange(len(lengths)).repeat_interleave(self._lengths)  # (T,)
         starts = (self._lengths.cumsum(0) - self._lengths).tolist()
         shared: list[list[int]] = []  # texts of each shared tile
         room = 0
         for text, tokens in enumerate(lengths):
-            if tokens <= TILE:
+            if tokens <= self._tile:
                 if tokens > room:
                     shared.append([])
-                    room = TILE
+                    room = self._tile
                 shared[-1].append(text)
                 room -= tokens
         self._shared = len(shared)
@@ -77,14 +78,14 @@ class Tiles:
         slots = []  # for each key row the text whose slot it is, or -1
         for texts in shared:
             tokens_here = [token for text in texts for token in range(starts[text], starts[text] + lengths[text])]
-            queries += _filled(tokens_here, TILE)
+            queries += _filled(tokens_here, self._tile)
             keys += _filled([starts[text] + lengths[text] - 1 for text in texts], self._width)
-            keys += _filled(tokens_here, TILE)
-            slots += _filled(texts, self._width) + [-1] * TILE
+            keys += _filled(tokens_here, self._tile)
+            slots += _filled(texts, self._width) + [-1] * self._tile
         self._long = []
         for text, tokens in enumerate(lengths):
-            if tokens > TILE:
-                piece = _up(-(-tokens // _MOST_PIECES), TILE)
+            if tokens > self._tile:
+                piece = _up(-(-tokens // _MOST_PIECES), self._tile)
                 self._long.append(_Long(len(queries), len(keys), tokens, piece))
                 here = list(range(starts[text], starts[text] + tokens))
                 queries += _filled(here, _up(tokens, piece))
@@ -101,9 +102,9 @@ class Tiles:
         }
 
     def _shared_mask(self, query: Tensor, key: Tensor, routed: bool) -> Tensor:
-        """(N,128,1,width + 128) bfloat16, additive: what each token of a shared tile sees; 1 is for the heads."""
-        rows = query[: self._shared * TILE].view(self._shared, TILE, 1)
-        columns = key[: self._shared * (self._width + TILE)].view(self._shared, 1, self._width + TILE)
+        """(N,tile,1,width + tile) bfloat16, additive: what each token of a shared tile sees; 1 is for the heads."""
+        rows = query[: self._shared * self._tile].view(self._shared, self._tile, 1)
+        columns = key[: self._shared * (self._width + self._tile)].view(self._shared, 1, self._width + self._tile)
         same = self._text[rows.clip(0)] == self._text[columns.clip(0)]
         is_slot = torch.arange(columns.shape[-1]) < self._width
         is_last = rows == (self._lengths.cumsum(0) - 1)[self._text[rows.clip(0)]]
@@ -134,10 +135,10 @@ class Tiles:
         values = value[0].index_select(1, self._keys)  # (Hkv,columns,Dv)
         out = rows.new_empty(heads, rows.shape[1], groups * value.shape[-1])
         if self._shared:
-            tokens, columns = self._shared * TILE, self._shared * (self._width + TILE)
-            q = rows[:, :tokens].reshape(heads * self._shared, TILE * groups, -1)
+            tokens, columns = self._shared * self._tile, self._shared * (self._width + self._tile)
+            q = rows[:, :tokens].reshape(heads * self._shared, self._tile * groups, -1)
             k, v = (part[:, :columns].reshape(heads * self._shared, -1, part.shape[-1]) for part in (keys, values))
-            logits = torch.bmm(q, k.transpose(1, 2)).view(heads, self._shared, TILE, groups, -1)
+            logits = torch.bmm(q, k.transpose(1, 2)).view(heads, self._shared, self._tile, groups, -1)
             logits += self._masks[routed]
             found = torch.bmm(logits.softmax(-1).view(len(q), -1, k.shape[1]), v)
             out[:, :tokens] = found.view(heads, tokens, -1)
