@@ -3,7 +3,7 @@
 Where a processor has no AMX, torch's fused kernel multiplies bfloat16 far below its rate; plain batched products of the
 same numbers take a third of the time (docs/decisions.md). So tokens are laid out in tiles:
 
-    short texts    as many as fit share a tile of 128 tokens; all such tiles are one product
+    short texts    as many as fit share a tile of 128 or 64 tokens; all such tiles are one product
     a long text    is cut into pieces of its own, each with all keys up to its end
 
 A tile's keys have its texts' slots in front. A layer that is not re-routed hides them, so all layers share one layout,
@@ -60,7 +60,8 @@ class Tiles:
         limits = torch.finfo(torch.bfloat16)
         self._bias, self._slot_self = min(max(bias, limits.min), limits.max), slot_self
         self._lengths = torch.tensor(lengths)
-        self._tile = min(TILE, _up(sum(lengths), _STEP))  # a few tokens in all, one query say, need no more
+        # Half of it if no text is longer; and a few tokens in all, one query say, need no more.
+        self._tile = min(TILE if max(lengths) > TILE // 2 else TILE // 2, _up(sum(lengths), _STEP))
         self._text = torch.arange(len(lengths)).repeat_interleave(self._lengths)  # (T,)
         starts = (self._lengths.cumsum(0) - self._lengths).tolist()
         shared: list[list[int]] = []  # texts of each shared tile
