@@ -138,12 +138,12 @@ def main() -> None:
         subject = dataclasses.replace(subject, method=control)
         rows = list(evaluate(subject, tasks, suite="ablation", results=arguments.results, progress=True))
         print(f"{mean(rows).value:6.2f}  {control}", flush=True)
-    if "precision" in parts:  # all tasks, against the row of `mini`, which is in bfloat16
-        exact = Embedder.from_pretrained(arguments.model, method="kv", dtype="float32", max_tokens=MINI_TOKENS)
-        subject = marked(embedder_subject(exact, name), "dtype", "float32")
+    for dtype in ("float32", "bfloat16") if "precision" in parts else ():  # all tasks, against the row of `mini`
+        embedder = Embedder.from_pretrained(arguments.model, method="kv", dtype=dtype, max_tokens=MINI_TOKENS)
+        subject = marked(embedder_subject(embedder, name), "dtype", dtype)
         tasks = [mini(task) for task in load_tasks(arguments.data)]
         rows = list(evaluate(subject, tasks, suite="precision", results=arguments.results, progress=True))
-        print(f"{mean(rows).value:6.2f}  kv in float32", flush=True)
+        print(f"{mean(rows).value:6.2f}  kv in {dtype}", flush=True)
 
 
 def _controlled(embedder: Embedder, control: str, rerouting: type[Reroute], name: str) -> Subject:
