@@ -314,7 +314,7 @@ def _own(mini: list[Result], results: list[Result]) -> str:
 
 
 def _precision(mini: list[Result], results: list[Result]) -> str:
-    """`kv` in float32 and in bfloat16 as it is now, against bfloat16 with torch's attention, as all other results are."""
+    """`kv` in float32 and as it is now, against bfloat16 with torch's attention, as all other results are."""
     presets = _presets(mini)
     parts = []
     for model in MODELS:
@@ -327,8 +327,8 @@ def _precision(mini: list[Result], results: list[Result]) -> str:
         if len(rows) > 1:
             parts.append(_against(f"{model}, `kv` in", "bfloat16", rows, usual))
     about = (
-        "Results in bfloat16 were made with torch's fused attention. Tiles, which kvembed now has for it on a CPU, round "
-        "otherwise, and no further from float32."
+        "Results in bfloat16 were made with torch's fused attention. Tiles, which kvembed now has for it on a CPU, "
+        "round otherwise; the difference can't be told from chance."
     )
     return "\n\n".join(["## bfloat16 or float32", about, *parts]) if parts else ""
 
