@@ -29,8 +29,8 @@ class Recorder:
         return [2 * item for item in items]
 
 
-def batcher(run, batch_tokens=100, queue_tokens=10_000):
-    return Batcher(run, batch_tokens=batch_tokens, queue_tokens=queue_tokens)
+def batcher(run, batch_tokens=100, queue_tokens=10_000, packed=False):
+    return Batcher(run, batch_tokens=batch_tokens, queue_tokens=queue_tokens, packed=packed)
 
 
 async def until(condition):
@@ -46,16 +46,18 @@ async def until(condition):
         st.tuples(st.sampled_from("ab"), st.lists(st.integers(1, 150), min_size=0, max_size=12)), max_size=8
     ),
     budget=st.integers(1, 300),
+    packed=st.booleans(),
 )
-def test_every_item_is_answered_in_order_within_the_budget_and_its_group(requests, budget):
+def test_every_item_is_answered_in_order_within_the_budget_and_its_group(requests, budget, packed):
     run = Recorder()
 
     async def main():
-        async with batcher(run, budget) as queue:
+        async with batcher(run, budget, packed=packed) as queue:
             return await asyncio.gather(*(queue.submit(group, lengths, lengths) for group, lengths in requests))
 
     assert asyncio.run(main()) == [[2 * length for length in lengths] for _, lengths in requests]
-    assert all(len(items) == 1 or len(items) * max(items) <= budget for _, items in run.batches)
+    sizes = [(len(items), sum(items) if packed else len(items) * max(items)) for _, items in run.batches]
+    assert all(count == 1 or size <= budget for count, size in sizes)
     given_out = sorted((group, item) for group, items in run.batches for item in items)
     assert given_out == sorted((group, length) for group, lengths in requests for length in lengths)
 

@@ -38,7 +38,7 @@ from kvembed import EmbedConfig, Embedder, models
 from kvembed.attention import Reroute
 from kvembed.backbone import Backbone
 from kvembed.evaluate import hardware
-from kvembed.heap import keep_for_the_next_batch
+from kvembed.process import keep_for_the_next_batch
 from kvembed.tasks import load_tasks
 
 ROOT = Path(__file__).parent.parent

@@ -30,7 +30,7 @@ from openai import APIStatusError, AsyncOpenAI
 
 from kvembed import Embedder
 from kvembed.evaluate import hardware
-from kvembed.heap import keep_for_the_next_batch
+from kvembed.process import keep_for_the_next_batch
 
 ROOT = Path(__file__).parent.parent
 CUT = {"truncate": True}  # as the library does

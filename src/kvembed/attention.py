@@ -145,21 +145,26 @@ class Reroute:
     ) -> Tensor:
         """All packed texts' attention in one layer at once, (1,T,Hq,Dv); arguments as in `__call__`."""
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        text, final = self._places(key.device)  # (T,), (texts,)
-        slot_key, slot_value = (part[0, :, final].transpose(0, 1) for part in (key, value))  # (texts,Hkv,D)
-        if layer in self.turned:
-            last = torch.tensor(self.packed, device=key.device) - 1
-            slot_key = turn_back(module, layer, slot_key, self.rotations, last)
         if suits(query.device, query.dtype):
             self._tiles = self._tiles or Tiles(self.packed, self.bias, self.slot_self)
-            turned = slot_key if layer in self.turned else None
+            turned = self._packed_slot_keys(module, layer, key) if layer in self.turned else None
             return self._tiles.attend(query, key, value, scale, layer in self.layers, turned)
+        text, final = self._places(key.device)  # (T,), (texts,)
         out, lse = flash.varlen_with_lse(query, key, value, final + 1, self.packed[0], scale)  # (1,Hq,T,Dv), (1,Hq,T)
         if layer in self.layers:
-            slot_key, slot_value = (part[text].transpose(0, 1)[None] for part in (slot_key, slot_value))  # (1,Hkv,T,D)
+            slots = self._packed_slot_keys(module, layer, key), value[0, :, final].transpose(0, 1)  # (texts,Hkv,D)
+            slot_key, slot_value = (part[text].transpose(0, 1)[None] for part in slots)  # (1,Hkv,T,D)
             unseen = None if self.slot_self else (torch.zeros_like(final), final)
             out, _ = _blend(out, lse, query, slot_key, slot_value, scale, self.bias, unseen)
         return out.transpose(1, 2).contiguous()
+
+    def _packed_slot_keys(self, module: nn.Module, layer: int, key: Tensor) -> Tensor:
+        """(texts,Hkv,Dk) of key (1,Hkv,T,Dk)."""
+        slot_key = key[0, :, self._places(key.device)[1]].transpose(0, 1)
+        if layer in self.turned:
+            last = torch.tensor(self.packed, device=key.device) - 1
+            slot_key = turn_back(module, layer, slot_key, self.rotations, last)
+        return slot_key
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of packed texts: each token's text (T,), and where each text ends (texts,), both int64."""

@@ -55,15 +55,22 @@ class Batcher(Generic[Item, Row]):
 
     Args:
         run: given a group and items of it, gives a row each; runs in the thread.
-        batch_tokens: a batch's padded size (items x longest) stays within it; a longer item is a batch of its own.
+        batch_tokens: what a batch computes stays within it; a longer item is a batch of its own.
         queue_tokens: how many tokens may wait.
+        packed: a batch computes the tokens of its items; else items x longest, as padding is computed too.
     """
 
     def __init__(
-        self, run: Callable[[Hashable, list[Item]], Sequence[Row]], *, batch_tokens: int, queue_tokens: int
+        self,
+        run: Callable[[Hashable, list[Item]], Sequence[Row]],
+        *,
+        batch_tokens: int,
+        queue_tokens: int,
+        packed: bool = False,
     ) -> None:
         self.batch_tokens = batch_tokens
         self.queue_tokens = queue_tokens
+        self.packed = packed
         self._run = run
         self._turns: deque[_Request[Item, Row]] = deque()
         self._tokens_per_second = 0.0
@@ -150,12 +157,12 @@ class Batcher(Generic[Item, Row]):
         self._turns.rotate(-1)  # the next turn is another's
         first = head.waiting.pop()
         batch = [(head, first)]
-        wanted = longest = head.lengths[first]
+        wanted = longest = used = head.lengths[first]
         same = [request for request in self._turns if request.group == head.group]
         alike = [(request, place) for request in same for place in request.waiting]
         for request, place in sorted(alike, key=lambda one: abs(one[0].lengths[one[1]] - wanted)):
-            longest = max(longest, request.lengths[place])
-            if (len(batch) + 1) * longest > self.batch_tokens:
+            longest, used = max(longest, request.lengths[place]), used + request.lengths[place]
+            if (used if self.packed else (len(batch) + 1) * longest) > self.batch_tokens:
                 break
             batch.append((request, place))
             request.waiting.remove(place)

@@ -28,8 +28,8 @@ from .console import (
     quiet,
 )
 from .errors import InputError
-from .heap import keep_for_the_next_batch
 from .methods import METHODS
+from .process import keep_for_the_next_batch
 
 if TYPE_CHECKING:
     from .embedder import Embedder

@@ -35,6 +35,7 @@ from .errors import InputError, OutOfMemory
 from .files import why
 from .gate import Gate, JsonLines
 from .openai_api import ApiError, EmbeddingRequest, ErrorAnswer, as_json, embeddings_json
+from .process import leave_computing
 from .quantize import unit
 from .service import Limits, Service
 
@@ -86,6 +87,7 @@ def serve(
     """
     listener = _bound(host, port)
     app = create_app(embedder, names, keys=keys, limits=limits)
+    leave_computing()  # this thread has loaded the model; the batches have their own
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     loggers = [logging.getLogger(name) for name in ("kvembed", "uvicorn")]

@@ -50,7 +50,10 @@ class Service:
     def __init__(self, embedder: Embedder, names: Sequence[str], limits: Limits, registry: CollectorRegistry) -> None:
         self.embedder, self.names, self.limits = embedder, names, limits
         self.batcher: Batcher[Prompts, NDArray[np.float32]] = Batcher(
-            self._embed, batch_tokens=embedder.batch_tokens, queue_tokens=limits.queue_tokens
+            self._embed,
+            batch_tokens=embedder.batch_tokens,
+            queue_tokens=limits.queue_tokens,
+            packed=embedder.backbone.can_pack,
         )
         self.readers = ThreadPoolExecutor(2, "kvembed-tokenizing")
         self._texts = Counter("kvembed_texts", "Texts embedded.", registry=registry)
@@ -111,8 +114,9 @@ class Service:
 
     async def vectors(self, prompts: Sequence[Prompts], role: Role) -> NDArray[np.float32]:
         """(n, dim). Raises `QueueFull`."""
-        # Of several templates the longest decides how many texts fit into a batch.
-        lengths = [max(len(prompt.ids) for prompt in one) for one in prompts]
+        # Packed, a text's templates share a batch; padded, they take turns, and the longest decides how many fit.
+        size = sum if self.batcher.packed else max
+        lengths = [size(len(prompt.ids) for prompt in one) for one in prompts]
         return np.stack(await self.batcher.submit(role, prompts, lengths))
 
 

@@ -1,4 +1,4 @@
-"""What torch frees stays for the next batch; a user who has set limits is heard."""
+"""What torch frees stays for the next batch, if the user has set no limits; a team of threads is let go."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import resource, torch
-from kvembed.heap import keep_for_the_next_batch
+from kvembed.process import keep_for_the_next_batch
 {set}
 @torch.inference_mode()
 def batch(states=torch.randn(2048, 576)):
@@ -42,3 +42,23 @@ def test_no_page_is_fetched_twice(monkeypatch):
     assert given_back > 10_000  # pages; more than 1 MB a layer
     assert faults("keep_for_the_next_batch()", monkeypatch) < given_back / 10
     assert faults("keep_for_the_next_batch()", monkeypatch, MALLOC_MMAP_THRESHOLD_="65536") > given_back / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems' OpenMP has no such teams")
+def test_the_threads_of_one_who_leaves_are_let_go():
+    code = """
+import os, torch
+from kvembed.process import leave_computing
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(4)
+before = count()
+states = torch.ones(1 << 22) * 2
+team = count()
+leave_computing()
+print(before, team, count(), float((states * 2).sum()) / states.numel())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    before, team, left, computed = map(float, done.stdout.split())
+    assert team == before + 3
+    assert left == before
+    assert computed == 4

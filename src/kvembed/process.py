@@ -1,0 +1,53 @@
+"""The command line's process: what torch frees stays for the next batch, and idle teams of threads are let go."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+__all__ = ["keep_for_the_next_batch", "leave_computing"]
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+_OWN_MAPPING = 32 << 20  # bytes; the most that every glibc takes
+_KEPT = 256 << 20  # bytes
+
+
+def keep_for_the_next_batch() -> None:
+    """Set limits of this process and those that it starts, where the user has not: for programs, not for libraries.
+
+    By default glibc gives the memory of a layer's larger tensors back to the system as they are freed, and gets it anew
+    for the next layer's, page by page; a batch of 2,048 tokens took a sixth longer (docs/decisions.md). And torch keeps
+    1,024 compiled matrix products, one for each length of a batch and shape of a weight: 600 MB.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
+    limits = {
+        "MALLOC_MMAP_THRESHOLD_": (_MMAP_THRESHOLD, _OWN_MAPPING),
+        "MALLOC_TRIM_THRESHOLD_": (_TRIM_THRESHOLD, _KEPT),
+    }
+    if limits.keys() & os.environ.keys():
+        return
+    if mallopt := _loaded("mallopt"):
+        for name, (limit, size) in limits.items():
+            mallopt(limit, size)
+            os.environ[name] = str(size)
+
+
+def leave_computing() -> None:
+    """Call in a thread that has computed and leaves it to another from now on.
+
+    OpenMP keeps a team of threads for each thread that ever computed. Where that makes more than there are processors,
+    GNU's puts a team to sleep at the end of every tensor operation and wakes it for the next; a server that had loaded
+    its model in one thread and embedded in another was a fifth slower (docs/decisions.md).
+    """
+    if pause := _loaded("omp_pause_resource_all"):  # OpenMP 5.0, section 3.2.44
+        pause(1)  # soft: a team is made again where one is needed
+
+
+def _loaded(function: str) -> Any:
+    """A C function of the libraries that the process has loaded, if they have it."""
+    try:
+        return getattr(ctypes.CDLL(None), function, None)
+    except (OSError, TypeError):  # Windows
+        return None
