@@ -88,8 +88,9 @@ def _long(results: list[Result], folder: Path) -> None:
         for index, (method, rows) in enumerate(sorted(lines.items())):
             rows.sort(key=lambda row: row.config["max_tokens"])
             style: dict[str, Any] = {"lw": 2.5, "color": "black"} if method == "kv" else {"lw": 1, "color": f"C{index}"}
+            line = "o-" if index < 10 else "o--"  # there are ten colours
             axis.plot(
-                [r.config["max_tokens"] for r in rows], [r.score for r in rows], "o-", ms=3, label=method, **style
+                [r.config["max_tokens"] for r in rows], [r.score for r in rows], line, ms=3, label=method, **style
             )
         axis.set_xscale("log", base=2)
         axis.set_xticks([512, 1024, 2048, 4096], ["512", "1,024", "2,048", "4,096"])
