@@ -320,7 +320,7 @@ def test_tune_and_its_file(run, folder, tmp_path):
     assert "read      mean over the text's own tokens, after layer 0" in told.stdout
     assert f"to use    kvembed embed --method auto --fitted {out}" in told.stdout
     info = json.loads(run("tune", folder, "--texts", corpus, "--json").stdout)
-    assert (info["texts"], info["dim"], len(info["views"])) == ("given", 48, 4)
+    assert (info["texts"], info["dim"], len(info["views"])) == ("given", 48, 6)
     options = ["--model", folder, "--method", "auto", "--fitted", out]
     rows = [json.loads(line) for line in run("embed", *options, "--dim", 9, stdin="one\ntwo\n").stdout.splitlines()]
     expected = Embedder.from_pretrained(folder, method="auto", fitted=out, dim=9).encode(["one", "two"])

@@ -33,7 +33,7 @@ from kvembed.methods import preset
         ({"prepend_layers": (0,)}, "prepend_layers must be whole numbers from 1"),
         ({"attention": "causal"}, "attention must be one of reroute, bidirectional"),
         ({"layers": "some"}, "layers must be whole numbers from 0, not 'some'"),
-        ({"pooling": "max"}, "pooling must be one of last, mean, weighted-mean, hybrid"),
+        ({"pooling": "max"}, "pooling must be one of last, mean, weighted-mean, hybrid, static"),
         ({"mean_tokens": "some"}, "mean_tokens must be one of all, content"),
         ({"slot_position": "middle"}, "slot_position must be one of last, first"),
         ({"slot_self": 1}, "slot_self must be true or false"),
@@ -83,7 +83,7 @@ def test_the_hash_is_stable_and_tells_configs_apart():
     assert len({config.hash() for config in configs}) == len(configs)
     # The whole of every preset: a change in any of them, templates included, shows here.
     everything = "".join(f"{name} {config.hash()}\n" for name, config in METHODS.items())
-    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "412349194bda84c3"
+    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "7b77945e3d4a3628"
 
 
 def test_layers_are_a_sorted_set():

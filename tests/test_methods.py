@@ -66,8 +66,8 @@ def expected(method, model, tokenizer, text):
     return unit(torch.stack([definition(model, tokenizer, t, text)[0][-1] for t in templates]).mean(0))
 
 
-# kv: tests/test_embedder.py; auto: tests/test_transform.py
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("kv", "auto")])
+# kv: tests/test_embedder.py; auto: tests/test_transform.py; static: tests/test_static.py
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("kv", "auto", "static")])
 @torch.no_grad()
 def test_the_definition(plain, tokenizer, method):
     options = {"prepend_layers": (1, 2)} if method == "token-prepending" else {}
@@ -107,6 +107,7 @@ def test_costs():
     assert costs.pop("meta-eol") == (8, 8)
     assert costs.pop("echo") == (1, 2)
     assert costs.pop("auto") == (2, 2)
+    assert costs.pop("static") == (0, 0)
     assert set(costs.values()) == {(1, 1)}
 
 

@@ -90,7 +90,7 @@ def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float3
     short = auto.replace(max_tokens=FIT_TOKENS)
     roles: tuple[Role, ...] = ("document", "query")
     views: Views = {role: short.encode_views(texts, role=role).vectors for role in roles}
-    inside = [readout.output_layer is not None for _, readout in auto.config.views]
+    inside = [not readout.is_normed for _, readout in auto.config.views]
 
     def fitted(kept: Sequence[int], some: Views) -> Transform:
         return fit({role: part[:, kept] for role, part in some.items()}, [inside[view] for view in kept], {})
@@ -98,15 +98,20 @@ def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float3
     def on(kept: Sequence[int], transform: Transform) -> Callable[[NDArray[np.float32], Role], NDArray[np.float32]]:
         return lambda found, role: transform(found[:, kept], role)
 
-    every = range(len(inside))
+    def without(left: Sequence[int]) -> Callable[[NDArray[np.float32], Role], NDArray[np.float32]]:
+        kept = [view for view in every if view not in left]
+        return on(kept, fitted(kept, views))
+
+    every = range(len(inside))  # under each of two templates: the last token, the mean of the text's, static
     whole = fitted(every, views)
     kept = whole.whiten.shape[2]
     apart = torch.eye(len(inside) * kept)
     yield "auto", on(every, whole)
-    yield "without PromptEOL's template", on([2, 3], fitted([2, 3], views))
-    yield "without the paper's template", on([0, 1], fitted([0, 1], views))
-    yield "without the mean of the text's tokens", on([0, 2], fitted([0, 2], views))
-    yield "without the last token", on([1, 3], fitted([1, 3], views))
+    yield "without PromptEOL's template", without([0, 1, 2])
+    yield "without the paper's template", without([3, 4, 5])
+    yield "without the last token", without([0, 3])
+    yield "without the mean of the text's tokens", without([1, 4])
+    yield "without static vectors", without([2, 5])
     yield (
         "neither whitened nor joined",
         on(

@@ -1,27 +1,37 @@
-"""src/kvembed/transforms/: the default model's transform for `auto`, so that nobody has to wait for a first vector.
+"""src/kvembed/transforms/: the default model's transforms, so that nobody has to wait for a first vector.
 
-    python tools/ship.py
+    python tools/ship.py [METHOD ...]
 
-Fits it if it is not in the cache (minutes), rounds it to float16 and writes it; it is found by the weights and config
-that it is for. To be run again when `transform.FORMULA`, `auto`'s config or the calibration texts change.
+Fits them if they are not in the cache (minutes), rounds them to float16 and writes them; one is found by the weights
+and config that it is for. To be run again when `transform.FORMULA`, a method's config or the calibration texts change.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 
-from kvembed import Embedder
+from kvembed import METHODS, Embedder
 from kvembed.transform import FORMULA
 
 FOLDER = Path(__file__).parent.parent / "src" / "kvembed" / "transforms"
 
 
 def main() -> None:
-    """Write it."""
-    target = FOLDER / "smollm2-auto.safetensors"
+    """Write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fitted = [name for name, config in METHODS.items() if config.transform != "none"]
+    parser.add_argument("methods", nargs="*", choices=[*fitted, []], default=fitted)
+    for method in parser.parse_args().methods:
+        ship(method)
+
+
+def ship(method: str) -> None:
+    """Write one."""
+    target = FOLDER / f"smollm2-{method}.safetensors"
     target.unlink(missing_ok=True)  # or else it would be found, and written again
-    transform = Embedder.from_pretrained("smollm2", method="auto", dtype="bfloat16", progress=True).transform
+    transform = Embedder.from_pretrained("smollm2", method=method, dtype="bfloat16", progress=True).transform
     assert transform is not None
     dataclasses.replace(
         transform,

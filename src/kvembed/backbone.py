@@ -19,6 +19,7 @@ from .attention import Reroute, attending, stock_attention, turn_back, unfit
 from .config import EmbedConfig
 from .errors import InputError, UnsupportedModel
 from .packing import Packed, pack
+from .static import StaticVectors
 from .tiles import suits
 
 __all__ = ["Backbone"]
@@ -142,6 +143,13 @@ class Backbone:
 
     def _refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModel(f"{self.model_type} ({type(self.model).__name__}) can't be re-routed: {reason}")
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def static(self) -> StaticVectors:
+        """Vectors of token ids without a forward."""
+        embedding = self.decoder.get_input_embeddings()
+        return StaticVectors(embedding, embedding.num_embeddings, self.device)
 
     def changed_layers(self, config: EmbedConfig) -> tuple[int, ...]:
         """The layers that `config` changes, `"all"` spelled out. Raises `InputError` for one that has no attention."""

@@ -27,7 +27,7 @@ __all__ = [
 
 Role = Literal["document", "query"]
 Attention = Literal["reroute", "bidirectional"]
-Pooling = Literal["last", "mean", "weighted-mean", "hybrid"]
+Pooling = Literal["last", "mean", "weighted-mean", "hybrid", "static"]
 MeanTokens = Literal["all", "content"]
 SlotPosition = Literal["last", "first"]
 TransformKind = Literal["none", "whiten"]
@@ -39,7 +39,7 @@ class Readout:
     """One way to read a text's states; the fields are those of `EmbedConfig` with the same names.
 
     Raises:
-        InputError: a field does not have one of the values given there.
+        InputError: a field does not have one of the values given there, or `output_layer` is given with `"static"`.
     """
 
     pooling: Pooling = "mean"
@@ -48,7 +48,12 @@ class Readout:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_layer(self.output_layer)
+        _check_layer(self.output_layer, self.pooling)
+
+    @property
+    def is_normed(self) -> bool:
+        """Whether it is read after the final norm, which puts a model's states to scale."""
+        return self.output_layer is None and self.pooling != "static"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,8 @@ class EmbedConfig:
         slot_position: `"last"`: the slot's key keeps the rotation of the last position (default); `"first"`: its rotary
             embedding is turned back to position 0. The paper's available text leaves this open.
         slot_self: whether the last token, too, sees the slot, that is its own copy (default). Left open likewise.
-        pooling: `"last"`; `"mean"`; `"weighted-mean"` (weights 1..n, SGPT); `"hybrid"`: (last + mean) / 2.
+        pooling: `"last"`; `"mean"`; `"weighted-mean"` (weights 1..n, SGPT); `"hybrid"`: (last + mean) / 2; `"static"`:
+            no state is read, but the input embeddings of the text's own tokens (see `kvembed.static`).
         mean_tokens: tokens that enter the mean: `"all"`, or `"content"`: the text's own, without template and BOS.
             A text with no token of its own falls back on all.
         output_layer: `None`: the last layer's states after the final norm; `k`: the output of decoder layer `k`, before
@@ -117,8 +123,10 @@ class EmbedConfig:
         object.__setattr__(self, "bias", _finite(self.bias))
         if not isinstance(self.slot_self, bool):
             raise InputError(f"slot_self must be true or false, not {self.slot_self!r}")
-        _check_layer(self.output_layer)
+        _check_layer(self.output_layer, self.pooling)
         object.__setattr__(self, "more_readouts", _readouts(self.more_readouts))
+        if self.pooling == "static" and any(one.pooling != "static" for one in self.more_readouts):
+            raise InputError("a static read-out comes last, in more_readouts, where there are others")
         for name in ("max_tokens", "dim"):
             value = getattr(self, name)
             if value is not None and not (_is_whole(value) and value > 0):
@@ -164,12 +172,16 @@ class EmbedConfig:
     @property
     def forward_passes(self) -> int:
         """Cost: how many times the model runs for a document."""
-        return len(self.templates("document"))
+        return len(self._passes)
 
     @property
     def text_copies(self) -> int:
         """Cost: how often the model reads a document's text, over all passes."""
-        return sum(template.count("{text}") for template in self.templates("document"))
+        return sum(template.count("{text}") for template in self._passes)
+
+    @property
+    def _passes(self) -> tuple[str, ...]:
+        return () if self.pooling == "static" else self.templates("document")
 
     def replace(self, **changes: Any) -> EmbedConfig:
         """A copy with some fields changed. Raises `InputError` for an unknown field or a bad value."""
@@ -232,9 +244,11 @@ def _check_choices(config: object) -> None:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
-def _check_layer(layer: object) -> None:
+def _check_layer(layer: object, pooling: Pooling) -> None:
     if layer is not None and not _is_whole(layer):
         raise InputError(f"output_layer must be a whole number, not {layer!r}")
+    if layer is not None and pooling == "static":
+        raise InputError("a static read-out has no output_layer: no layer is run")
 
 
 def _readouts(given: Any) -> tuple[Readout, ...]:

@@ -205,6 +205,9 @@ def print_tuned(embedder: Embedder, output: Path | None, *, as_json: bool) -> No
 
 def _print_readouts(config: EmbedConfig, fitted_on: Mapping[str, Any] | None) -> None:
     for one in config.readouts:
+        if one.pooling == "static":
+            print_line("read      static: the text's own tokens' input embeddings, whitened")
+            continue
         place = "after the final norm" if one.output_layer is None else f"after layer {one.output_layer}"
         tokens = " over the text's own tokens" if one.mean_tokens == "content" else ""
         print_line(f"read      {one.pooling}{tokens}, {place}")

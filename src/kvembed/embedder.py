@@ -434,7 +434,8 @@ class Embedder:
         def run(batch: list[int]) -> torch.Tensor:
             return self._forward([prompts[i] for i in batch]).cpu()
 
-        packed = len(prompts) > 1 and self.backbone.can_pack
+        # Where no layer is run there is no padding either, and no need to try whether texts can be packed.
+        packed = len(prompts) > 1 and (not self.config.forward_passes or self.backbone.can_pack)
         for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
             template, text = np.divmod(batch, max(count, 1))
             views[text, template] = rows.numpy()
@@ -500,18 +501,24 @@ class Embedder:
 
     @torch.inference_mode()
     def _forward(self, prompts: Sequence[Prompt], betas: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """One forward of the decoder, pooled: (B, read-outs, D) float32."""
+        """One forward of the decoder, if any read-out needs it, pooled: (B, read-outs, D) float32."""
+        readouts = self.config.readouts
+        pooled: dict[Readout, torch.Tensor] = {}
+        for one in readouts:
+            if one.pooling == "static":
+                with torch.autocast(self.backbone.device.type, enabled=False):
+                    pooled[one] = self.backbone.static([prompt.content_ids for prompt in prompts])
+        if len(pooled) == len(readouts) and betas is None:
+            return torch.stack([pooled[one] for one in readouts], 1)
         ids, lengths = self.backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
         placeholders = torch.tensor([prompt.placeholder or 0 for prompt in prompts])  # (B,)
         spans = torch.tensor([prompt.span for prompt in prompts])  # (B,2)
-        readouts = self.config.readouts
-        pooled: dict[Readout, torch.Tensor] = {}
 
         def read(layer: int | None, states: torch.Tensor) -> None:
             """Pools at once, so that no layer's states (B,n,D) outlive it."""
             with torch.autocast(states.device.type, enabled=False):
                 for one in readouts:
-                    if one.output_layer == layer:
+                    if one.output_layer == layer and one.pooling != "static":
                         device = states.device
                         found = pool(states, lengths.to(device), spans.to(device), one.pooling, one.mean_tokens)
                         pooled[one] = found.to(self.backbone.device)

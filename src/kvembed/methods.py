@@ -91,16 +91,23 @@ METHODS: dict[str, EmbedConfig] = {
         ),
         # MetaEOL (Lei et al. 2024, arXiv 2402.18458): the last token's states under eight task prompts, averaged.
         EmbedConfig(method="meta-eol", document=_META_TASKS, query=_META_TASKS, pooling="last"),
-        # Ours, for the best vectors: what the model would call a text in one word, asked in two ways, and its own
-        # tokens' states after the first layer, where words are still themselves. These views are whitened and joined
-        # by a transform (see `kvembed.transform`). Two templates, since no one template is good on every model;
-        # nothing is re-routed, since that adds nothing that could be told from chance once the views are whitened.
+        # No forward at all: the tokens' input embeddings, whitened and weighted by rarity (see `kvembed.static`), then
+        # whitened as texts (see `kvembed.transform`).
+        EmbedConfig(method="static", pooling="static", transform="whiten"),
+        # Ours, for the best vectors: what the model would call a text in one word, asked in two ways, its own tokens'
+        # states after the first layer, where words are still themselves, and its static vector. These views are
+        # whitened and joined by a transform (see `kvembed.transform`). Two templates, since no one template is good on
+        # every model; nothing is re-routed, since that adds nothing that could be told from chance once the views are
+        # whitened.
         EmbedConfig(
             method="auto",
             document=(_PROMPT_EOL, _COMPRESS.format("Context")),
             query=(_PROMPT_EOL, _COMPRESS.format("Query")),
             pooling="last",
-            more_readouts=(Readout(pooling="mean", mean_tokens="content", output_layer=0),),
+            more_readouts=(
+                Readout(pooling="mean", mean_tokens="content", output_layer=0),
+                Readout(pooling="static"),
+            ),
             transform="whiten",
         ),
     )

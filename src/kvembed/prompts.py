@@ -40,6 +40,11 @@ class Prompt:
     tokens_cut: int = 0
     placeholder: int | None = None
 
+    @property
+    def content_ids(self) -> tuple[int, ...]:
+        """Ids of the text's own tokens; all ids, if it has none."""
+        return self.ids[slice(*self.span)] or self.ids
+
 
 class Prompter:
     """Renders and tokenises texts with a copy of a tokenizer's rules; safe in several threads.
