@@ -11,7 +11,7 @@ from conftest import MANY, NOTICES, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvembed import EmbedConfig, Embedder, InputError
+from kvembed import EmbedConfig, Embedder, InputError, UnsupportedModel
 from kvembed.config import Readout
 from kvembed.static import RANKS, SHRINK, StaticVectors
 
@@ -117,6 +117,19 @@ def test_as_a_view_beside_others(llama, tokenizer):
     alone = [Embedder.from_model(llama, tokenizer, method="mean", pooling=kind) for kind in ("last", "static")]
     for index, one in enumerate(alone):
         np.testing.assert_allclose(views[:, index], one.encode_views(NOTICES).vectors[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [torch.nn.ModuleList([torch.nn.Embedding(400, 48)]), torch.nn.Embedding(400, 24)],
+    ids=["several, as in musicgen", "narrower than a state"],
+)
+def test_what_is_no_table_of_embeddings_is_refused(tokenizer, embeddings, monkeypatch):
+    model = tiny()
+    embedder = Embedder.from_model(model, tokenizer, method="mean", pooling="static")
+    monkeypatch.setattr(model.model, "get_input_embeddings", lambda: embeddings)
+    with pytest.raises(UnsupportedModel, match="llama can't give static vectors"):
+        embedder.encode("one")
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,13 @@ class Backbone:
     @functools.cached_property
     @torch.inference_mode()
     def static(self) -> StaticVectors:
-        """Vectors of token ids without a forward."""
+        """Vectors of token ids without a forward. Raises `UnsupportedModel` where embeddings are no table of them."""
         embedding = self.decoder.get_input_embeddings()
+        if not isinstance(embedding, nn.Embedding) or embedding.embedding_dim != self.dim:
+            raise UnsupportedModel(
+                f"{self.model_type} can't give static vectors, which auto is made of too: its input embeddings are not "
+                "one table of the width of its states"
+            )
         return StaticVectors(embedding, embedding.num_embeddings, self.device)
 
     def changed_layers(self, config: EmbedConfig) -> tuple[int, ...]:
