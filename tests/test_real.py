@@ -86,13 +86,14 @@ def test_the_shipped_profile_is_found(smollm2, monkeypatch):
     assert Embedder.from_pretrained("smollm2", dtype="bfloat16").config.layers == (6, 7, 8, 9)
 
 
-def test_autos_transform_comes_with_the_package(smollm2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["auto", "static"])
+def test_transforms_come_with_the_package(smollm2, tmp_path, monkeypatch, method):
     monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: pytest.fail("texts were written"))
-    embedder = Embedder.from_model(*smollm2, method="auto")
+    embedder = Embedder.from_model(*smollm2, method=method)
     assert embedder.transform.info["texts"] == "self-written"
     ferry, boat, cheese = embedder.encode(["The ferry leaves at noon.", "When does the boat go?", "I like cheese."])
-    assert ferry @ boat > 0.35 > ferry @ cheese
+    assert ferry @ boat > ferry @ cheese + 0.1
     assert not list(tmp_path.iterdir())
 
 
