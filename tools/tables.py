@@ -114,9 +114,9 @@ def _summary(mini: list[Result]) -> str:
 
 
 def _verdicts(presets: dict[tuple[str, str], list[Result]], models: Sequence[str]) -> list[str]:
-    """Where `kv` and `auto` win, tie and lose: only an interval that leaves out 0 is called a win or a loss."""
+    """Where `kv` and ours win, tie and lose: only an interval that leaves out 0 is called a win or a loss."""
     lines: list[str] = []
-    for ours in ("kv", "auto"):
+    for ours in ("kv", "static", "auto"):
         told = [told for model in models if (model, ours) in presets and (told := _verdict(presets, model, ours))]
         if told:
             lines += [f"`{ours}` against each method, mean over the tasks (points, 95 % interval):", "", *told, ""]
@@ -127,7 +127,7 @@ def _verdict(presets: dict[tuple[str, str], list[Result]], model: str, ours: str
     """One model's line; empty if there is nothing to compare with."""
     rows = presets[model, ours]
     rivals = {f"`{method}`": presets.get((model, method), []) for method in METHODS if method != ours}
-    if ours == "auto":
+    if ours != "kv":
         rivals |= {
             "TF-IDF" if name == method else name: theirs
             for (name, method), theirs in presets.items()
