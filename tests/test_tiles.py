@@ -11,7 +11,7 @@ from reference import rerouted_attention
 
 from kvembed import EmbedConfig, attention, backbone
 from kvembed.backbone import Backbone
-from kvembed.tiles import TILE, Tiles, suits
+from kvembed.tiles import TILES, Tiles, suits
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def random_packed(seed, tokens, heads, kv_heads, size):
 @given(
     seed=st.integers(0, 99),
     lengths=st.lists(
-        st.sampled_from([1, 2, 5, 40, 64, TILE - 1, TILE, TILE + 1, 2 * TILE, 300]), min_size=1, max_size=6
+        st.sampled_from([1, 2, 5, 40, *TILES, *(size + 1 for size in TILES), 2 * TILES[-1], 300]), min_size=1, max_size=6
     ),
     kv_heads=st.sampled_from([1, 2]),
     groups=st.sampled_from([1, 3]),
@@ -55,29 +55,30 @@ def test_tiles_are_the_definition(seed, lengths, kv_heads, groups, size, bias, s
     lengths = sorted(lengths, reverse=True)
     query, key, value = random_packed(seed, sum(lengths), kv_heads * groups, kv_heads, size)
     slot_key = torch.randn(len(lengths), kv_heads, size).bfloat16() if turned else None
-    out = Tiles(lengths, bias, slot_self).attend(query, key, value, 0.3, routed, slot_key)
+    out = Tiles(lengths, bias, slot_self, routed).attend(query, key, value, 0.3, slot_key if routed else None)
     expected = definition(query, key, value, lengths, 0.3, routed, bias, slot_self, slot_key)
     torch.testing.assert_close(out.double(), expected, atol=0.04, rtol=0)
     assert float((out.double() - expected).abs().mean()) < 4e-3
 
 
 def test_a_long_text_has_few_pieces_and_no_square_mask():
-    tiles = Tiles([5000], 1.0, True)
+    tiles = Tiles([5000], 1.0, True, True)
     query, key, value = random_packed(0, 5000, 2, 1, 16)
-    out = tiles.attend(query, key, value, 0.25, True)
+    out = tiles.attend(query, key, value, 0.25)
     expected = definition(query, key, value, [5000], 0.25, True, 1.0, True)
     torch.testing.assert_close(out.double(), expected, atol=0.04, rtol=0)
-    held = [part for kept in (tiles._masks, tiles._corners) for part in kept.values()]
+    held = [tiles._mask, *tiles._corners.values()]
     assert sum(part.numel() for part in held) < 5000**2 / 50
 
 
 def test_a_text_does_not_depend_on_its_batch_mates():
     query, key, value = random_packed(1, 90, 4, 2, 16)
-    alone = Tiles([40], 1.0, True).attend(*(part[:, :, :40] for part in (query, key, value)), 0.25, True)
-    together = Tiles([40, 30, 20], 1.0, True).attend(query, key, value, 0.25, True)[:, :40]
+    alone = Tiles([40], 1.0, True, True).attend(*(part[:, :, :40] for part in (query, key, value)), 0.25)
+    tiles = Tiles([40, 30, 20], 1.0, True, True)
+    together = tiles.attend(query, key, value, 0.25)[:, :40]
     torch.testing.assert_close(alone, together, atol=1e-2, rtol=0)
     key[:, :, 40:] *= 30
-    assert torch.equal(Tiles([40, 30, 20], 1.0, True).attend(query, key, value, 0.25, True)[:, :40], together)
+    assert torch.equal(tiles.attend(query, key, value, 0.25)[:, :40], together)
 
 
 def test_logits_in_the_hundreds_keep_their_differences():
@@ -87,7 +88,7 @@ def test_logits_in_the_hundreds_keep_their_differences():
     key[..., 0] += 40
     query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
     expected = definition(query, key, value, [200], 1.0, True, 1.0, True)
-    out = Tiles([200], 1.0, True).attend(query, key, value, 1.0, True).double()
+    out = Tiles([200], 1.0, True, True).attend(query, key, value, 1.0).double()
     logits = (query @ key.repeat_interleave(2, 1).transpose(2, 3))[0]
     logits += torch.full_like(logits, float("-inf")).triu(1)
     naive = (logits.softmax(-1) @ value[0].repeat_interleave(2, 0)).transpose(0, 1)[None].double()

@@ -98,7 +98,7 @@ class Reroute:
     packed: tuple[int, ...] = ()
     _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
     _kept_places: dict[torch.device, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-    _tiles: Tiles | None = None
+    _tiles: dict[bool, Tiles] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self,
@@ -146,9 +146,11 @@ class Reroute:
         """All packed texts' attention in one layer at once, (1,T,Hq,Dv); arguments as in `__call__`."""
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if suits(query.device, query.dtype):
-            self._tiles = self._tiles or Tiles(self.packed, self.bias, self.slot_self)
+            routed = layer in self.layers
+            if routed not in self._tiles:
+                self._tiles[routed] = Tiles(self.packed, self.bias, self.slot_self, routed)
             turned = self._packed_slot_keys(module, layer, key) if layer in self.turned else None
-            return self._tiles.attend(query, key, value, scale, layer in self.layers, turned)
+            return self._tiles[routed].attend(query, key, value, scale, turned)
         text, final = self._places(key.device)  # (T,), (texts,)
         out, lse = flash.varlen_with_lse(query, key, value, final + 1, self.packed[0], scale)  # (1,Hq,T,Dv), (1,Hq,T)
         if layer in self.layers:
