@@ -332,7 +332,7 @@ def test_tune_and_its_file(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--method", "kv"], "kv has nothing to fit; auto has"),
+        (["--method", "kv"], "kv has nothing to fit; static and auto have"),
         (["-o", "t.npy"], "a transform is a .safetensors file"),
         (["--texts", "few.txt"], "on 100 different texts or more, not 2"),
         (["--texts", "no.txt"], "no.txt"),

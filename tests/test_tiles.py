@@ -41,7 +41,9 @@ def random_packed(seed, tokens, heads, kv_heads, size):
 @given(
     seed=st.integers(0, 99),
     lengths=st.lists(
-        st.sampled_from([1, 2, 5, 40, *TILES, *(size + 1 for size in TILES), 2 * TILES[-1], 300]), min_size=1, max_size=6
+        st.sampled_from([1, 2, 5, 40, *TILES, *(size + 1 for size in TILES), 2 * TILES[-1], 300]),
+        min_size=1,
+        max_size=6,
     ),
     kv_heads=st.sampled_from([1, 2]),
     groups=st.sampled_from([1, 3]),

@@ -90,7 +90,7 @@ def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float3
     short = auto.replace(max_tokens=FIT_TOKENS)
     roles: tuple[Role, ...] = ("document", "query")
     views: Views = {role: short.encode_views(texts, role=role).vectors for role in roles}
-    inside = [not readout.is_normed for _, readout in auto.config.views]
+    inside = [readout.is_inside for _, readout in auto.config.views]
 
     def fitted(kept: Sequence[int], some: Views) -> Transform:
         return fit({role: part[:, kept] for role, part in some.items()}, [inside[view] for view in kept], {})

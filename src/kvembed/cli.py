@@ -443,7 +443,8 @@ def tune(
         from .texts import read_texts
 
         if preset(method).transform == "none":
-            raise InputError(f"{method} has nothing to fit; auto has")
+            others = " and ".join(name for name, config in METHODS.items() if config.transform != "none")
+            raise InputError(f"{method} has nothing to fit; {others} have")
         if output is not None:
             if output.suffix != ".safetensors":
                 raise InputError(f"{output}: a transform is a .safetensors file")

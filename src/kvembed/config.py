@@ -51,9 +51,9 @@ class Readout:
         _check_layer(self.output_layer, self.pooling)
 
     @property
-    def is_normed(self) -> bool:
-        """Whether it is read after the final norm, which puts a model's states to scale."""
-        return self.output_layer is None and self.pooling != "static"
+    def is_inside(self) -> bool:
+        """Whether it is read below the final norm, which puts a model's states to scale."""
+        return self.output_layer is not None or self.pooling == "static"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ def choose_transform(
         queries[:, unlike] = gather("query", unlike)
     views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries}
     views = {role: part.reshape(len(found), -1, part.shape[-1]) for role, part in views.items()}
-    inside = [not one.is_normed for _, one in config.views]
+    inside = [one.is_inside for _, one in config.views]
     transform = fit(views, inside, bound | origin)
     try:
         transform.save(cached)
