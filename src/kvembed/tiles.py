@@ -117,9 +117,7 @@ class Tiles:
         mask = torch.where(seen, torch.where(is_slot, self._bias, 0.0), _HIDDEN)
         return mask.to(torch.bfloat16)[:, :, None]
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, slot_key: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, slot_key: Tensor | None = None) -> Tensor:
         """One layer's attention.
 
         Args:
