@@ -198,6 +198,14 @@ def verify(model: PreTrainedModel) -> None:
     assert effect > 100 * TOLERANCE, f"re-routing has no effect ({effect:.1e})"
     _same(_batch(backbone, texts, layers=tuple(layers), bias=-1e9), plain, "a slot nobody sees changes its states")
 
+    # After a beginning that is computed once, if it can be.
+    if backbone.can_share:
+        begun = _each(decoder, [torch.cat([texts[0], text]) for text in texts])
+        ids, lengths = backbone.pad([text.tolist() for text in texts])
+        states = backbone.states(ids, lengths, EmbedConfig(), prefix=backbone.prefix(texts[0].tolist()))
+        shared = [row[:length] for row, length in zip(states, lengths, strict=True)]
+        _same(shared, [row[len(texts[0]) :] for row in begun], "after a common beginning, its states are others")
+
     # Padding on the left, if the stock model can take it.
     if _differ(_left_padded(decoder, texts), plain) <= TOLERANCE:
         last = torch.full((len(texts),), max(LENGTHS) - 1)

@@ -21,20 +21,22 @@ CONFIGS = {
 
 
 def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux, scale, window_size, enable_gqa):
-    """(T,H,D) each; causal within each text, as flash attention does it for `window_size=(-1, 0)`."""
-    assert torch.equal(cu_seq_q, cu_seq_k)
-    assert cu_seq_q.dtype == torch.int32
-    assert max_q == max_k == int(cu_seq_q.diff().max())
-    assert window_size == (-1, 0)
+    """(T,H,D) each; within each text causal or full, as flash attention does it for the two windows."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    assert (len(query), len(key)) == (int(cu_seq_q[-1]), int(cu_seq_k[-1]))
+    assert window_size in ((-1, 0), (-1, -1))
     assert enable_gqa
     assert return_aux.lse
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
-    for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
-        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
+    bounds = torch.stack([cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:]], 1).tolist()
+    for start, end, first, last in bounds:
+        q, k, v = query[start:end].transpose(0, 1), *(part[first:last].transpose(0, 1) for part in (key, value))
         logits = q @ k.transpose(1, 2) * scale
-        logits += torch.full_like(logits, float("-inf")).triu(1)
+        if window_size == (-1, 0):
+            logits += torch.full_like(logits, float("-inf")).triu(1)
         out[start:end] = (logits.softmax(-1) @ v).transpose(0, 1)
         lse[:, start:end] = logits.logsumexp(-1)
     return out, lse
@@ -74,6 +76,20 @@ def test_the_kernel_for_many_lengths_gives_the_cpus_states(family, config, lengt
         torch.testing.assert_close(states[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
     assert set(calls) <= {len(lengths)}  # all texts of a batch in one call
     assert bool(calls) == (len({*lengths}) > 1 or bool(config.layers and config.attention == "reroute"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_the_kernel_takes_a_common_beginning(family, monkeypatch):
+    backbone = Backbone(build(family))
+    torch.manual_seed(1)
+    beginning = torch.randint(3, 99, (20,)).tolist()
+    ids, sizes = backbone.pad([torch.randint(3, 99, (n,)).tolist() for n in (3, 21, 1, 9)])
+    expected = backbone.states(ids, sizes, EmbedConfig(), prefix=backbone.prefix(beginning))
+    calls = as_on_a_gpu(monkeypatch)
+    states = backbone.states(ids, sizes, EmbedConfig(), prefix=backbone.prefix(beginning))
+    assert calls
+    for row, n in enumerate(sizes.tolist()):
+        torch.testing.assert_close(states[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
 
 
 def test_without_a_kernel_the_definition_does_it(llama, monkeypatch):

@@ -16,19 +16,24 @@ from kvembed.tiles import TILES, Tiles, suits
 CPU = torch.device("cpu")
 
 
-def definition(query, key, value, lengths, scale, routed, bias, slot_self, slot_key=None):
+def definition(query, key, value, lengths, scale, routed, bias, slot_self, slot_key=None, before=None):
     """(1,T,Hq,Dv) in float64, text by text."""
     groups = query.shape[1] // key.shape[1]
     parts = []
     for text, part in enumerate(torch.arange(sum(lengths)).split(lengths)):
         q = query[0][:, part].double()
         k, v = (x[0][:, part].double().repeat_interleave(groups, 0) for x in (key, value))
+        if before is not None:  # queries of its tokens, which are thrown away again, may be anything
+            k, v = (
+                torch.cat([y.double().repeat_interleave(groups, 0), x], 1) for x, y in zip((k, v), before, strict=True)
+            )
+            q = torch.cat([k[:, : before[0].shape[1]], q], 1)
         slot_k = k[:, -1] if slot_key is None else slot_key[text].double().repeat_interleave(groups, 0)
         slot = (slot_k, v[:, -1]) if routed else None
         out = rerouted_attention(q, k, v, scale, slot, bias, None)
         if routed and not slot_self:
             out[:, -1] = rerouted_attention(q, k, v, scale, None, bias, None)[:, -1]
-        parts.append(out.transpose(0, 1))
+        parts.append(out.transpose(0, 1)[-len(part) :])
     return torch.cat(parts)[None]
 
 
@@ -52,13 +57,18 @@ def random_packed(seed, tokens, heads, kv_heads, size):
     slot_self=st.booleans(),
     routed=st.booleans(),
     turned=st.booleans(),
+    prefix=st.sampled_from([0, 1, 17, 48]),
 )
-def test_tiles_are_the_definition(seed, lengths, kv_heads, groups, size, bias, slot_self, routed, turned):
+def test_tiles_are_the_definition(seed, lengths, kv_heads, groups, size, bias, slot_self, routed, turned, prefix):
     lengths = sorted(lengths, reverse=True)
     query, key, value = random_packed(seed, sum(lengths), kv_heads * groups, kv_heads, size)
     slot_key = torch.randn(len(lengths), kv_heads, size).bfloat16() if turned else None
-    out = Tiles(lengths, bias, slot_self, routed).attend(query, key, value, 0.3, slot_key if routed else None)
-    expected = definition(query, key, value, lengths, 0.3, routed, bias, slot_self, slot_key)
+    before = None
+    if prefix and not routed:
+        before = tuple(torch.randn(kv_heads, prefix, size).bfloat16() for _ in range(2))
+    tiles = Tiles(lengths, bias, slot_self, routed, prefix if before else 0)
+    out = tiles.attend(query, key, value, 0.3, slot_key if routed else None, before)
+    expected = definition(query, key, value, lengths, 0.3, routed, bias, slot_self, slot_key, before)
     torch.testing.assert_close(out.double(), expected, atol=0.04, rtol=0)
     assert float((out.double() - expected).abs().mean()) < 4e-3
 
@@ -83,17 +93,20 @@ def test_a_text_does_not_depend_on_its_batch_mates():
     assert torch.equal(tiles.attend(query, key, value, 0.25)[:, :40], together)
 
 
-def test_logits_in_the_hundreds_keep_their_differences():
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_logits_in_the_hundreds_keep_their_differences(prefix):
     """As Qwen2.5's: a bias in all keys. Rounded to bfloat16 as they are, such logits are a whole number apart."""
-    query, key, value = (part.float() for part in random_packed(2, 200, 2, 1, 16))
+    query, key, value = (part.float() for part in random_packed(2, prefix + 200, 2, 1, 16))
     query[..., 0] += 20
     key[..., 0] += 40
     query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-    expected = definition(query, key, value, [200], 1.0, True, 1.0, True)
-    out = Tiles([200], 1.0, True, True).attend(query, key, value, 1.0).double()
+    expected = definition(query, key, value, [prefix + 200], 1.0, not prefix, 1.0, True)[:, prefix:]
+    before = (key[0, :, :prefix], value[0, :, :prefix]) if prefix else None
+    own = (part[:, :, prefix:] for part in (query, key, value))
+    out = Tiles([200], 1.0, True, not prefix, prefix).attend(*own, 1.0, None, before).double()
     logits = (query @ key.repeat_interleave(2, 1).transpose(2, 3))[0]
     logits += torch.full_like(logits, float("-inf")).triu(1)
-    naive = (logits.softmax(-1) @ value[0].repeat_interleave(2, 0)).transpose(0, 1)[None].double()
+    naive = (logits.softmax(-1) @ value[0].repeat_interleave(2, 0)).transpose(0, 1)[None].double()[:, prefix:]
     assert (out - expected).abs().mean() < (naive - expected).abs().mean() / 4
 
 

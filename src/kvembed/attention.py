@@ -46,6 +46,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import flash
 from .errors import UnsupportedModel
+from .prefix import Prefix
 from .tiles import Tiles, suits
 
 __all__ = ["Attention", "Reroute", "attending", "stock_attention", "turn_back", "unfit"]
@@ -74,6 +75,8 @@ class Reroute:
         layer_calls: attention module -> the decoder layer of its first, second, ... call in a forward (see `Backbone`).
         last: (B,) int64, index of each text's last real token; not looked at if `packed`.
         packed: lengths of the texts, falling, if they lie behind one another in one row (see `kvembed.packing`).
+        prefix: a beginning that all packed texts share and that is not among their tokens; for a forward in which
+            nothing is changed.
         bias, slot_self: see `EmbedConfig`.
         bidirectional: take the causal mask off in `layers`, instead of re-routing there.
         turned: layers whose slot is turned back to position 0: for `slot_position="first"`, those that rotate keys.
@@ -96,6 +99,7 @@ class Reroute:
     betas: dict[int, Tensor] | None = None
     prefer_closed: bool = True
     packed: tuple[int, ...] = ()
+    prefix: Prefix | None = None
     _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
     _kept_places: dict[torch.device, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     _tiles: dict[bool, Tiles] = dataclasses.field(default_factory=dict)
@@ -114,6 +118,7 @@ class Reroute:
         if reason := unfit(module, query, key, kwargs):  # a compressed attention may show itself in long texts only
             raise UnsupportedModel(f"{type(module).__name__} can't be re-routed: {reason}")
         layer = self.layer_calls[module][self._calls[module]]
+        before = self.prefix.layers[self._calls.total()] if self.prefix else None  # (Hkv,p,Dk), (Hkv,p,Dv)
         self._calls[module] += 1
         if not self.packed:
             last = self.last.to(key.device)
@@ -122,37 +127,85 @@ class Reroute:
             raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
         plain = _is_plain(key, value, attention_mask, kwargs) and not (self.bidirectional and layer in self.layers)
         if plain and self.prefer_closed and (flash.has_varlen(query) or suits(query.device, query.dtype)):
-            return self._attend_packed(module, layer, query, key, value, scaling), None
+            return self._attend_packed(module, layer, query, key, value, scaling, before), None
+        if before and plain and self.prefer_closed and flash.has_causal(query):
+            return self._attend_after(before, query, key, value, scaling), None
+        first = self._first
+        longest = first + self.packed[0]
+        if before and attention_mask is None:
+            ones = torch.ones(longest, longest, dtype=torch.bool, device=key.device)
+            attention_mask = ones.tril()[None, None]
+        if before and attention_mask is not None and attention_mask.shape[-1] != longest:
+            raise UnsupportedModel(f"{type(module).__name__} makes its masks itself; texts can't share a beginning")
+        whole = attention_mask is not None and attention_mask.shape[-1] == key.shape[2] and not before
         outs = []
-        start = 0
-        for n, same in itertools.groupby(self.packed):
-            texts = len(list(same))
-            end = start + texts * n
-            # (1,H,T,D) -> (texts,H,n,D), without a copy
-            q, k, v = (
-                tensor[0, :, start:end].view(-1, texts, n, tensor.shape[-1]).transpose(0, 1)
-                for tensor in (query, key, value)
-            )
-            first = start if attention_mask is not None and attention_mask.shape[-1] == key.shape[2] else 0
-            mask = None if attention_mask is None else attention_mask[..., first : first + n, first : first + n]
+        for start, q, k, v in self._by_length(query, key, value):
+            texts, _, n, _ = q.shape
+            if before:
+                k, v = (torch.cat([x.expand(texts, -1, -1, -1), y], 2) for x, y in zip(before, (k, v), strict=True))
+            corner = start if whole else 0  # a model that makes its masks itself makes one for the whole row
+            rows, columns = slice(corner + first, corner + first + n), slice(corner, corner + first + n)
+            mask = None if attention_mask is None else attention_mask[..., rows, columns]
             last = torch.full((texts,), n - 1, device=key.device)
             outs.append(self._attend(module, layer, last, q, k, v, mask, scaling, kwargs)[0].flatten(0, 1))
-            start = end
         return torch.cat(outs)[None], None  # (1,T,Hq,Dv)
 
+    @property
+    def _first(self) -> int:
+        """p, tokens of the common beginning."""
+        return self.prefix.tokens if self.prefix else 0
+
+    def _by_length(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Packed tensors (1,H,T,D) cut into texts of one length: where they start, and (texts,H,n,D) without a copy.
+
+        With a beginning, no more at a time than have T keys together, since it may be copied for each of them.
+        """
+        start = 0
+        for n, same in itertools.groupby(self.packed):
+            left = len(list(same))
+            most = max(1, sum(self.packed) // (self._first + n)) if self._first else left
+            while left:
+                texts = min(left, most)
+                end = start + texts * n
+                parts = (part[0, :, start:end].view(-1, texts, n, part.shape[-1]).transpose(0, 1) for part in tensors)
+                yield start, *parts
+                start, left = end, left - texts
+
+    def _attend_after(
+        self, before: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> Tensor:
+        """Packed texts' attention after a common beginning, (1,T,Hq,Dv), on a CPU; arguments as in `__call__`."""
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        outs, lses = [], []
+        for _, q, k, v in self._by_length(query, key, value):
+            out, lse = flash.causal_with_lse(q, k, v, scale)  # (texts,Hq,n,D), (texts,Hq,n)
+            outs.append(out.transpose(0, 1).flatten(1, 2))
+            lses.append(lse.transpose(0, 1).flatten(1, 2))
+        out = _after(before, torch.cat(outs, 1)[None], torch.cat(lses, 1)[None], query, scale)
+        return out.transpose(1, 2).contiguous()
+
     def _attend_packed(
-        self, module: nn.Module, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+        self,
+        module: nn.Module,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        before: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """All packed texts' attention in one layer at once, (1,T,Hq,Dv); arguments as in `__call__`."""
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if suits(query.device, query.dtype):
             routed = layer in self.layers
             if routed not in self._tiles:
-                self._tiles[routed] = Tiles(self.packed, self.bias, self.slot_self, routed)
+                self._tiles[routed] = Tiles(self.packed, self.bias, self.slot_self, routed, self._first)
             turned = self._packed_slot_keys(module, layer, key) if layer in self.turned else None
-            return self._tiles[routed].attend(query, key, value, scale, turned)
+            return self._tiles[routed].attend(query, key, value, scale, turned, before)
         text, final = self._places(key.device)  # (T,), (texts,)
         out, lse = flash.varlen_with_lse(query, key, value, final + 1, self.packed[0], scale)  # (1,Hq,T,Dv), (1,Hq,T)
+        if before:
+            out = _after(before, out, lse, query, scale)
         if layer in self.layers:
             slots = self._packed_slot_keys(module, layer, key), value[0, :, final].transpose(0, 1)  # (texts,Hkv,D)
             slot_key, slot_value = (part[text].transpose(0, 1)[None] for part in slots)  # (1,Hkv,T,D)
@@ -188,7 +241,9 @@ class Reroute:
         scaling: float | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """A padded batch's attention in one layer; arguments as in `__call__`."""
+        """Attention in one layer of a padded batch, or of packed texts of one length, which with a beginning have keys
+        (B,Hkv,p+n,Dk) and a mask; arguments as in `__call__`.
+        """
         if layer not in self.layers:
             return stock_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -307,6 +362,18 @@ def _blend(
     return torch.lerp(out, slot_value, beta[..., None].to(out.dtype)), beta
 
 
+def _after(before: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, query: Tensor, scale: float) -> Tensor:
+    """Attention to a common beginning and to each text's own tokens, (1,Hq,T,D): softmax splits here as for the slot.
+
+    Args:
+        before: keys and values (Hkv,p,D) of the beginning.
+        out, lse: (1,Hq,T,D), (1,Hq,T), of the texts' own tokens alone.
+        query, scale: as in `closed`.
+    """
+    first, first_lse = flash.full_with_lse(query, before[0][None], before[1][None], scale)
+    return torch.lerp(out, first, torch.sigmoid(first_lse - lse)[..., None].to(out.dtype))
+
+
 def delegated(
     module: nn.Module,
     kwargs: Mapping[str, Any],
@@ -412,7 +479,7 @@ def _with_slot(
 
 
 def _float_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Any causal mask of the sdpa kind as an additive one: (B or 1, 1 or Hq, n, n), 0 or the dtype's lowest number."""
+    """Any causal mask of the sdpa kind as an additive one, of 0 and the dtype's lowest number; by default (1,1,n,n)."""
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask.dtype == torch.bool:
@@ -503,11 +570,15 @@ def _hook(stock: str) -> str:
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         attend = _ACTIVE.get()
-        if packed := getattr(attend, "packed", ()):
+        if isinstance(attend, Reroute) and attend.packed:
             # The longest text's mask: a corner of it is any other's. And none if it would be the plain causal one,
             # which transformers leaves out for a padded batch but not for packed texts. `use_vmap`: it is another.
             plain = not kwargs.get("use_vmap", False)
-            kwargs |= {"q_length": packed[0], "kv_length": packed[0], "allow_is_causal_skip": plain}
+            longest = attend.packed[0]
+            if attend.prefix:
+                longest += attend.prefix.tokens
+                kwargs["attention_mask"] = None  # of ones, see `Backbone`
+            kwargs |= {"q_length": longest, "kv_length": longest, "allow_is_causal_skip": plain}
         make = sdpa_mask if attend is not None else ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
         return None if make is None else make(*args, **kwargs)
 

@@ -19,6 +19,7 @@ from .attention import Reroute, attending, stock_attention, turn_back, unfit
 from .config import EmbedConfig
 from .errors import InputError, UnsupportedModel
 from .packing import Packed, pack
+from .prefix import Prefix
 from .static import StaticVectors
 from .tiles import suits
 
@@ -190,6 +191,7 @@ class Backbone:
         betas: dict[int, Tensor] | None = None,
         placeholders: Tensor | None = None,
         readers: Mapping[int, Callable[[Tensor], None]] | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """One forward of the decoder: no head, no cache, no stack of hidden states, no layer above the one to read.
 
@@ -202,14 +204,33 @@ class Backbone:
             betas: if given, filled as in `Reroute`.
             placeholders: (B,) int64, position of each text's `{pst}`; needed for `config.prepend_layers`.
             readers: as in `observing`, for other layers' states.
+            prefix: a beginning that all texts share, which `ids` then lack; only where `can_share`, for a config that
+                changes nothing.
 
         Returns:
             (B,n,D) in the model's dtype; the padding's rows are meaningless.
         """
         packed = None
-        if betas is None and self._is_worth_packing(lengths, ids.shape[1]) and self.can_pack:
+        if prefix or (betas is None and self._is_worth_packing(lengths, ids.shape[1]) and self.can_pack):
             packed = pack(ids, lengths)
-        return self._states(ids, lengths, config, betas, placeholders, readers or {}, packed)
+        return self._states(ids, lengths, config, betas, placeholders, readers or {}, packed, prefix)
+
+    @torch.inference_mode()
+    def prefix(self, ids: Sequence[int]) -> Prefix:
+        """One forward of a beginning, given as token ids, for `states`."""
+        layers: list[tuple[Tensor, Tensor]] = []
+
+        def keep(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            if reason := unfit(module, query, key, kwargs):
+                self._refuse(reason)
+            layers.append((key[0], value[0]))
+            return stock_attention(module, query, key, value, *args, **kwargs)
+
+        with torch.autocast(self.device.type, enabled=False), attending(self.decoder, keep):
+            self.decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+        return Prefix(len(ids), layers)
 
     def _is_worth_packing(self, lengths: Tensor, width: int) -> bool:
         """Where nearly nothing is padded, one attention for all texts is faster than one for each length."""
@@ -226,16 +247,23 @@ class Backbone:
         placeholders: Tensor | None,
         readers: Mapping[int, Callable[[Tensor], None]],
         packed: Packed | None,
+        prefix: Prefix | None = None,
         by_definition: bool = False,
     ) -> Tensor:
         kept: list[Tensor] = []
         unpack = packed.unpack if packed else _as_it_is
         # No mask: with padding on the right, causality already hides it, and no (n,n) mask need be made.
-        inputs = {"input_ids": ids} if packed is None else {"input_ids": packed.ids, "position_ids": packed.positions}
+        inputs = {"input_ids": ids}
+        if packed:
+            inputs = {"input_ids": packed.ids, "position_ids": packed.positions}
+            if prefix:
+                inputs["position_ids"] = packed.positions + prefix.tokens
+                # Or else transformers would look for packed texts in the positions, and could not place the beginning.
+                inputs["attention_mask"] = torch.ones_like(packed.ids)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))  # the model's own dtype, always
             if config.layers or packed:
-                stack.enter_context(self._attention_changed(lengths, config, betas, packed, by_definition))
+                stack.enter_context(self._attention_changed(lengths, config, betas, packed, prefix, by_definition))
             if config.prepend_layers and placeholders is not None:
                 rows = torch.arange(len(ids)) if packed is None else torch.zeros(len(ids), dtype=torch.long)
                 starts = 0 if packed is None else packed.starts
@@ -262,8 +290,9 @@ class Backbone:
         """
         if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
             return False
-        texts = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3, 4, 5, 0, 0, 0]], device=self.device)
-        lengths = torch.tensor([8, 5], device=self.device)
+        if getattr(self.model.config.get_text_config(decoder=True), "attn_temperature_tuning", False):
+            return False  # llama4 scales queries by their place in the row, in rows longer than a trial's
+        texts, lengths = self._trial()
         other = torch.cat([texts[:1].flip(1), texts[1:]])
         config = EmbedConfig()
         try:
@@ -280,6 +309,39 @@ class Backbone:
         leaks = float((ours[1, :5] - its[1, :5]).abs().max())
         apart = max(float((ours[row, :n] - padded[row, :n]).abs().max()) for row, n in enumerate((8, 5)))
         return leaks <= 1e-6 * scale and apart <= _ROUNDING[padded.dtype] * scale
+
+    def _trial(self) -> tuple[Tensor, Tensor]:
+        """Two short texts of ordinary tokens, (2,8) and their lengths (2,).
+
+        They are taken from the middle of the vocabulary: special tokens are at its ends, and their states, huge and
+        never trained, magnify what is rounded.
+        """
+        middle = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", 0) // 2
+        texts = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3, 4, 5, 0, 0, 0]], device=self.device)
+        return texts + middle, torch.tensor([8, 5], device=self.device)
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def can_share(self) -> bool:
+        """Whether texts come out the same after a beginning that is computed once; found out by two short ones.
+
+        Not so where the longest text of a batch decides how positions are rotated, or a model makes its own masks.
+        """
+        if not self.can_pack or self.rope_border is not None:
+            return False
+        texts, lengths = self._trial()
+        beginning = texts[0].repeat(2)
+        whole = torch.cat([beginning.expand(2, -1), texts], 1)
+        config = EmbedConfig()
+        try:
+            prefix = self.prefix(beginning.tolist())
+            ours = self._states(texts, lengths, config, None, None, {}, pack(texts, lengths), prefix, True)
+        except Exception:  # as above
+            return False
+        padded = self._states(whole, lengths + 16, config, None, None, {}, None)[:, 16:]
+        scale = float(padded.abs().max())
+        apart = max(float((ours[row, :n] - padded[row, :n]).abs().max()) for row, n in enumerate((8, 5)))
+        return apart <= _ROUNDING[padded.dtype] * scale
 
     @contextlib.contextmanager
     def _prepending(self, rows: Tensor, placeholders: Tensor, last: Tensor, layers: Sequence[int]) -> Iterator[None]:
@@ -310,6 +372,7 @@ class Backbone:
         config: EmbedConfig,
         betas: dict[int, Tensor] | None,
         packed: Packed | None,
+        prefix: Prefix | None,
         by_definition: bool,
     ) -> Iterator[None]:
         rotations: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -325,6 +388,7 @@ class Backbone:
             rotations=rotations,
             betas=betas,
             packed=packed.lengths if packed else (),
+            prefix=prefix,
         )
         with contextlib.ExitStack() as stack:
             if reroute.turned:

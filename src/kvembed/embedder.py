@@ -7,9 +7,9 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .files import why
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
+from .prefix import Prefix, groups, without
 from .prompts import Prompt, Prompter
 from .quantize import unit
 from .saved import CONFIG_FILE, TRANSFORM_FILE, read_config, save_embedder, save_st_files
@@ -430,17 +431,19 @@ class Embedder:
         prompts = [prompt for rendered in by_template for prompt in rendered]
         lengths = [len(prompt.ids) for prompt in prompts]
         views = np.zeros((count, len(by_template), readouts, self.backbone.dim), np.float32)
-
-        def run(batch: list[int]) -> torch.Tensor:
-            return self._forward([prompts[i] for i in batch]).cpu()
-
         # Where no layer is run there is no padding either, and no need to try whether texts can be packed.
         packed = len(prompts) > 1 and (not self.config.forward_passes or self.backbone.can_pack)
-        for batch, rows in run_batches(lengths, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
-            template, text = np.divmod(batch, max(count, 1))
-            views[text, template] = rows.numpy()
-            if bar is not None:
-                bar.update(len(batch))
+        alike = groups(prompts, self.config, self.batch_tokens // 8)
+        if len(alike) > 1 and not self.backbone.can_share:
+            alike = [((), list(range(len(prompts))))]
+        for shared, places in alike:
+            own = [lengths[place] - len(shared) for place in places]
+            run = partial(self._run, [prompts[place] for place in places], cache(partial(self._prefix, shared)))
+            for batch, rows in run_batches(own, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
+                template, text = np.divmod([places[index] for index in batch], max(count, 1))
+                views[text, template] = rows.numpy()
+                if bar is not None:
+                    bar.update(len(batch))
         if not np.isfinite(views).all():
             raise KvembedError(
                 f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
@@ -448,6 +451,14 @@ class Embedder:
         tokens = np.array(lengths, np.int64).reshape(len(by_template), count).sum(0)
         cut = np.array([prompt.tokens_cut for prompt in prompts], np.int64).reshape(len(by_template), count).max(0)
         return Encoded(views.reshape(count, len(by_template) * readouts, self.backbone.dim), tokens, cut)
+
+    def _prefix(self, ids: Sequence[int]) -> Prefix | None:
+        return self.backbone.prefix(ids) if ids else None
+
+    def _run(
+        self, prompts: Sequence[Prompt], prefix: Callable[[], Prefix | None], batch: Sequence[int]
+    ) -> torch.Tensor:
+        return self._forward([prompts[index] for index in batch], prefix=prefix()).cpu()
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
@@ -500,8 +511,18 @@ class Embedder:
         return [self._prompter(texts, template, max_tokens, first) for template in self.config.templates(role)]
 
     @torch.inference_mode()
-    def _forward(self, prompts: Sequence[Prompt], betas: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-        """One forward of the decoder, if any read-out needs it, pooled: (B, read-outs, D) float32."""
+    def _forward(
+        self,
+        prompts: Sequence[Prompt],
+        betas: dict[int, torch.Tensor] | None = None,
+        prefix: Prefix | None = None,
+    ) -> torch.Tensor:
+        """One forward of the decoder, if any read-out needs it, pooled: (B, read-outs, D) float32.
+
+        With a `prefix`, all prompts begin with it, and only what follows is computed.
+        """
+        if prefix is not None:
+            prompts = [without(prompt, prefix.tokens) for prompt in prompts]
         readouts = self.config.readouts
         pooled: dict[Readout, torch.Tensor] = {}
         for one in readouts:
@@ -525,7 +546,7 @@ class Embedder:
 
         main = self.config.output_layer
         readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != main}
-        read(main, self.backbone.states(ids, lengths, self.config, betas, placeholders, readers))
+        read(main, self.backbone.states(ids, lengths, self.config, betas, placeholders, readers, prefix))
         return torch.stack([pooled[one] for one in readouts], 1)
 
 

@@ -1,4 +1,4 @@
-"""Causal attention kernels that also return the log-sum-exp of the logits, which the closed form needs.
+"""Attention kernels that also return the log-sum-exp of the logits, which the closed form needs.
 
 On a CPU torch's own, which is private to torch; on NVIDIA GPUs of 2020 or later, in half precision, flash attention for
 texts of many lengths. Where there is none, `kvembed.attention` uses the prepended form. The GPU's has not been run on a
@@ -18,7 +18,7 @@ try:
 except ImportError:  # torch < 2.10
     varlen = None  # type: ignore[assignment]
 
-__all__ = ["causal_with_lse", "has_causal", "has_varlen", "varlen_with_lse"]
+__all__ = ["causal_with_lse", "full_with_lse", "has_causal", "has_varlen", "varlen_with_lse"]
 
 _CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _VARLEN = varlen is not None and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
@@ -58,6 +58,23 @@ def causal_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     return out.view(heads, texts, n, dim).transpose(0, 1), lse.view(heads, texts, n).transpose(0, 1)
 
 
+def full_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of every query to every key.
+
+    Args:
+        query, key, value: (1,Hq,T,D), (1,Hkv,p,D), (1,Hkv,p,D).
+        scale: factor of the logits.
+
+    Returns:
+        out (1,Hq,T,D); lse (1,Hq,T) float32, as in `causal_with_lse`.
+    """
+    if query.device.type == "cpu" and _CPU is not None:
+        out, lse = _CPU(query, key, value, 0.0, False, scale=scale)
+        return out, lse
+    queries, keys = (torch.tensor([part.shape[2]], device=query.device) for part in (query, key))
+    return _varlen(query, key, value, queries, keys, query.shape[2], key.shape[2], scale, (-1, -1))
+
+
 def varlen_with_lse(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -72,11 +89,26 @@ def varlen_with_lse(
     Returns:
         out (1,Hq,T,D); lse (1,Hq,T) float32, as in `causal_with_lse`.
     """
-    bounds = nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    return _varlen(query, key, value, ends, ends, longest, longest, scale, (-1, 0))
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    most_queries: int,
+    most_keys: int,
+    scale: float,
+    window: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """The kernel's own call; `window`: (-1, 0) for causal attention, (-1, -1) for full."""
+    first, second = (nn.functional.pad(ends, (1, 0)).to(torch.int32) for ends in (query_ends, key_ends))
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (T,H,D)
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0), "enable_gqa": True}  # the window: causal
+    options: dict[str, Any] = {"scale": scale, "window_size": window, "enable_gqa": True}
     out, lse = varlen.varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, return_aux=varlen.AuxRequest(lse=True), **options
+        q, k, v, first, second, most_queries, most_keys, return_aux=varlen.AuxRequest(lse=True), **options
     )
     # The kernel gives lse as (Hq,T); its documentation says (T,Hq).
     lse = lse if lse.shape == (q.shape[1], q.shape[0]) else lse.T

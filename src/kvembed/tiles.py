@@ -6,8 +6,9 @@ same numbers take a third of the time (docs/decisions.md). So tokens are laid ou
     short texts    as many as fit share a tile of 128, 64 or 32 tokens; all such tiles are one product
     a long text    is cut into pieces of its own, each with all keys up to its end
 
-In a layer that is re-routed a tile's keys have its texts' slots in front. Sizes are rounded, so that shapes recur from
-batch to batch: one that is new costs more than the product itself.
+In a layer that is re-routed a tile's keys have its texts' slots in front; where texts share a beginning that is not
+computed with them (`kvembed.prefix`), the beginning's keys. Sizes are rounded, so that shapes recur from batch to
+batch: one that is new costs more than the product itself.
 
 Logits are rounded to bfloat16, to which large ones would lose their differences (Qwen2.5's keys share a bias that puts
 logits in the hundreds). Softmax does not change when all keys of a text are moved by the same vector, so their mean is
@@ -28,7 +29,7 @@ __all__ = ["Tiles", "suits"]
 
 TILES = (32, 64, 128)  # tokens
 _MOST_PIECES = 16  # of a text: each is another shape
-_STEP = 16  # columns for slots come in multiples of it
+_STEP = 16  # columns in front come in multiples of it
 _HIDDEN = float("-inf")
 
 
@@ -55,9 +56,10 @@ class Tiles:
         lengths: tokens of each text, in the order in which they lie behind one another.
         bias, slot_self: see `EmbedConfig`.
         routed: let tokens see their text's slot.
+        prefix: tokens of a beginning that all texts share, if they are not routed.
     """
 
-    def __init__(self, lengths: Sequence[int], bias: float, slot_self: bool, routed: bool) -> None:
+    def __init__(self, lengths: Sequence[int], bias: float, slot_self: bool, routed: bool, prefix: int = 0) -> None:
         limits = torch.finfo(torch.bfloat16)
         self._bias, self._slot_self = min(max(bias, limits.min), limits.max), slot_self
         self._lengths = torch.tensor(lengths)
@@ -76,16 +78,21 @@ class Tiles:
                 shared[-1].append(text)
                 room -= tokens
         self._shared = len(shared)
-        # Columns for slots, in a shared tile and in a long text's piece.
-        self._width, self._front = (_up(max(map(len, shared), default=0), _STEP), _STEP) if routed else (0, 0)
+        # Columns in front: in a shared tile, in a long text's piece, and how many of the latter are in use.
+        self._routed = routed
+        self._width, self._front, self._used = _up(prefix, _STEP), _up(prefix, _STEP), prefix
+        if routed:
+            self._width, self._front, self._used = _up(max(map(len, shared), default=0), _STEP), _STEP, 1
+        before = list(range(sum(lengths), sum(lengths) + prefix))  # its keys come after all others
         queries, keys = [], []  # for each row the token that it is; -1 for filling
         slots = []  # for each key row the text whose slot it is, or -1
         for texts in shared:
             tokens_here = [token for text in texts for token in range(starts[text], starts[text] + lengths[text])]
             queries += _filled(tokens_here, self._tile)
-            keys += _filled([starts[text] + lengths[text] - 1 for text in texts], self._width)
+            lasts = [starts[text] + lengths[text] - 1 for text in texts]
+            keys += _filled(lasts if routed else before, self._width)
             keys += _filled(tokens_here, self._tile)
-            slots += _filled(texts, self._width) + [-1] * self._tile
+            slots += _filled(texts if routed else [], self._width) + [-1] * self._tile
         self._long = []
         for text, tokens in enumerate(lengths):
             if tokens > self._tile:
@@ -93,8 +100,8 @@ class Tiles:
                 self._long.append(_Long(len(queries), len(keys), tokens, piece))
                 here = list(range(starts[text], starts[text] + tokens))
                 queries += _filled(here, _up(tokens, piece))
-                keys += _filled(here[-1:], self._front) + _filled(here, _up(tokens, piece))
-                slots += _filled([text], self._front) + [-1] * _up(tokens, piece)
+                keys += _filled(here[-1:] if routed else before, self._front) + _filled(here, _up(tokens, piece))
+                slots += _filled([text] if routed else [], self._front) + [-1] * _up(tokens, piece)
         query, key = torch.tensor(queries), torch.tensor(keys)
         self._queries, self._keys, self._slots = query.clip(0), key.clip(0), torch.tensor(slots)
         self._places = torch.empty(sum(lengths), dtype=torch.long)  # token -> its row among queries
@@ -109,21 +116,32 @@ class Tiles:
         """(N,tile,1,width + tile) bfloat16, additive: what each token of a shared tile sees; 1 is for the heads."""
         rows = query[: self._shared * self._tile].view(self._shared, self._tile, 1)
         columns = key[: self._shared * (self._width + self._tile)].view(self._shared, 1, self._width + self._tile)
-        same = self._text[rows.clip(0)] == self._text[columns.clip(0)]
-        is_slot = torch.arange(columns.shape[-1]) < self._width
+        tokens = len(self._text)
+        same = self._text[rows.clip(0)] == self._text[columns.clip(0, tokens - 1)]
+        is_slot = (torch.arange(columns.shape[-1]) < self._width) & self._routed
         is_last = rows == (self._lengths.cumsum(0) - 1)[self._text[rows.clip(0)]]
         seen = same & (columns >= 0) & torch.where(is_slot, self._slot_self | ~is_last, columns <= rows)
+        seen |= columns >= tokens  # the common beginning
         seen |= rows < 0  # a row of nothing is thrown away, but must not be NaN on its way: that is slow
         mask = torch.where(seen, torch.where(is_slot, self._bias, 0.0), _HIDDEN)
         return mask.to(torch.bfloat16)[:, :, None]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, slot_key: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        slot_key: Tensor | None = None,
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """One layer's attention.
 
         Args:
             query, key, value: (1,Hq,T,Dk), (1,Hkv,T,Dk), (1,Hkv,T,Dv).
             scale: factor of the logits.
             slot_key: (texts,Hkv,Dk), if it is not the last token's key.
+            before: keys (Hkv,p,Dk) and values (Hkv,p,Dv) of the common beginning, if there is one.
 
         Returns:
             (1,T,Hq,Dv).
@@ -132,8 +150,9 @@ class Tiles:
         # A token's heads that share keys stay side by side: (Hkv,rows,G*Dk)
         rows = query[0].transpose(0, 1).reshape(-1, heads, groups * query.shape[-1])
         rows = rows.transpose(0, 1).index_select(1, self._queries)
-        keys = self._moved(key[0].float(), scale, slot_key)  # (Hkv,columns,Dk)
-        values = value[0].index_select(1, self._keys)  # (Hkv,columns,Dv)
+        keys = self._moved(key[0].float(), scale, slot_key, before)  # (Hkv,columns,Dk)
+        values = value[0] if before is None else torch.cat([value[0], before[1]], 1)
+        values = values.index_select(1, self._keys)  # (Hkv,columns,Dv)
         out = rows.new_empty(heads, rows.shape[1], groups * value.shape[-1])
         if self._shared:
             tokens, columns = self._shared * self._tile, self._shared * (self._width + self._tile)
@@ -149,8 +168,8 @@ class Tiles:
                 there = slice(long.key, long.key + self._front + start + long.piece)
                 q = rows[:, here].reshape(heads, long.piece * groups, -1)
                 logits = torch.bmm(q, keys[:, there].transpose(1, 2)).view(heads, long.piece, groups, -1)
-                if self._front:
-                    logits[..., 1 : self._front] = _HIDDEN
+                logits[..., self._used : self._front] = _HIDDEN
+                if self._routed:
                     logits[..., 0] += self._bias
                     if not self._slot_self and start + long.piece >= long.tokens:
                         logits[:, long.tokens - 1 - start, :, 0] = _HIDDEN
@@ -160,8 +179,14 @@ class Tiles:
         out = out.transpose(0, 1).index_select(0, self._places)  # (T,Hkv,G*Dv)
         return out.view(1, len(out), query.shape[1], -1)
 
-    def _moved(self, key: Tensor, scale: float, slot_key: Tensor | None) -> Tensor:
-        """Keys in their places (Hkv,columns,Dk), their text's mean taken off, times `scale`."""
+    def _moved(
+        self, key: Tensor, scale: float, slot_key: Tensor | None, before: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Keys in their places (Hkv,columns,Dk), times `scale`, their text's mean, or the beginning's, taken off."""
+        if before is not None:  # all texts see it, so all are moved by its mean
+            first = before[0].float()
+            moved = (torch.cat([key, first], 1) - first.mean(1, keepdim=True)) * scale
+            return moved.to(torch.bfloat16).index_select(1, self._keys)
         mean = key.new_zeros(key.shape[0], len(self._lengths), key.shape[-1]).index_add_(1, self._text, key)
         mean /= self._lengths[:, None]  # (Hkv,texts,Dk)
         moved = (key - mean.index_select(1, self._text)) * scale

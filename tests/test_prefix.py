@@ -1,0 +1,177 @@
+"""A beginning that prompts share is computed once, and their states come out as if it had been computed with each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import NOTICES, tiny
+from families import build
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvembed import EmbedConfig, Embedder, OutOfMemory
+from kvembed.backbone import Backbone
+from kvembed.config import Readout
+from kvembed.methods import preset
+from kvembed.prefix import groups, without
+from kvembed.prompts import Prompt, Prompter
+
+EXAMPLES = "A committee approved the budget: finance. A jockey riding a horse: sport. {text}:"
+
+
+@pytest.mark.parametrize("config", [EmbedConfig(), EmbedConfig(output_layer=2)], ids=["top", "inside"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gemma2", "gpt_oss", "mistral", "deepseek_v3"])
+def test_states_are_those_of_the_whole(family, config):
+    """Among them families with windows shorter than the beginning, a soft cap, sinks, learned positions."""
+    backbone = Backbone(build(family))
+    assert backbone.can_share
+    torch.manual_seed(1)
+    beginning = torch.randint(3, 99, (19,)).tolist()
+    texts = [torch.randint(3, 99, (n,)).tolist() for n in (3, 21, 1, 9, 21, *[2] * 20, 40)]
+    below = []
+    prefix = backbone.prefix(beginning)
+    states = backbone.states(*backbone.pad(texts), config, readers={0: below.append}, prefix=prefix)
+    for row, text in enumerate(texts):
+        whole_below = []
+        ids, lengths = backbone.pad([beginning + text])
+        whole = backbone.states(ids, lengths, config, readers={0: whole_below.append})
+        for ours, its in ((states, whole), (below[0], whole_below[0])):
+            tolerance = 1e-4 * float(its.abs().max())
+            torch.testing.assert_close(ours[row, : len(text)], its[0, 19:], atol=tolerance, rtol=0)
+
+
+def test_no_square_mask_for_full_attention(llama, monkeypatch):
+    backbone = Backbone(llama)
+    prefix = backbone.prefix([5] * 20)
+    masked = []
+    monkeypatch.setattr(backbone.rerouting, "_attend", lambda *args: masked.append(args))
+    backbone.states(*backbone.pad([[7] * 9, [8] * 4]), EmbedConfig(), prefix=prefix)
+    assert not masked
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "jamba"])
+def test_not_where_texts_can_not_be_packed(family):
+    assert not Backbone(build(family)).can_share
+
+
+def test_not_where_the_longest_text_decides_how_positions_rotate():
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    rope |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "factor": 8.0}
+    backbone = Backbone(tiny("phi3", rope_parameters=rope, pad_token_id=0))
+    assert backbone.can_pack
+    assert not backbone.can_share
+
+
+def test_a_model_that_makes_its_own_masks_is_left_alone(llama):
+    """As if its masks had nothing to do with what attention asks for."""
+    backbone = Backbone(llama)
+    beginning = backbone.prefix([5] * 20)
+
+    class Odd(backbone.rerouting):
+        def __call__(self, module, query, key, value, attention_mask, **kwargs):
+            mask = torch.ones(1, 1, query.shape[2], query.shape[2], dtype=torch.bool).tril()
+            return super().__call__(module, query, key, value, mask, **kwargs)
+
+    backbone.rerouting = Odd
+    assert backbone.can_pack
+    assert not backbone.can_share
+    with pytest.raises(Exception, match="makes its masks itself"):
+        backbone.states(*backbone.pad([[7] * 9]), EmbedConfig(), prefix=beginning)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": "last"},
+        {"pooling": "mean", "mean_tokens": "content"},
+        {"pooling": "last", "more_readouts": [Readout(mean_tokens="content", output_layer=1)], "transform": "whiten"},
+    ],
+    ids=["last", "mean", "several"],
+)
+def test_vectors_are_the_same(llama, tokenizer, options):
+    config = EmbedConfig(document=(EXAMPLES, "{text}"), query=("{text}", EXAMPLES), **options)
+    texts = [f"{notice} {number}" for notice in NOTICES for number in range(5)][:120]
+    embedder = Embedder(llama, tokenizer, config, texts=texts)
+    mixed = [*texts[:30], "", " ", ".", "a" * 300, *texts[30:40]]  # an empty text has nothing but its template
+    computed = []
+    hook = llama.model.embed_tokens.register_forward_hook(lambda _, args, output: computed.append(args[0].numel()))
+    try:
+        shared = {role: embedder.encode_views(mixed, role=role) for role in ("document", "query")}
+        tokens = sum(computed)
+        computed.clear()
+        vars(embedder.backbone)["can_share"] = False
+        for role, ours in shared.items():
+            apart = embedder.encode_views(mixed, role=role)
+            torch.testing.assert_close(*map(torch.from_numpy, (ours.vectors, apart.vectors)), atol=1e-4, rtol=1e-4)
+            assert ours.token_counts.tolist() == apart.token_counts.tolist()
+    finally:
+        hook.remove()
+    assert tokens < 0.7 * sum(computed)
+
+
+def test_out_of_memory_in_the_beginning_is_told_as_any_other(llama, tokenizer, monkeypatch):
+    embedder = Embedder(llama, tokenizer, EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last"))
+
+    def fail(ids):
+        raise torch.OutOfMemoryError
+
+    assert embedder.backbone.can_share
+    monkeypatch.setattr(embedder.backbone, "prefix", fail)
+    with pytest.raises(OutOfMemory):
+        embedder.encode(NOTICES)
+
+
+def test_presets_with_a_long_preface_share_it(llama, tokenizer):
+    prompter = Prompter(tokenizer)
+    for method, some in (("knowledge", 1), ("meta-eol", 8), ("prompt-eol", 0), ("echo", 0), ("kv", 0), ("mean", 0)):
+        config = preset(method, **({"layers": (1,)} if method == "kv" else {}))
+        prompts = [p for template in config.templates("document") for p in prompter(NOTICES, template, 512)]
+        assert sum(bool(ids) for ids, _ in groups(prompts, config, 256)) == some, method
+
+
+def test_few_prompts_or_a_short_beginning_are_not_worth_it(tokenizer):
+    prompter, config = Prompter(tokenizer), EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last")
+    prompts = prompter(NOTICES, EXAMPLES, 512)
+    assert any(ids for ids, _ in groups(prompts, config, 256))
+    assert groups(prompts[:2], config, 256) == [((), [0, 1])]
+    assert groups(prompter(NOTICES, "a: {text}", 512), config, 1) == [((), list(range(len(NOTICES))))]
+    assert groups([], config, 1) == [((), [])]
+    long = prompter(["long " * 1000], EXAMPLES, 4096)  # little would be saved of it
+    assert groups([*prompts, *long], config, 256)[1:] == groups(prompts, config, 256)[1:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pooling": "mean"},
+        {"pooling": "hybrid"},
+        {"pooling": "weighted-mean", "mean_tokens": "content"},  # weights go by the place in the whole prompt
+        {"layers": (1,)},
+        {"transform": "whiten", "more_readouts": [Readout(pooling="mean")]},
+    ],
+)
+def test_not_where_the_beginning_is_read_or_changed(tokenizer, changes):
+    config = EmbedConfig(document=EXAMPLES, query=EXAMPLES, **{"pooling": "last", **changes})
+    assert [ids for ids, _ in groups(Prompter(tokenizer)(NOTICES, EXAMPLES, 512), config, 1)] == [()]
+
+
+@given(
+    kinds=st.lists(
+        st.tuples(st.sampled_from([0, 3, 16, 40]), st.integers(0, 2), st.integers(0, 4), st.integers(1, 20)), max_size=8
+    ),
+    least_saved=st.sampled_from([1, 100, 400]),
+)
+def test_every_prompt_is_in_one_group(kinds, least_saved):
+    """Beginnings by length and by which of three they are; texts of some tokens, or of none; so many of each."""
+    prompts = []
+    for length, which, own, times in kinds:
+        ids = (*(which + 10 * place for place in range(length)), *[7] * own, 5)
+        prompts += [Prompt("", ids, ((0, 0),) * len(ids), (length, length + own))] * times
+    found = groups(prompts, EmbedConfig(pooling="last"), least_saved)
+    assert sorted(index for _, some in found for index in some) == list(range(len(prompts)))
+    for ids, some in found[1:]:
+        assert len(ids) * (len(some) - 1) >= least_saved
+        for index in some:
+            rest = without(prompts[index], len(ids))
+            assert ids + rest.ids == prompts[index].ids
+            assert rest.content_ids == prompts[index].content_ids
