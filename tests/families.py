@@ -199,6 +199,7 @@ def verify(model: PreTrainedModel) -> None:
     _same(_batch(backbone, texts, layers=tuple(layers), bias=-1e9), plain, "a slot nobody sees changes its states")
 
     # After a beginning that is computed once, if it can be.
+    assert backbone.can_share or not backbone.can_pack, "it can be packed, but takes no common beginning"
     if backbone.can_share:
         begun = _each(decoder, [torch.cat([texts[0], text]) for text in texts])
         ids, lengths = backbone.pad([text.tolist() for text in texts])

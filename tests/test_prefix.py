@@ -9,7 +9,8 @@ from families import build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvembed import EmbedConfig, Embedder, OutOfMemory
+from kvembed import EmbedConfig, Embedder, OutOfMemory, attention
+from kvembed import backbone as backbones
 from kvembed.backbone import Backbone
 from kvembed.config import Readout
 from kvembed.methods import preset
@@ -38,6 +39,58 @@ def test_states_are_those_of_the_whole(family, config):
         for ours, its in ((states, whole), (below[0], whole_below[0])):
             tolerance = 1e-4 * float(its.abs().max())
             torch.testing.assert_close(ours[row, : len(text)], its[0, 19:], atol=tolerance, rtol=0)
+
+
+def test_chunks_of_attention_are_kept():
+    backbone = Backbone(build("llama4_text"))
+    assert not backbone.can_pack  # of queries that it scales by their place in the row
+    backbone = Backbone(build("llama4_text"))
+    backbone.model.config.attn_temperature_tuning = False
+    assert backbone.can_share
+    beginning, text = [5, 9, 7] * 7, [11, 30, 8, 64, 21]
+    states = backbone.states(*backbone.pad([text, [7]]), EmbedConfig(), prefix=backbone.prefix(beginning))
+    whole = backbone.states(*backbone.pad([beginning + text]), EmbedConfig())
+    torch.testing.assert_close(states[0], whole[0, 21:], atol=1e-4 * float(whole.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_notices_another_beginning(dtype, monkeypatch):
+    backbone = Backbone(tiny().to(dtype))
+    right = backbone.prefix
+    monkeypatch.setattr(backbone, "prefix", lambda ids: right(ids[::-1]))
+    assert not backbone.can_share
+    del vars(backbone)["can_share"]
+    monkeypatch.undo()
+    assert backbone.can_share
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("qwen2", {}), ("gemma3_text", {"sliding_window": 16, "sliding_window_pattern": 2})],
+)
+def test_bfloat16_is_as_near_to_float32_as_without(family, changes, monkeypatch):
+    """In tiles, and in windows as with other kernels."""
+    for module in (attention, backbones):
+        monkeypatch.setattr(module, "suits", lambda device, dtype: dtype == torch.bfloat16)
+    half = Backbone(tiny(family, **changes).to(torch.bfloat16))
+    exact = Backbone(tiny(family, **changes))
+    exact.decoder.load_state_dict({name: part.float() for name, part in half.decoder.state_dict().items()})
+    torch.manual_seed(1)
+    beginning = torch.randint(3, 99, (20,)).tolist()
+    texts = [torch.randint(3, 99, (n,)).tolist() for n in (150, 40, 33, 2, 1)]
+    assert half.can_share
+    ids, lengths = half.pad(texts)
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
+    shared = half.states(ids, lengths, EmbedConfig(), prefix=half.prefix(beginning))[real].float()
+    wholes = half.pad([beginning + text for text in texts])
+    whole, expected = (one.states(*wholes, EmbedConfig())[:, 20:][real].float() for one in (half, exact))
+    assert (shared - expected).norm() < 1.5 * (whole - expected).norm()
+
+
+def test_nothing_may_be_changed_after_a_common_beginning(llama):
+    backbone = Backbone(llama)
+    with pytest.raises(ValueError, match="nothing is changed"):
+        backbone.states(*backbone.pad([[7] * 9]), EmbedConfig(layers=(1,)), prefix=backbone.prefix([5] * 20))
 
 
 def test_no_square_mask_for_full_attention(llama, monkeypatch):

@@ -102,6 +102,7 @@ class Reroute:
     prefix: Prefix | None = None
     _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
     _kept_places: dict[torch.device, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    _kept_masks: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict)
     _tiles: dict[bool, Tiles] = dataclasses.field(default_factory=dict)
 
     def __call__(
@@ -133,13 +134,16 @@ class Reroute:
         first = self._first
         longest = first + self.packed[0]
         if before and attention_mask is None:
-            ones = torch.ones(longest, longest, dtype=torch.bool, device=key.device)
-            attention_mask = ones.tril()[None, None]
+            if key.device not in self._kept_masks:
+                ones = torch.ones(longest, longest, dtype=torch.bool, device=key.device)
+                self._kept_masks[key.device] = ones.tril()[None, None]
+            attention_mask = self._kept_masks[key.device]
         if before and attention_mask is not None and attention_mask.shape[-1] != longest:
             raise UnsupportedModel(f"{type(module).__name__} makes its masks itself; texts can't share a beginning")
         whole = attention_mask is not None and attention_mask.shape[-1] == key.shape[2] and not before
         outs = []
-        for start, q, k, v in self._by_length(query, key, value):
+        # The beginning is copied for every text, so they are taken in parts that have about T keys together.
+        for start, q, k, v in self._by_length(query, key, value, most_keys=key.shape[2] if before else None):
             texts, _, n, _ = q.shape
             if before:
                 k, v = (torch.cat([x.expand(texts, -1, -1, -1), y], 2) for x, y in zip(before, (k, v), strict=True))
@@ -155,15 +159,15 @@ class Reroute:
         """p, tokens of the common beginning."""
         return self.prefix.tokens if self.prefix else 0
 
-    def _by_length(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    def _by_length(self, *tensors: Tensor, most_keys: int | None = None) -> Iterator[tuple[Any, ...]]:
         """Packed tensors (1,H,T,D) cut into texts of one length: where they start, and (texts,H,n,D) without a copy.
 
-        With a beginning, no more at a time than have T keys together, since it may be copied for each of them.
+        Of texts that have more than `most_keys` keys together, beginning included, a part at a time.
         """
         start = 0
         for n, same in itertools.groupby(self.packed):
             left = len(list(same))
-            most = max(1, sum(self.packed) // (self._first + n)) if self._first else left
+            most = max(1, most_keys // (self._first + n)) if most_keys else left
             while left:
                 texts = min(left, most)
                 end = start + texts * n
@@ -348,18 +352,20 @@ def _blend(
     """The second half of `closed`.
 
     Args:
-        out, lse, query, scale, bias: as there.
+        out, lse, query, scale, bias: as there; `out` is changed in place.
         slot_key, slot_value: (B,Hkv,1,D), or (B,Hkv,n,D) if a row's tokens are of several texts.
         unseen: rows and positions of the tokens that must not see the slot, if any.
     """
     grouped = query.view(len(query), slot_key.shape[1], -1, *query.shape[2:])  # (B,Hkv,G,n,Dk)
     # float32, as lse is: a large logit rounded to half precision would shift beta
-    logit = (grouped.float() * slot_key.float()[:, :, None]).sum(-1).flatten(1, 2) * scale + bias  # (B,Hq,n)
-    beta = torch.sigmoid(logit - lse)
+    queries, keys = grouped.float(), slot_key.float()[:, :, None]  # (B,Hkv,G,n,Dk), (B,Hkv,1,1 or n,Dk)
+    # Of one key for all, a product of matrices, which makes nothing as large as the queries: (B,Hkv,G,n)
+    logit = (keys @ queries.transpose(-1, -2))[..., 0, :] if keys.shape[3] == 1 else (queries * keys).sum(-1)
+    beta = torch.sigmoid(logit.flatten(1, 2) * scale + bias - lse)  # (B,Hq,n)
     if unseen is not None:
         beta[unseen[0], :, unseen[1]] = 0.0
     slot_value = slot_value.repeat_interleave(grouped.shape[2], 1)  # (B,Hq,1 or n,Dv)
-    return torch.lerp(out, slot_value, beta[..., None].to(out.dtype)), beta
+    return out.lerp_(slot_value, beta[..., None].to(out.dtype)), beta
 
 
 def _after(before: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, query: Tensor, scale: float) -> Tensor:
@@ -371,7 +377,7 @@ def _after(before: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, query: Tenso
         query, scale: as in `closed`.
     """
     first, first_lse = flash.full_with_lse(query, before[0][None], before[1][None], scale)
-    return torch.lerp(out, first, torch.sigmoid(first_lse - lse)[..., None].to(out.dtype))
+    return out.lerp_(first, torch.sigmoid(first_lse - lse)[..., None].to(out.dtype))
 
 
 def delegated(

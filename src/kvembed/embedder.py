@@ -433,7 +433,7 @@ class Embedder:
         views = np.zeros((count, len(by_template), readouts, self.backbone.dim), np.float32)
         # Where no layer is run there is no padding either, and no need to try whether texts can be packed.
         packed = len(prompts) > 1 and (not self.config.forward_passes or self.backbone.can_pack)
-        alike = groups(prompts, self.config, self.batch_tokens // 8)
+        alike = groups(prompts, self.config, max(1, self.batch_tokens // 8))
         if len(alike) > 1 and not self.backbone.can_share:
             alike = [((), list(range(len(prompts))))]
         for shared, places in alike:
