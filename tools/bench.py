@@ -1,17 +1,18 @@
 """Speed, as ratios of interleaved runs in one process, medians and quartiles; `make tables` writes docs/speed.md of it.
 
-    python tools/bench.py [--data ../shared/eval-data] [--model smollm2] [--dtype bfloat16] [--rounds 7] [SECTION ...]
+    python tools/bench.py [--data ../shared/eval-data] [--model smollm2] [--dtype DTYPE] [--rounds 7] [SECTION ...]
 
 overhead  a re-routed forward over a plain causal one of the same tokens, and over other ways to see the whole text
 corpus    texts of mixed lengths, against sentence-transformers with the same backbone (needs --data)
 llama     the same texts, against llama.cpp with the same GGUF file (needs --data, --gguf, llama-cpp-python), and with
           the same model in more files, if --gguf names some
+preface   a template with a long beginning: computed with every text, over once for all of them
 machine   the forward's arithmetic over that of bare matrix products of the same shapes; share of tokens not padding
 growth    seconds by length of a text
 memory    peak resident set of `kvembed embed` with few and with many texts, a tiny random model
 start     `kvembed embed` of one sentence, the whole process
 
-Each section writes results/speed/SECTION.json. Nothing else should run on the machine meanwhile.
+Each section writes results/speed/DTYPE/SECTION.json. Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -57,11 +58,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--gguf", type=Path, nargs="+")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", help="default: bfloat16, or float32 on a CPU that can't multiply bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed")
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or Embedder.from_pretrained(arguments.model, method="mean").dtype
+    out = arguments.out / arguments.dtype
     keep_for_the_next_batch()  # as the command line does; all that is compared has it
     for name in arguments.sections or SECTIONS:
         needs = {"corpus": ("data",), "llama": ("data", "gguf")}.get(name, ())
@@ -76,14 +79,15 @@ def main() -> None:
             "device": "cuda" if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
             "hardware": hardware(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "versions": {
                 package: _version(package) for package in PACKAGES + ("llama-cpp-python",) * (name == "llama")
             },
             "rounds": arguments.rounds,
             "rows": rows,
         }
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
         for row in rows:
             print(name, json.dumps(row), flush=True)
 
@@ -235,6 +239,22 @@ def llama(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return _against(seconds, len(texts), int(encoded.token_counts.sum()), float(cosine))
 
 
+def preface(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """`knowledge`, whose template begins with a long sentence, on short texts."""
+    embedder = Embedder.from_pretrained(arguments.model, method="knowledge", dtype=arguments.dtype)
+    notices = (ROOT / "examples" / "notices.txt").read_text().splitlines()
+    texts = [f"{notice} {number}" for number in range(8) for notice in notices][:256]
+
+    def encode(share: bool) -> None:
+        vars(embedder.backbone)["can_share"] = share  # a cached property
+        embedder.encode(texts)
+
+    runs = {name: functools.partial(encode, share) for name, share in (("once", True), ("with each", False))}
+    seconds = _interleaved(runs, arguments.rounds)
+    row = {"what": "the preface with each text, over once for all", "tokens": "", "texts": len(texts)}
+    return [row | _ratio(seconds["with each"], seconds["once"])]
+
+
 def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Model FLOP/s over GEMM FLOP/s in the same rounds; and the share of computed tokens that is real, packed."""
     embedder = Embedder.from_pretrained(arguments.model, method="mean", dtype=arguments.dtype)
@@ -329,7 +349,7 @@ def start(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-    part.__name__: part for part in (overhead, corpus, llama, machine, growth, memory, start)
+    part.__name__: part for part in (overhead, corpus, llama, preface, machine, growth, memory, start)
 }
 
 if __name__ == "__main__":

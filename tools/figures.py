@@ -35,9 +35,8 @@ def draw(results: Sequence[Result], speed: Path, folder: Path) -> None:
     long = [result for result in results if result.suite == "long"]
     if long:
         _long(long, folder)
-    growth = speed / "growth.json"
-    if growth.is_file():
-        _growth(json.loads(growth.read_text()), folder)
+    if growth := [json.loads(path.read_text()) for path in sorted(speed.glob("*/growth.json"))]:
+        _growth(growth, folder)
 
 
 def _windows(model: str, windows: list[list[Result]], base: list[Result], folder: Path) -> None:
@@ -100,18 +99,19 @@ def _long(results: list[Result], folder: Path) -> None:
     _save(figure, folder / "long.svg")
 
 
-def _growth(told: dict[str, Any], folder: Path) -> None:
-    rows = told["rows"]
-    tokens, seconds = [row["tokens"] for row in rows], [row["seconds"] for row in rows]
+def _growth(found: list[dict[str, Any]], folder: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    axis.loglog(tokens, seconds, "o-", ms=4, color="C0", label="a text, re-routed in every layer")
+    for index, told in enumerate(found):
+        tokens, seconds = ([row[name] for row in told["rows"]] for name in ("tokens", "seconds"))
+        axis.loglog(tokens, seconds, "o-", ms=4, color=f"C{index}", label=told["dtype"])
+    least = min(row["seconds"] for told in found for row in told["rows"])
     for power, style, name in ((1, ":", "n"), (2, "--", "n²")):
         line = [seconds[-1] * (n / tokens[-1]) ** power for n in tokens]
-        axis.loglog(tokens, line, style, color="0.6", lw=1, label=f"as {name}, from the longest")
+        axis.loglog(tokens, line, style, color="0.6", lw=1, label=f"as {name}")
     axis.set_xticks(tokens, [f"{n:,}" for n in tokens])
     axis.minorticks_off()
-    axis.set(xlabel="tokens of a text (n)", ylabel="seconds", ylim=(min(seconds) / 3, None))
-    axis.set_title(f"{told['model']}, {told['dtype']}, {told['device']}, {told['threads']} threads")
+    axis.set(xlabel="tokens of a text (n)", ylabel="seconds", ylim=(least / 3, None))
+    axis.set_title(f"{told['model']}, a text re-routed in every layer, {told['device']}, {told['threads']} threads")
     axis.legend(frameon=False)
     _save(figure, folder / "growth.svg")
 

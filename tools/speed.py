@@ -1,4 +1,4 @@
-"""docs/speed.md, from the files of results/speed that `tools/bench.py` writes."""
+"""docs/speed.md, from the files of results/speed that `tools/bench.py` writes, one folder for each dtype."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ TITLES = {
     "overhead": "One forward",
     "corpus": "A corpus of mixed lengths",
     "llama": "Against llama.cpp",
+    "preface": "A template with a long beginning",
     "machine": "How near to the machine's limit",
     "growth": "Seconds by length",
     "memory": "Memory",
@@ -47,25 +48,30 @@ def speed_page(folder: Path) -> str:
     parts = [
         "# Speed",
         "Made by `make tables` from what `make bench` wrote to `results/speed/`. Ratios are of interleaved runs in one "
-        "process: the median over rounds, and in brackets the quartiles. What has not been run on a GPU is not here.",
+        "process: the median over rounds, and in brackets the quartiles. bfloat16 is the default where a processor "
+        "multiplies it, float32 elsewhere; each was measured on such a machine. What has not been run on a GPU is not "
+        "here.",
     ]
     for section, title in TITLES.items():
-        path = folder / f"{section}.json"
-        if not path.is_file():
-            continue
-        told = json.loads(path.read_text())
-        versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
-        machine = f"{told['device']}, {told['threads']} threads, {told['hardware']}; {versions}"
-        what = "a tiny random model" if section == "memory" else f"{told['model']}, {told['dtype']}"
-        about = f"{what}; {machine}; {told['rounds']} rounds.{NOTES.get(section, '')}"
-        parts += [f"## {title}", about, _table(section, told["rows"])]
+        paths = sorted(folder.glob(f"*/{section}.json"))
+        parts += [f"## {title}"] if paths else []
+        for path in paths:
+            told = json.loads(path.read_text())
+            versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+            instructions = f" ({told['instructions']})" if "instructions" in told else ""
+            machine = f"{told['device']}, {told['threads']} threads, {told['hardware']}{instructions}; {versions}"
+            what = "a tiny random model" if section == "memory" else f"{told['model']}, {told['dtype']}"
+            about = f"{what}; {machine}; {told['rounds']} rounds.{NOTES.get(section, '')}"
+            parts += [about, _table(section, told["rows"])]
+        if section == "growth" and paths:
+            parts.append("![Seconds against tokens](growth.svg)")
     return "\n\n".join(parts) + "\n" if len(parts) > 2 else ""
 
 
 def _table(section: str, rows: list[dict[str, Any]]) -> str:
     if section == "growth":
         body = [[f"{row['tokens']:,}", f"{row['seconds']:.2f}"] for row in rows]
-        return table(["tokens of a text", "seconds"], "lr", body) + "\n\n![Seconds against tokens](growth.svg)"
+        return table(["tokens of a text", "seconds"], "lr", body)
     body = []
     for row in rows:
         what, size = row.get("what", ""), f"{row['tokens']:,} x {row['texts']}" if section == "overhead" else ""
