@@ -318,7 +318,10 @@ def test_tune_and_its_file(run, folder, tmp_path):
     told = run("tune", folder, "--texts", corpus, "-o", out, "--dtype", "float32")
     assert told.exit_code == 0, told.stderr
     assert "read      mean over the text's own tokens, after layer 0" in told.stdout
-    assert f"to use    kvembed embed --method auto --fitted {out}" in told.stdout
+    assert f"to use    kvembed embed --model {folder} --method auto --fitted {out}\n" in told.stdout
+    kept = run("tune", folder, "--texts", corpus, "--dtype", "float32", "--layers", "1-2", "--bias", "2").stdout
+    assert "-o FILE writes it to a file" in kept
+    assert f"embed --model {folder} --method auto --layers 1,2 --bias 2 --fitted FILE\n" in kept
     info = json.loads(run("tune", folder, "--texts", corpus, "--json").stdout)
     assert (info["texts"], info["dim"], len(info["views"])) == ("given", 48, 6)
     options = ["--model", folder, "--method", "auto", "--fitted", out]

@@ -453,7 +453,7 @@ def tune(
         embedder = _embedder(model, method, layers, bias, dtype, texts=given)
         if output is not None and embedder.transform is not None:
             embedder.transform.save(output)
-        print_tuned(embedder, output, as_json=as_json)
+        print_tuned(embedder, model, output, as_json=as_json)
 
 
 @app.command("eval")

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from .errors import InputError, KvembedError
+from .methods import METHODS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -187,8 +189,8 @@ def _snippet(hit: Hit) -> str:
     return (text if len(text) <= 240 else text[:239] + "…") + (f"  [{fields}]" if fields else "")
 
 
-def print_tuned(embedder: Embedder, output: Path | None, *, as_json: bool) -> None:
-    """Print what a transform was fitted on, and what it joins."""
+def print_tuned(embedder: Embedder, model: str, output: Path | None, *, as_json: bool) -> None:
+    """Print what a transform was fitted on, what it joins, and the command that uses it."""
     config, transform = embedder.config, embedder.transform
     if transform is None:
         return
@@ -196,11 +198,21 @@ def print_tuned(embedder: Embedder, output: Path | None, *, as_json: bool) -> No
         views = [{"template": template, **dataclasses.asdict(one)} for template, one in config.views]
         print_json({**transform.info, "dim": transform.dim, "views": views, "output": output and str(output)})
         return
+    from .writing import SELF_WRITTEN
+
     for template in config.templates("document"):
         print_line(f"template  {template!r}")
     _print_readouts(config, transform.info)
-    use = f" --fitted {output}" if output else ""
-    print_line(f"to use    kvembed embed --method {config.method}{use}")
+    usual = METHODS[config.method]
+    layers = ",".join(map(str, config.layers or ())) or "none"
+    options = ["--model", model, "--method", config.method]
+    options += ["--layers", layers] if config.layers != usual.layers else []
+    options += ["--bias", f"{config.bias:g}"] if config.bias != usual.bias else []
+    if output is None and transform.info["texts"] != SELF_WRITTEN:
+        options += ["--fitted", "FILE"]
+        print_line("kept      for these texts alone; -o FILE writes it to a file")
+    options += ["--fitted", str(output)] if output else []
+    print_line(f"to use    kvembed embed {shlex.join(options)}")
 
 
 def _print_readouts(config: EmbedConfig, fitted_on: Mapping[str, Any] | None) -> None:
