@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from kvembed.attention import Reroute, attending, stock_attention
 from kvembed.backbone import Backbone
 from kvembed.config import EmbedConfig
+from kvembed.prefix import Prefix
 
 FAMILIES = tuple(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -202,9 +203,7 @@ def verify(model: PreTrainedModel) -> None:
     assert backbone.can_share or not backbone.can_pack, "it can be packed, but takes no common beginning"
     if backbone.can_share:
         begun = _each(decoder, [torch.cat([texts[0], text]) for text in texts])
-        ids, lengths = backbone.pad([text.tolist() for text in texts])
-        states = backbone.states(ids, lengths, EmbedConfig(), prefix=backbone.prefix(texts[0].tolist()))
-        shared = [row[:length] for row, length in zip(states, lengths, strict=True)]
+        shared = _batch(backbone, texts, backbone.prefix(texts[0].tolist()))
         _same(shared, [row[len(texts[0]) :] for row in begun], "after a common beginning, its states are others")
 
     # Padding on the left, if the stock model can take it.
@@ -219,9 +218,9 @@ def _each(decoder: nn.Module, texts: list[Tensor]) -> list[Tensor]:
     return [decoder(input_ids=text[None], use_cache=False).last_hidden_state[0] for text in texts]
 
 
-def _batch(backbone: Backbone, texts: list[Tensor], **settings: Any) -> list[Tensor]:
+def _batch(backbone: Backbone, texts: list[Tensor], prefix: Prefix | None = None, **settings: Any) -> list[Tensor]:
     ids, lengths = backbone.pad([text.tolist() for text in texts])
-    states = backbone.states(ids, lengths, EmbedConfig(**settings))
+    states = backbone.states(ids, lengths, EmbedConfig(**settings), prefix=prefix)
     return [row[:length] for row, length in zip(states, lengths, strict=True)]
 
 

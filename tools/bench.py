@@ -251,7 +251,7 @@ def preface(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     runs = {name: functools.partial(encode, share) for name, share in (("once", True), ("with each", False))}
     seconds = _interleaved(runs, arguments.rounds)
-    row = {"what": "the preface with each text, over once for all", "tokens": "", "texts": len(texts)}
+    row = {"what": "the preface with each text, over once for all", "texts": len(texts)}
     return [row | _ratio(seconds["with each"], seconds["once"])]
 
 

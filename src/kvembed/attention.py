@@ -127,19 +127,20 @@ class Reroute:
         if extra := [name for name in ("position_bias", "sinks") if kwargs.get(name) is not None]:
             raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
         plain = _is_plain(key, value, attention_mask, kwargs) and not (self.bidirectional and layer in self.layers)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if plain and self.prefer_closed and (flash.has_varlen(query) or suits(query.device, query.dtype)):
-            return self._attend_packed(module, layer, query, key, value, scaling, before), None
+            return self._attend_packed(module, layer, query, key, value, scale, before), None
         if before and plain and self.prefer_closed and flash.has_causal(query):
-            return self._attend_after(before, query, key, value, scaling), None
+            return self._attend_after(before, query, key, value, scale), None
+        if before:
+            if attention_mask is None:
+                if key.device not in self._kept_masks:
+                    ones = torch.ones(self.longest, self.longest, dtype=torch.bool, device=key.device)
+                    self._kept_masks[key.device] = ones.tril()[None, None]
+                attention_mask = self._kept_masks[key.device]
+            elif attention_mask.shape[-1] != self.longest:
+                raise UnsupportedModel(f"{type(module).__name__} makes its masks itself; texts can't share a beginning")
         first = self._first
-        longest = first + self.packed[0]
-        if before and attention_mask is None:
-            if key.device not in self._kept_masks:
-                ones = torch.ones(longest, longest, dtype=torch.bool, device=key.device)
-                self._kept_masks[key.device] = ones.tril()[None, None]
-            attention_mask = self._kept_masks[key.device]
-        if before and attention_mask is not None and attention_mask.shape[-1] != longest:
-            raise UnsupportedModel(f"{type(module).__name__} makes its masks itself; texts can't share a beginning")
         whole = attention_mask is not None and attention_mask.shape[-1] == key.shape[2] and not before
         outs = []
         # The beginning is copied for every text, so they are taken in parts that have about T keys together.
@@ -159,6 +160,11 @@ class Reroute:
         """p, tokens of the common beginning."""
         return self.prefix.tokens if self.prefix else 0
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest packed text, a common beginning included."""
+        return self._first + self.packed[0]
+
     def _by_length(self, *tensors: Tensor, most_keys: int | None = None) -> Iterator[tuple[Any, ...]]:
         """Packed tensors (1,H,T,D) cut into texts of one length: where they start, and (texts,H,n,D) without a copy.
 
@@ -176,10 +182,9 @@ class Reroute:
                 start, left = end, left - texts
 
     def _attend_after(
-        self, before: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+        self, before: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Packed texts' attention after a common beginning, (1,T,Hq,Dv), on a CPU; arguments as in `__call__`."""
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         outs, lses = [], []
         for _, q, k, v in self._by_length(query, key, value):
             out, lse = flash.causal_with_lse(q, k, v, scale)  # (texts,Hq,n,D), (texts,Hq,n)
@@ -195,11 +200,10 @@ class Reroute:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
+        scale: float,
         before: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """All packed texts' attention in one layer at once, (1,T,Hq,Dv); arguments as in `__call__`."""
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if suits(query.device, query.dtype):
             routed = layer in self.layers
             if routed not in self._tiles:
@@ -580,11 +584,9 @@ def _hook(stock: str) -> str:
             # The longest text's mask: a corner of it is any other's. And none if it would be the plain causal one,
             # which transformers leaves out for a padded batch but not for packed texts. `use_vmap`: it is another.
             plain = not kwargs.get("use_vmap", False)
-            longest = attend.packed[0]
             if attend.prefix:
-                longest += attend.prefix.tokens
                 kwargs["attention_mask"] = None  # of ones, see `Backbone`
-            kwargs |= {"q_length": longest, "kv_length": longest, "allow_is_causal_skip": plain}
+            kwargs |= {"q_length": attend.longest, "kv_length": attend.longest, "allow_is_causal_skip": plain}
         make = sdpa_mask if attend is not None else ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
         return None if make is None else make(*args, **kwargs)
 

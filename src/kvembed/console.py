@@ -208,10 +208,10 @@ def print_tuned(embedder: Embedder, model: str, output: Path | None, *, as_json:
     options = ["--model", model, "--method", config.method]
     options += ["--layers", layers] if config.layers != usual.layers else []
     options += ["--bias", f"{config.bias:g}"] if config.bias != usual.bias else []
-    if output is None and transform.info["texts"] != SELF_WRITTEN:
-        options += ["--fitted", "FILE"]
+    given = transform.info["texts"] != SELF_WRITTEN
+    if given and output is None:
         print_line("kept      for these texts alone; -o FILE writes it to a file")
-    options += ["--fitted", str(output)] if output else []
+    options += ["--fitted", str(output or "FILE")] if given or output else []
     print_line(f"to use    kvembed embed {shlex.join(options)}")
 
 
