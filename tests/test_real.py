@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from kvembed import Embedder, tuning
 from kvembed.evaluate import evaluate
+from kvembed.models import pull
 from kvembed.subjects import sentence_transformer_subject
 from kvembed.tasks import load_tasks
 
@@ -128,20 +130,38 @@ def test_the_demo_prints_its_table():
     assert "48 notices and 7 queries in" in done.stdout
 
 
-def test_one_sentence_from_the_command_line_within_8_seconds():
-    times = []
-    for _ in range(3):
+_BARE = """
+import sys, torch
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModel.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.inference_mode():
+    model(**tokenizer("A sentence.", return_tensors="pt"))
+"""
+
+
+def test_one_sentence_from_the_command_line_costs_little_more_than_the_model_itself():
+    def run(*arguments):
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "kvembed", "embed"],
+            [sys.executable, *arguments],
             input="A sentence.\n",
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=True,
         )
-        times.append(time.perf_counter() - started)
-    assert len(json.loads(done.stdout)["embedding"]) == 576
-    assert min(times) <= 8, times
+        return time.perf_counter() - started, done.stdout
+
+    # A ratio of interleaved runs of one thread: to import torch and transformers alone takes 2 to 6 seconds, by the
+    # machine, and threads that wait for each other take longer on a busy one.
+    ours, bare = [], []
+    for _ in range(3):
+        seconds, told = run("-m", "kvembed", "embed")
+        assert len(json.loads(told)["embedding"]) == 576
+        ours.append(seconds)
+        bare.append(run("-c", _BARE, pull("smollm2"))[0])
+    assert min(ours) <= 1.5 * min(bare), (ours, bare)
 
 
 @pytest.mark.slow
