@@ -75,7 +75,7 @@ def tiny(model_type: str = "llama", seed: int = 0, **changes):
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 12,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": 1024,
             "bos_token_id": 0,
             "eos_token_id": 1,
             "pad_token_id": 1,

@@ -16,7 +16,7 @@ from kvembed.backbone import Backbone
 def test_what_the_probe_finds(llama):
     backbone = Backbone(llama)
     assert backbone.attention_layers == (0, 1, 2, 3, 4)
-    assert (len(backbone.layers), backbone.dim, backbone.max_tokens) == (5, 48, 512)
+    assert (len(backbone.layers), backbone.dim, backbone.max_tokens) == (5, 48, 1024)
     assert backbone.decoder is llama.model
 
 

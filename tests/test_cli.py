@@ -163,8 +163,8 @@ def test_bad_input_files(run, folder, tmp_path):
 
 def test_a_very_long_text_is_cut_and_said(run, folder):
     result = run("embed", "--model", folder, stdin="word " * 100_000)
-    assert json.loads(result.stdout)["tokens"] == 512
-    assert result.stderr == "kvembed: 1 of 1 texts were cut to 512 tokens\n"
+    assert json.loads(result.stdout)["tokens"] == 1024
+    assert result.stderr == "kvembed: 1 of 1 texts were cut to 1024 tokens\n"
 
 
 def test_wrong_usage_is_exit_2(run):
@@ -323,7 +323,7 @@ def test_tune_and_its_file(run, folder, tmp_path):
     assert "-o FILE writes it to a file" in kept
     assert f"embed --model {folder} --method auto --layers 1,2 --bias 2 --fitted FILE\n" in kept
     info = json.loads(run("tune", folder, "--texts", corpus, "--json").stdout)
-    assert (info["texts"], info["dim"], len(info["views"])) == ("given", 48, 6)
+    assert (info["texts"], info["dim"], len(info["views"])) == ("given", 48, 3)
     options = ["--model", folder, "--method", "auto", "--fitted", out]
     rows = [json.loads(line) for line in run("embed", *options, "--dim", 9, stdin="one\ntwo\n").stdout.splitlines()]
     expected = Embedder.from_pretrained(folder, method="auto", fitted=out, dim=9).encode(["one", "two"])

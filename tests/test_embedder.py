@@ -106,10 +106,10 @@ def test_cut_texts_are_counted_and_said(embedder, caplog):
 
 def test_the_models_own_limit_is_the_default(llama, tokenizer):
     embedder = Embedder.from_model(llama, tokenizer, method="mean")
-    assert embedder.max_tokens == 512
-    assert embedder.encode_with_report(["word " * 2000]).token_counts.tolist() == [512]
-    with pytest.raises(InputError, match="max_tokens is 513, but the model takes at most 512"):
-        Embedder.from_model(llama, tokenizer, method="mean", max_tokens=513)
+    assert embedder.max_tokens == 1024
+    assert embedder.encode_with_report(["word " * 2000]).token_counts.tolist() == [1024]
+    with pytest.raises(InputError, match="max_tokens is 1025, but the model takes at most 1024"):
+        Embedder.from_model(llama, tokenizer, method="mean", max_tokens=1025)
 
 
 def test_explain(embedder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import NOTICES, tiny
@@ -9,12 +10,12 @@ from families import build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvembed import EmbedConfig, Embedder, OutOfMemory, attention
+from kvembed import EmbedConfig, Embedder, InputError, OutOfMemory, attention
 from kvembed import backbone as backbones
 from kvembed.backbone import Backbone
 from kvembed.config import Readout
 from kvembed.methods import preset
-from kvembed.prefix import groups, without
+from kvembed.prefix import Beginnings, beginning, without
 from kvembed.prompts import Prompt, Prompter
 
 EXAMPLES = "A committee approved the budget: finance. A jockey riding a horse: sport. {text}:"
@@ -169,28 +170,124 @@ def test_out_of_memory_in_the_beginning_is_told_as_any_other(llama, tokenizer, m
         raise torch.OutOfMemoryError
 
     assert embedder.backbone.can_share
-    monkeypatch.setattr(embedder.backbone, "prefix", fail)
+    monkeypatch.setattr(embedder._beginnings, "_compute", fail)
     with pytest.raises(OutOfMemory):
         embedder.encode(NOTICES)
 
 
-def test_presets_with_a_long_preface_share_it(llama, tokenizer):
+def test_limits_and_counts_are_without_what_is_shared(llama, tokenizer):
+    config = EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last", max_tokens=30)
+    embedder = Embedder(llama, tokenizer, config)
+    long, short = (rendered[0] for rendered in embedder.prompts(["word " * 100, "a"]))
+    assert (long.tokens, long.tokens_cut > 0, short.tokens_cut) == (30, True, 0)
+    assert long.shared == short.shared == len(beginning(short, config)) == len(short.ids) - short.tokens > 40
+    report = embedder.encode_with_report(["word " * 100, "a"])
+    assert report.token_counts.tolist() == [30, short.tokens]
+    assert report.tokens_cut.tolist() == [long.tokens_cut, 0]
+    with pytest.raises(InputError, match=r"text 0 takes \d\d\d tokens with its template; the most is 30"):
+        embedder.prompts(["word " * 100], truncate=False)
+    rerouted = embedder.replace(layers=(1,), max_tokens=None)  # its examples are computed with every text, and count
+    assert rerouted.encode_with_report(["a"]).token_counts.tolist() == [len(short.ids)]
+
+
+def test_the_models_own_limit_holds_for_all_of_a_prompt(tokenizer):
+    config = EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last")
+    (prompt,) = Embedder(tiny(max_position_embeddings=200), tokenizer, config).prompts(["word " * 400])[0]
+    assert 190 < len(prompt.ids) <= 200
+    assert prompt.tokens_cut
+    with pytest.raises(InputError, match="the template alone takes more than the 40 tokens"):
+        Embedder(tiny(max_position_embeddings=40), tokenizer, config).encode(["a"])
+
+
+WHERE = (torch.device("cpu"), torch.float32)
+
+
+def grouped(prompts, config, beginnings=None):
+    return (beginnings or Beginnings(lambda ids: pytest.fail("computed"))).groups(prompts, config, WHERE)
+
+
+def test_presets_with_a_long_beginning_share_it(llama, tokenizer):
     prompter = Prompter(tokenizer)
-    for method, some in (("knowledge", 1), ("meta-eol", 8), ("prompt-eol", 0), ("echo", 0), ("kv", 0), ("mean", 0)):
+    some = {"knowledge": 1, "meta-eol": 8, "auto": 1, "prompt-eol": 0, "echo": 0, "kv": 0, "mean": 0, "static": 0}
+    for method, count in some.items():
         config = preset(method, **({"layers": (1,)} if method == "kv" else {}))
-        prompts = [p for template in config.templates("document") for p in prompter(NOTICES, template, 512)]
-        assert sum(bool(ids) for ids, _ in groups(prompts, config, 256)) == some, method
+        prompts = [p for template in config.templates("document") for p in prompter(NOTICES, template, 1024)]
+        assert sum(bool(ids) for ids, _ in grouped(prompts, config)) == count, method
 
 
-def test_few_prompts_or_a_short_beginning_are_not_worth_it(tokenizer):
+def test_a_short_beginning_or_a_long_rest_is_not_worth_it(tokenizer):
     prompter, config = Prompter(tokenizer), EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last")
     prompts = prompter(NOTICES, EXAMPLES, 512)
-    assert any(ids for ids, _ in groups(prompts, config, 256))
-    assert groups(prompts[:2], config, 256) == [((), [0, 1])]
-    assert groups(prompter(NOTICES, "a: {text}", 512), config, 1) == [((), list(range(len(NOTICES))))]
-    assert groups([], config, 1) == [((), [])]
+    (_, alone), (_, some) = grouped(prompts, config)
+    assert len(some) > 40
+    assert grouped(prompter(NOTICES, "a: {text}", 512), config) == [((), list(range(len(NOTICES))))]
+    assert grouped([], config) == [((), [])]
     long = prompter(["long " * 1000], EXAMPLES, 4096)  # little would be saved of it
-    assert groups([*prompts, *long], config, 256)[1:] == groups(prompts, config, 256)[1:]
+    assert grouped([*prompts, *long], config) == [((), [*alone, len(prompts)]), *grouped(prompts, config)[1:]]
+
+
+def test_a_single_text_is_computed_whole_the_first_time_and_others_after_it_are_not(llama, tokenizer):
+    embedder = Embedder(llama, tokenizer, EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last"))
+    (whole,) = embedder.prompts([NOTICES[0]])[0]
+    sizes = []
+    hook = llama.model.embed_tokens.register_forward_hook(lambda _, args, output: sizes.append(args[0].numel()))
+    try:
+        first = embedder.encode(NOTICES[:1])
+        assert sizes == [len(whole.ids)]
+        assert embedder.backbone.can_share
+        sizes.clear()
+        second, third = embedder.encode(NOTICES[:1]), embedder.encode(NOTICES[:1])
+    finally:
+        hook.remove()
+    begun = len(beginning(whole, embedder.config))
+    own = len(whole.ids) - begun
+    assert sizes == [begun, own + 1, own + 1]  # the beginning once, and a probe with each batch
+    for again in (second, third):
+        np.testing.assert_allclose(again, first, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_beginning_is_computed_again_when_the_model_has_changed(tokenizer, layer):
+    """By any hand: a merged adapter writes weights where nothing counts it, a hook changes no weight at all."""
+    model = tiny()
+    embedder = Embedder(model, tokenizer, EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last"))
+    for change in ("weights", "hook"):
+        before = embedder.encode(NOTICES)
+        mlp = model.model.layers[layer].mlp
+        if change == "weights":
+            mlp.down_proj.weight.data += 0.05 * torch.randn_like(mlp.down_proj.weight)
+        else:
+            mlp.register_forward_hook(lambda module, args, output: output * 1.1)
+        after = embedder.encode(NOTICES)
+        assert np.abs(after - before).max() > 1e-3
+        fresh = Embedder(model, tokenizer, embedder.config).encode(NOTICES)
+        np.testing.assert_allclose(after, fresh, atol=1e-5)
+
+
+def test_a_beginning_is_computed_again_in_another_dtype(tokenizer):
+    model = tiny()
+    embedder = Embedder(model, tokenizer, EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last"))
+    before = embedder.encode(NOTICES)
+    model.to(torch.float64)
+    assert np.abs(embedder.encode(NOTICES) - before).max() < 1e-5
+    model.to(torch.float32)
+    np.testing.assert_allclose(embedder.encode(NOTICES), before, atol=1e-5)
+
+
+def test_few_beginnings_are_kept(llama, tokenizer):
+    backbone = Backbone(llama)
+    computed = []
+    beginnings = Beginnings(lambda ids: computed.append(ids) or backbone.prefix(ids))
+    prompts = Prompter(tokenizer)(NOTICES[:2], EXAMPLES, 512)
+
+    def forward(some, prefix):
+        assert len(some) == len(prompts) + 1
+        return torch.ones(len(some), 1, 4)
+
+    every = [(number, *range(20)) for number in range(20)]
+    for ids in [*every, *every[-5:], *every[:2]]:
+        assert beginnings.run(ids, WHERE, prompts, forward).shape == (2, 1, 4)
+    assert computed == [*every, *every[:2]]
 
 
 @pytest.mark.parametrize(
@@ -205,25 +302,25 @@ def test_few_prompts_or_a_short_beginning_are_not_worth_it(tokenizer):
 )
 def test_not_where_the_beginning_is_read_or_changed(tokenizer, changes):
     config = EmbedConfig(document=EXAMPLES, query=EXAMPLES, **{"pooling": "last", **changes})
-    assert [ids for ids, _ in groups(Prompter(tokenizer)(NOTICES, EXAMPLES, 512), config, 1)] == [()]
+    assert [ids for ids, _ in grouped(Prompter(tokenizer)(NOTICES, EXAMPLES, 512), config)] == [()]
 
 
 @given(
     kinds=st.lists(
         st.tuples(st.sampled_from([0, 3, 16, 40]), st.integers(0, 2), st.integers(0, 4), st.integers(1, 20)), max_size=8
     ),
-    least_saved=st.sampled_from([1, 100, 400]),
 )
-def test_every_prompt_is_in_one_group(kinds, least_saved):
+def test_every_prompt_is_in_one_group(kinds):
     """Beginnings by length and by which of three they are; texts of some tokens, or of none; so many of each."""
     prompts = []
     for length, which, own, times in kinds:
         ids = (*(which + 10 * place for place in range(length)), *[7] * own, 5)
         prompts += [Prompt("", ids, ((0, 0),) * len(ids), (length, length + own))] * times
-    found = groups(prompts, EmbedConfig(pooling="last"), least_saved)
+    found = grouped(prompts, EmbedConfig(pooling="last"))
     assert sorted(index for _, some in found for index in some) == list(range(len(prompts)))
     for ids, some in found[1:]:
-        assert len(ids) * (len(some) - 1) >= least_saved
+        assert len(ids) >= 16
+        assert len(some) > 1
         for index in some:
             rest = without(prompts[index], len(ids))
             assert ids + rest.ids == prompts[index].ids

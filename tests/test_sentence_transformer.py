@@ -116,7 +116,7 @@ def test_what_it_says_of_itself(model, embedder):
     assert model.similarity_fn_name == "cosine"
     assert model.prompts == PROMPTS
     assert model.default_prompt_name is None
-    assert model.max_seq_length == embedder.max_tokens == 512
+    assert model.max_seq_length == embedder.max_tokens == 1024
     assert model.tokenizer("abc")["input_ids"] == embedder.tokenizer("abc")["input_ids"]
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert "'method': 'kv'" in repr(model)
@@ -139,10 +139,10 @@ def test_cut_texts_are_counted(folder, embedder, caplog):
     assert cut[0]["tokens_cut"] > 0
     assert cut[1]["tokens_cut"] == 0
     assert cut[0]["token_counts"] <= 40
-    with pytest.raises(InputError, match="takes at most 512"):
-        model.max_seq_length = 513
+    with pytest.raises(InputError, match="takes at most 1024"):
+        model.max_seq_length = 1025
     model.max_seq_length = None
-    assert model.max_seq_length == 512
+    assert model.max_seq_length == 1024
 
 
 @pytest.mark.parametrize(

@@ -201,11 +201,11 @@ def test_dimensions(start, server, embedder, llama, tokenizer):
 def test_a_text_too_long_is_refused_unless_it_may_be_cut(server, embedder):
     long = " ".join(NOTICES)
     with client(server) as api:
-        with pytest.raises(openai.BadRequestError, match=r"input\[1\]: takes .* the most is 512") as refused:
+        with pytest.raises(openai.BadRequestError, match=r"input\[1\]: takes .* the most is 1,024") as refused:
             api.embeddings.create(model="tiny", input=["a", long])
         assert refused.value.code == "context_length_exceeded"
-        with pytest.raises(openai.BadRequestError, match="the most for any text is 8,192"):
-            api.embeddings.create(model="tiny", input=long * 3, extra_body={"truncate": True})
+        with pytest.raises(openai.BadRequestError, match="the most for any text is 16,384"):
+            api.embeddings.create(model="tiny", input=long * 6, extra_body={"truncate": True})
         answer = api.embeddings.create(model="tiny", input=["a", long], extra_body={"truncate": True})
     encoded = embedder.encode_with_report(["a", long])
     np.testing.assert_allclose(vectors(answer), encoded.vectors, atol=1e-5)

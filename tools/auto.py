@@ -3,10 +3,11 @@
 Writes to the ledger under the suites `auto` and `own`; a run that was stopped goes on where it was. `parts` and `sizes`
 read the states that `tools/results.py --suite mini --method auto` has cached. `make tables` makes the tables.
 
-    python tools/auto.py --data ../shared/eval-data [--model smollm2] [--name NAME] [parts|sizes|own|rerouted ...]
+    python tools/auto.py --data ../shared/eval-data [--model smollm2] [--name NAME] [PART ...]
 
-`parts` takes one part of the method away at a time; `sizes` keeps fewer dimensions, or fewer bits of each; `own` fits
-on the texts that a task has besides those that are scored; `rerouted` re-routes the layers that `kv` does.
+`parts` takes one part of the method away at a time; `sizes` keeps fewer dimensions, or fewer bits of each; `examples`
+shows the model fewer of them; `own` fits on the texts that a task has besides those that are scored; `rerouted`
+re-routes the layers that `kv` does.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from kvembed.results import mean
 from kvembed.subjects import Subject, embedder_subject, marked, quantized_subject
 from kvembed.tasks import MINI_TOKENS, Task, load_tasks, mini, sample
 from kvembed.transform import Transform, fit
-from kvembed.tuning import FIT_TOKENS
 from kvembed.writing import own_texts
 
 Views = dict[Role, NDArray[np.float32]]
+ROLES: tuple[Role, ...] = ("document", "query")
 SIZES: tuple[tuple[int | None, Precision], ...] = (
     *((dim, "float32") for dim in (512, 256, 128, 64)),
     *((dim, precision) for precision in ("int8", "binary") for dim in (None, 256)),
@@ -39,13 +40,11 @@ SIZES: tuple[tuple[int | None, Precision], ...] = (
 
 def main() -> None:
     """Run what is asked for."""
-    arguments = asked(__doc__, ("parts", "sizes", "own", "rerouted"))
+    arguments = asked(__doc__, ("parts", "sizes", "examples", "own", "rerouted"))
     parts, name = arguments.parts, arguments.name
     tasks = load_tasks(arguments.data)
     small = list(sample(tasks, "mini"))
-    auto = Embedder.from_pretrained(
-        arguments.model, method="auto", dtype="bfloat16", max_tokens=MINI_TOKENS, progress=True
-    )
+    auto = Embedder.from_pretrained(arguments.model, method="auto", dtype="auto", max_tokens=MINI_TOKENS, progress=True)
 
     def run(subject: Subject, chosen: Sequence[Task], suite: str, told: str) -> None:
         rows = list(
@@ -66,6 +65,9 @@ def main() -> None:
         if dim is None or dim < auto.dim:
             told = f"size {dim or auto.dim} {precision}"
             run(quantized_subject(embedder_subject(auto.replace(dim=dim), name), precision), small, "auto", told)
+    for count in (0, 3) if "examples" in parts else ():
+        fewer = {role: _with_examples(auto.config.templates(role)[0], count) for role in ROLES}
+        run(embedder_subject(auto.replace(**fewer), name), small, "auto", f"{count or 'no'} examples")
     for task in tasks if "own" in parts else ():
         if texts := _own(task):
             fitted = Embedder.from_model(
@@ -75,6 +77,11 @@ def main() -> None:
     if "rerouted" in parts:
         kv = Embedder.from_model(auto.model, auto.tokenizer, method="kv")
         run(embedder_subject(auto.replace(layers=kv.config.layers), name), small, "auto", "re-routed as in kv")
+
+
+def _with_examples(template: str, count: int) -> str:
+    *examples, own = template.split("\n\n")
+    return "\n\n".join([*examples[:count], own])
 
 
 def _own(task: Task) -> tuple[str, ...]:
@@ -87,9 +94,7 @@ def _own(task: Task) -> tuple[str, ...]:
 def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float32], Role], NDArray[np.float32]]]]:
     """Name, and what makes vectors (N,dim) of all views (N,V,D)."""
     texts = own_texts(auto.model, auto.tokenizer, auto.fingerprint(), progress=True)
-    short = auto.replace(max_tokens=FIT_TOKENS)
-    roles: tuple[Role, ...] = ("document", "query")
-    views: Views = {role: short.encode_views(texts, role=role).vectors for role in roles}
+    views: Views = {role: auto.encode_views(texts, role=role).vectors for role in ROLES}
     inside = [readout.is_inside for _, readout in auto.config.views]
 
     def fitted(kept: Sequence[int], some: Views) -> Transform:
@@ -102,16 +107,14 @@ def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float3
         kept = [view for view in every if view not in left]
         return on(kept, fitted(kept, views))
 
-    every = range(len(inside))  # under each of two templates: the last token, the mean of the text's, static
+    every = range(len(inside))  # the last token, the mean of the text's, static
     whole = fitted(every, views)
     kept = whole.whiten.shape[2]
     apart = torch.eye(len(inside) * kept)
     yield "auto", on(every, whole)
-    yield "without PromptEOL's template", without([0, 1, 2])
-    yield "without the paper's template", without([3, 4, 5])
-    yield "without the last token", without([0, 3])
-    yield "without the mean of the text's tokens", without([1, 4])
-    yield "without static vectors", without([2, 5])
+    yield "without the last token", without([0])
+    yield "without the mean of the text's tokens", without([1])
+    yield "without static vectors", without([2])
     yield (
         "neither whitened nor joined",
         on(

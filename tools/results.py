@@ -52,7 +52,7 @@ def _subjects(models: Sequence[str], suite: str, methods: Sequence[str] | None) 
                 yield sentence_transformer_subject(path, name)
         elif suite == "mini" or (suite == "long" and name == SMALLEST):
             for method in methods or (METHODS if name == SMALLEST else SOME):
-                embedder = Embedder.from_pretrained(path or name, method=method, dtype="bfloat16", progress=True)
+                embedder = Embedder.from_pretrained(path or name, method=method, dtype="auto", progress=True)
                 for limited in at_limits(embedder, suite):
                     yield embedder_subject(limited, name)
 

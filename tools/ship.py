@@ -31,7 +31,7 @@ def ship(method: str) -> None:
     """Write one."""
     target = FOLDER / f"smollm2-{method}.safetensors"
     target.unlink(missing_ok=True)  # or else it would be found, and written again
-    transform = Embedder.from_pretrained("smollm2", method=method, dtype="bfloat16", progress=True).transform
+    transform = Embedder.from_pretrained("smollm2", method=method, dtype="auto", progress=True).transform
     assert transform is not None
     dataclasses.replace(
         transform,

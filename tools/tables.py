@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -109,6 +110,10 @@ def _summary(mini: list[Result]) -> str:
     ]
     if references:
         lines += ["", f"For comparison: {', '.join(references)}."]
+    lines += [
+        "",
+        "tok: tokens a text, its template's included, but for `auto`'s examples, computed once for all texts.",
+    ]
     lines += ["", *_verdicts(presets, models)]
     return "\n".join(lines) + "\n"
 
@@ -149,7 +154,8 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "Made by `make tables` from the files in `results/`; nothing here is typed by hand. A score is in percent, "
         "with its 95 % bootstrap interval over the task's items. What each metric is: `src/kvembed/scoring.py`. `mini` "
         "is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut to 1,024 tokens. Seconds are "
-        "those of a busy shared machine; tokens tell the cost better.",
+        "those of a busy shared machine; tokens tell the cost better (without the examples of `auto`, "
+        "computed once; with the prefaces of `knowledge` and `meta-eol`, which were not yet when they were measured).",
         "## Is the harness right?",
         "all-MiniLM-L6-v2 on the full sets, against its public scores:",
         _proof(results),
@@ -162,7 +168,12 @@ def _document(mini: list[Result], results: list[Result]) -> str:
             continue
         table = {method: presets[model, method] for method in methods}
         table |= {f"{name} ({REFERENCES[method]})": rows for (name, method), rows in references.items()}
-        parts += [f"## {model}, `mini`", _machine(presets[model, methods[0]]), _scores(table), _differences(table)]
+        parts += [
+            f"## {model}, `mini`",
+            _machine({m: presets[model, m] for m in methods}),
+            _scores(table),
+            _differences(table),
+        ]
     parts += [
         _auto([result for result in results if result.suite == "auto"]),
         _own(mini, [result for result in results if result.suite == "own"]),
@@ -188,9 +199,15 @@ def _proof(results: list[Result]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _machine(rows: list[Result]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in rows[0].versions.items())
-    return f"{rows[0].device}, {rows[0].hardware}; {versions}."
+def _machine(table: dict[str, list[Result]]) -> str:
+    """What most methods ran on, and what others did, if it was not the same."""
+    machines: dict[str, list[str]] = defaultdict(list)
+    for method, rows in table.items():
+        machines[f"{rows[0].device}, {rows[0].hardware}"].append(f"`{method}`")
+    usual, *others = sorted(machines, key=lambda machine: -len(machines[machine]))
+    versions = ", ".join(f"{name} {version}" for name, version in next(iter(table.values()))[0].versions.items())
+    told = [f" On {machine}: {', '.join(machines[machine])}." for machine in others]
+    return f"{usual}; {versions}.{''.join(told)}"
 
 
 def _scores(table: dict[str, list[Result]]) -> str:
@@ -349,7 +366,10 @@ def _long(results: list[Result]) -> str:
         ]
         for method in methods:
             found = [cells.get((method, limit)) for limit in limits]
-            lines.append(row([f"`{method}`", *(_score_and_cut(r) if r else "" for r in found)]))
+            template = METHODS[method].to_dict()["document"]
+            earlier = any(r and r.config["document"] != template for r in found)
+            told = f"`{method}`" + (" (with its earlier template)" if earlier else "")
+            lines.append(row([told, *(_score_and_cut(r) if r else "" for r in found)]))
         parts.append("\n".join(lines))
     if not parts:
         return ""

@@ -89,8 +89,8 @@ class EmbedConfig:
         dim: how many dimensions to keep of those that the transform gives, the best first. `None`: all.
         prepend_layers: layers, from 1, at whose input the state of the placeholder `{pst}`, which then stands once
             before the text in every template, is replaced by the last token's (Token Prepending). `()`: none.
-        max_tokens: longest input in tokens, template included; a longer text is cut and counted. `None`: the model's
-            limit.
+        max_tokens: longest input in tokens, template included, but for a long beginning that texts share (see
+            `kvembed.prefix`); a longer text is cut and counted. `None`: the model's limit.
 
     Raises:
         InputError: a field does not have one of the values above.

@@ -7,9 +7,9 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .files import why
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
-from .prefix import Prefix, groups, without
+from .prefix import Beginnings, Prefix, Where, beginning, without
 from .prompts import Prompt, Prompter
 from .quantize import unit
 from .saved import CONFIG_FILE, TRANSFORM_FILE, read_config, save_embedder, save_st_files
@@ -78,6 +78,9 @@ class Explanation:
         }
 
 
+_UNLIMITED = 2**31  # tokens
+
+
 class Embedder:
     """A frozen language model as an embedding model. Make one with `from_pretrained` or `from_model`.
 
@@ -90,7 +93,8 @@ class Embedder:
         backbone: the model as kvembed sees it.
         transform: what the config's transform was fitted to, or None if it has none.
         dim: length of a vector.
-        max_tokens: the longest prompt in tokens: the config's, or else the model's own limit.
+        max_tokens: the longest prompt in tokens, without a beginning that texts share: the config's, or else the
+            model's own limit.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class Embedder:
         self.model = model
         self.tokenizer = tokenizer
         self.backbone = Backbone(model)
+        self._beginnings = Beginnings(self.backbone.prefix)
         self._prompter = Prompter(tokenizer)
         if config.layers is None:
             profile = choose_layers(
@@ -142,7 +147,9 @@ class Embedder:
             limit = tokenizer.model_max_length
         if config.max_tokens and limit and config.max_tokens > limit:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
-        self.max_tokens = config.max_tokens or limit or 2**31
+        self.max_tokens = config.max_tokens or limit or _UNLIMITED
+        self._limit = limit or _UNLIMITED
+        self._shared: dict[str, int] = {}  # template -> tokens of its beginning that texts share
         self._batch_tokens = batch_tokens
         self._texts = texts
         self.transform: Transform | None = None
@@ -378,14 +385,15 @@ class Embedder:
             InputError: as `encode`; ids that are not text; a text that is too long and must not be cut.
         """
         whole = [self._prompter.decode(text) if isinstance(text, list | tuple) else text for text in texts]
-        prompts = list(zip(*self._prompts(whole, role, self.max_tokens if truncate else 2**31, first), strict=True))
-        for index, rendered in enumerate(prompts, first):
-            longest = max(len(prompt.ids) for prompt in rendered)
-            if longest > self.max_tokens:
-                raise InputError(
-                    f"text {index} takes {longest:,} tokens with its template; the most is {self.max_tokens:,}"
-                )
-        return prompts
+        by_template = self._prompts(whole, role, self.max_tokens, first, cut=truncate)
+        for template, rendered in zip(self.config.templates(role), by_template, strict=True):
+            most = self._room(template)
+            for index, prompt in enumerate(rendered, first):
+                if prompt.tokens > most:
+                    raise InputError(
+                        f"text {index} takes {prompt.tokens:,} tokens with its template; the most is {most:,}"
+                    )
+        return list(zip(*by_template, strict=True))
 
     def encode_prompts(self, prompts: Sequence[tuple[Prompt, ...]], *, role: Role = "document") -> Encoded:
         """The second half of `encode`: what `prompts` gave for the same role, to vectors. Errors as in `encode`."""
@@ -408,7 +416,9 @@ class Embedder:
             raise InputError("the transform was fitted for another model, or for another config")
 
         def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
-            prompts = self._prompts(texts, role, min(FIT_TOKENS, self.max_tokens))
+            rendered = self._prompts(["a"], role, self.max_tokens)
+            around = max(prompt.tokens - len(prompt.content_ids) for (prompt,) in rendered)
+            prompts = self._prompts(texts, role, min(around + FIT_TOKENS, self.max_tokens))
             return self._read([prompts[index] for index in templates]).vectors
 
         def report(done: int, total: int) -> None:
@@ -433,12 +443,13 @@ class Embedder:
         views = np.zeros((count, len(by_template), readouts, self.backbone.dim), np.float32)
         # Where no layer is run there is no padding either, and no need to try whether texts can be packed.
         packed = len(prompts) > 1 and (not self.config.forward_passes or self.backbone.can_pack)
-        alike = groups(prompts, self.config, max(1, self.batch_tokens // 8))
+        where = (self.backbone.device, self.model.dtype)
+        alike = self._beginnings.groups(prompts, self.config, where)
         if len(alike) > 1 and not self.backbone.can_share:
             alike = [((), list(range(len(prompts))))]
         for shared, places in alike:
             own = [lengths[place] - len(shared) for place in places]
-            run = partial(self._run, [prompts[place] for place in places], cache(partial(self._prefix, shared)))
+            run = partial(self._run, [prompts[place] for place in places], shared, where)
             for batch, rows in run_batches(own, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
                 template, text = np.divmod([places[index] for index in batch], max(count, 1))
                 views[text, template] = rows.numpy()
@@ -448,17 +459,18 @@ class Embedder:
             raise KvembedError(
                 f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
             )
-        tokens = np.array(lengths, np.int64).reshape(len(by_template), count).sum(0)
+        tokens = np.array([prompt.tokens for prompt in prompts], np.int64).reshape(len(by_template), count).sum(0)
         cut = np.array([prompt.tokens_cut for prompt in prompts], np.int64).reshape(len(by_template), count).max(0)
         return Encoded(views.reshape(count, len(by_template) * readouts, self.backbone.dim), tokens, cut)
 
-    def _prefix(self, ids: Sequence[int]) -> Prefix | None:
-        return self.backbone.prefix(ids) if ids else None
-
     def _run(
-        self, prompts: Sequence[Prompt], prefix: Callable[[], Prefix | None], batch: Sequence[int]
+        self, prompts: Sequence[Prompt], shared: tuple[int, ...], where: Where, batch: Sequence[int]
     ) -> torch.Tensor:
-        return self._forward([prompts[index] for index in batch], prefix=prefix()).cpu()
+        some = [prompts[index] for index in batch]
+        return (self._beginnings.run(shared, where, some, self._after) if shared else self._forward(some)).cpu()
+
+    def _after(self, prompts: Sequence[Prompt], prefix: Prefix) -> torch.Tensor:
+        return self._forward([without(prompt, prefix.tokens) for prompt in prompts], prefix=prefix)
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
@@ -503,12 +515,31 @@ class Embedder:
         save_embedder(folder, self.model, self.tokenizer, self.config, self.transform)
         save_st_files(folder)
 
-    def _prompts(self, texts: Sequence[Any], role: Role, max_tokens: int, first: int = 0) -> list[list[Prompt]]:
+    def _prompts(
+        self, texts: Sequence[Any], role: Role, max_tokens: int, first: int = 0, cut: bool = True
+    ) -> list[list[Prompt]]:
         """For each template, a prompt for each text; `first` is the first text's number, for errors."""
         for index, text in enumerate(texts, first):
             if not isinstance(text, str):
                 raise InputError(f"text {index} is a {type(text).__name__}, not a string")
-        return [self._prompter(texts, template, max_tokens, first) for template in self.config.templates(role)]
+        found = []
+        for template in self.config.templates(role):
+            room = self._room(template)
+            most = min(max_tokens, room) if cut else _UNLIMITED
+            found.append(self._prompter(texts, template, most, first, self._shared[template]))
+        return found
+
+    def _room(self, template: str) -> int:
+        """The longest prompt in tokens. Raises `InputError` if the model has none after what texts share."""
+        if template not in self._shared:
+            (prompt,) = self._prompter(["a"], template, _UNLIMITED)
+            self._shared[template] = len(beginning(prompt, self.config)) if template.count("{text}") == 1 else 0
+        room = min(self.max_tokens, self._limit - self._shared[template])
+        if room < 1:
+            raise InputError(
+                f"the template alone takes more than the {self._limit} tokens that the model takes at most"
+            )
+        return room
 
     @torch.inference_mode()
     def _forward(
@@ -519,10 +550,8 @@ class Embedder:
     ) -> torch.Tensor:
         """One forward of the decoder, if any read-out needs it, pooled: (B, read-outs, D) float32.
 
-        With a `prefix`, all prompts begin with it, and only what follows is computed.
+        With a `prefix`, prompts are what follows it.
         """
-        if prefix is not None:
-            prompts = [without(prompt, prefix.tokens) for prompt in prompts]
         readouts = self.config.readouts
         pooled: dict[Readout, torch.Tensor] = {}
         for one in readouts:

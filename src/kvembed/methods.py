@@ -48,6 +48,24 @@ _META_TASKS = (
     'proteins, diseases) and their relations (e.g., causes, treats). For this task, this sentence : "{text}" '
     'highlights the primary entity or relation in one word:"',
 )
+# Sentences of many kinds, and the word that each is compressed to.
+_EXAMPLES = (
+    ("A jockey riding a horse.", "Equestrian"),
+    ("How do I reset my password?", "Account"),
+    ("The committee approved the annual budget.", "Finance"),
+    ("Water boils at a lower temperature on high mountains.", "Pressure"),
+    ("Two children are playing football in the park.", "Football"),
+    ("My laptop battery drains too fast.", "Battery"),
+    ("Shares fell after the bank's profit warning.", "Stocks"),
+    ("Which vaccine protects against measles?", "Vaccination"),
+)
+
+
+def _compress_as_in_examples(name: str) -> str:
+    """The compression prompt after examples of itself, each with its answer."""
+    template = _COMPRESS.format(name)
+    return "".join(f"{template.format(text=text)} {word}\n\n" for text, word in _EXAMPLES) + template
+
 
 METHODS: dict[str, EmbedConfig] = {
     config.method: config
@@ -94,15 +112,15 @@ METHODS: dict[str, EmbedConfig] = {
         # No forward at all: the tokens' input embeddings, whitened and weighted by rarity (see `kvembed.static`), then
         # whitened as texts (see `kvembed.transform`).
         EmbedConfig(method="static", pooling="static", transform="whiten"),
-        # Ours, for the best vectors: what the model would call a text in one word, asked in two ways, its own tokens'
-        # states after the first layer, where words are still themselves, and its static vector. These views are
-        # whitened and joined by a transform (see `kvembed.transform`). Two templates, since no one template is good on
-        # every model; nothing is re-routed, since that adds nothing that could be told from chance once the views are
-        # whitened.
+        # Ours, for the best vectors: what the model would call the text in one word, as eight examples before it show
+        # (in context, as in Jiang et al. 2023, arXiv 2307.16645, section 3.2), its own tokens' states after the first
+        # layer, where words are still themselves, and its static vector. These views are whitened and joined by a
+        # transform (see `kvembed.transform`). The examples are computed once for all texts (see `kvembed.prefix`), and
+        # nothing is re-routed: that adds nothing that could be told from chance once the views are whitened.
         EmbedConfig(
             method="auto",
-            document=(_PROMPT_EOL, _COMPRESS.format("Context")),
-            query=(_PROMPT_EOL, _COMPRESS.format("Query")),
+            document=_compress_as_in_examples("Context"),
+            query=_compress_as_in_examples("Query"),
             pooling="last",
             more_readouts=(
                 Readout(pooling="mean", mean_tokens="content", output_layer=0),

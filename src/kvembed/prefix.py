@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .config import EmbedConfig, Readout
 from .prompts import Prompt
 
-__all__ = ["Prefix", "groups", "without"]
+__all__ = ["Beginnings", "Prefix", "Where", "beginning", "without"]
 
 _SHORTEST = 16  # tokens; a shorter beginning is not worth the extra keys
 _LONGEST_REST = 16  # times the beginning; of a longer prompt too little is saved to give up the plainest attention
+_MOST = 16  # beginnings that are kept; one of 200 tokens takes 9 MB in float32 for smollm2
+# By how much a probe's read-outs may change, relatively: more than rounding does in another batch.
+_ROUNDING = {torch.float32: 5e-3, torch.float64: 5e-3}
+_ROUNDING_OF_OTHERS = 5e-2  # half precision
+
+Where = tuple[torch.device, torch.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +41,95 @@ class Prefix:
     layers: list[tuple[Tensor, Tensor]]
 
 
-def groups(prompts: Sequence[Prompt], config: EmbedConfig, least_saved: int) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Which prompts to compute together: token ids of the beginning that they share, which may be none, and indices.
+def beginning(prompt: Prompt, config: EmbedConfig) -> tuple[int, ...]:
+    """Token ids of the prompt's beginning, if that can be computed once for all prompts that have it; else none.
 
-    Only where no token of the beginning is read, or counted, and nothing in it changes with the text, as a slot would.
+    Only where no token of it is read, or counted, and nothing in it changes with the text, as a slot would.
+    """
+    if config.layers or config.prepend_layers or not all(map(_reads_own, config.readouts)) or not config.forward_passes:
+        return ()
+    start, end = prompt.span
+    own = len(prompt.ids) - start
+    # A text without a token of its own has its mean taken over all.
+    return prompt.ids[:start] if start >= _SHORTEST and end > start and own <= _LONGEST_REST * start else ()
+
+
+class Beginnings:
+    """Beginnings as they were computed, kept for the texts to come.
+
+    A model's weights and adapters are their owner's, and may change between calls. So a probe goes with every batch, a
+    text of one token, whose read-outs must come out as they did when the beginning was computed; or else it is computed
+    again.
 
     Args:
-        prompts: in any order, of any templates.
-        config: what is done to them.
-        least_saved: tokens that a group must save, since it takes a forward of the beginning and batches of its own.
+        compute: a forward of token ids.
     """
-    rest = list(range(len(prompts)))
-    if config.layers or config.prepend_layers or not all(map(_reads_own, config.readouts)) or not config.forward_passes:
-        return [((), rest)]
-    begun: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        start, end = prompt.span
-        own = len(prompt.ids) - start
-        # A text without a token of its own has its mean taken over all.
-        if start >= _SHORTEST and end > start and own <= _LONGEST_REST * start:
-            begun[prompt.ids[:start]].append(index)
-    shared = [(ids, some) for ids, some in begun.items() if len(ids) * (len(some) - 1) >= least_saved]
-    taken = {index for _, some in shared for index in some}
-    return [((), [index for index in rest if index not in taken]), *shared]
+
+    def __init__(self, compute: Callable[[Sequence[int]], Prefix]) -> None:
+        self._compute = compute
+        self._kept: dict[tuple[tuple[int, ...], Where], tuple[Prefix, Tensor] | None] = {}
+
+    def groups(
+        self, prompts: Sequence[Prompt], config: EmbedConfig, where: Where
+    ) -> list[tuple[tuple[int, ...], list[int]]]:
+        """Which prompts to compute together: token ids of the beginning they share, which may be none, and indices.
+
+        A single prompt is as quick computed whole, the first time.
+
+        Args:
+            prompts: in any order, of any templates.
+            config: what is done to them.
+            where: the model's device and dtype.
+        """
+        begun: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            begun[beginning(prompt, config)].append(index)
+        alone = begun.pop((), [])
+        shared = []
+        for ids, some in begun.items():
+            if len(some) == 1 and (ids, where) not in self._kept:
+                self._keep(ids, where, None)
+                alone += some
+            else:
+                shared.append((ids, some))
+        return [((), sorted(alone)), *shared]
+
+    def run(
+        self,
+        ids: tuple[int, ...],
+        where: Where,
+        prompts: Sequence[Prompt],
+        forward: Callable[[Sequence[Prompt], Prefix], Tensor],
+    ) -> Tensor:
+        """Rows (B,R,D) of prompts that begin with `ids`, as `forward` gives them for what comes after a `Prefix`."""
+        probe = Prompt("", (*ids, ids[-1]), ((0, 0),) * (len(ids) + 1), (len(ids), len(ids) + 1))
+        if kept := self._kept.get((ids, where)):
+            prefix, expected = kept
+            rows = forward([*prompts, probe], prefix)
+            if _same(rows[-1], expected, where):
+                return rows[:-1]
+        prefix = self._compute(ids)
+        rows = forward([*prompts, probe], prefix)
+        self._keep(ids, where, (prefix, rows[-1]))
+        return rows[:-1]
+
+    def _keep(self, ids: tuple[int, ...], where: Where, kept: tuple[Prefix, Tensor] | None) -> None:
+        self._kept[ids, where] = kept
+        for oldest in list(self._kept)[:-_MOST]:  # a list at once, since other threads may add to it
+            self._kept.pop(oldest, None)
+
+
+def _same(found: Tensor, expected: Tensor, where: Where) -> bool:
+    """Whether read-outs (R,D) differ by rounding only."""
+    apart = (found - expected).norm(dim=-1)
+    return bool((apart <= _ROUNDING.get(where[1], _ROUNDING_OF_OTHERS) * expected.norm(dim=-1)).all())
+
+
+def without(prompt: Prompt, tokens: int) -> Prompt:
+    """The same prompt, but for its first tokens."""
+    start, end = prompt.span
+    ids, offsets = prompt.ids[tokens:], prompt.offsets[tokens:]
+    return dataclasses.replace(prompt, ids=ids, offsets=offsets, span=(start - tokens, end - tokens), shared=0)
 
 
 def _reads_own(readout: Readout) -> bool:
@@ -64,10 +137,3 @@ def _reads_own(readout: Readout) -> bool:
     if readout.pooling in ("mean", "hybrid"):
         return readout.mean_tokens == "content"
     return readout.pooling in ("last", "static")
-
-
-def without(prompt: Prompt, tokens: int) -> Prompt:
-    """The same prompt, but for its first tokens."""
-    start, end = prompt.span
-    ids, offsets = prompt.ids[tokens:], prompt.offsets[tokens:]
-    return dataclasses.replace(prompt, ids=ids, offsets=offsets, span=(start - tokens, end - tokens))

@@ -31,6 +31,7 @@ class Prompt:
             text's. If the template holds the text more than once, of its last copy.
         tokens_cut: tokens of the text that were left out to fit `max_tokens`; 0 if it is whole.
         placeholder: position of the template's `{pst}`, whose id is 0 and means nothing; None if it has none.
+        shared: tokens at the beginning that all texts share and that are not counted (see `kvembed.prefix`).
     """
 
     text: str
@@ -39,6 +40,12 @@ class Prompt:
     span: tuple[int, int]
     tokens_cut: int = 0
     placeholder: int | None = None
+    shared: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many it has, but for what is shared."""
+        return len(self.ids) - self.shared
 
     @property
     def content_ids(self) -> tuple[int, ...]:
@@ -75,7 +82,9 @@ class Prompter:
         self.__dict__.pop("_rules_with_placeholder", None)
         self._rules.encode_special_tokens = True  # a copy, by pickle too, does not keep it
 
-    def __call__(self, texts: Sequence[str], template: str, max_tokens: int, first: int = 0) -> list[Prompt]:
+    def __call__(
+        self, texts: Sequence[str], template: str, max_tokens: int, first: int = 0, shared: int = 0
+    ) -> list[Prompt]:
         """Tokenise each text in the template.
 
         The whole prompt is tokenised at once, as if it had been typed, and spans are found by character offsets.
@@ -86,8 +95,9 @@ class Prompter:
         Args:
             texts: any strings.
             template: holds `{text}`, as often as it likes, and before it `{pst}` at most once.
-            max_tokens: longest prompt, template and special tokens included.
+            max_tokens: longest prompt, template and special tokens included, but for what is shared.
             first: the first text's number, for what is said of a bad one.
+            shared: tokens of the template's beginning that all texts share.
 
         Raises:
             InputError: a text holds a lone surrogate, or `max_tokens` leaves no room for any text.
@@ -102,9 +112,9 @@ class Prompter:
                     f"text {index} holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
                     "not valid Unicode"
                 ) from None
-        prompts = self._tokenize(texts, template)
+        prompts = self._tokenize(texts, template, shared)
         return [
-            prompt if len(prompt.ids) <= max_tokens else self._cut(text, prompt, template, max_tokens)
+            prompt if prompt.tokens <= max_tokens else self._cut(text, prompt, template, max_tokens)
             for text, prompt in zip(texts, prompts, strict=True)
         ]
 
@@ -146,7 +156,7 @@ class Prompter:
         rules.encode_special_tokens = True  # a copy does not keep it
         return rules
 
-    def _tokenize(self, texts: Sequence[str], template: str) -> list[Prompt]:
+    def _tokenize(self, texts: Sequence[str], template: str, shared: int) -> list[Prompt]:
         if not texts:
             return []
         before, *between = template.replace("{pst}", _PLACEHOLDER).split("{text}")
@@ -171,27 +181,27 @@ class Prompter:
             place = None if placeholder is None else ids.index(placeholder)
             ids = [0 if position == place else token for position, token in enumerate(ids)]
             shown = text if place is None else text.replace(_PLACEHOLDER, "▮")  # of one character, for the offsets
-            prompts.append(Prompt(shown, tuple(ids), tuple(offsets), span, placeholder=place))
+            prompts.append(Prompt(shown, tuple(ids), tuple(offsets), span, placeholder=place, shared=shared))
         return prompts
 
     def _cut(self, text: str, prompt: Prompt, template: str, max_tokens: int) -> Prompt:
         copies = template.count("{text}")
         start, end = prompt.span
         own = len(prompt.text) - len(template.rpartition("{text}")[2]) - len(text)  # where the last copy starts
-        around = len(prompt.ids) - copies * (end - start)  # about, for a copy in the middle may merge otherwise
+        around = prompt.tokens - copies * (end - start)  # about, for a copy in the middle may merge otherwise
         keep = min((max_tokens - around) // copies, end - start)
         while keep > 0:
             last_character = min(prompt.offsets[start + keep - 1][1] - own, len(text))
-            (shorter,) = self._tokenize([text[:last_character]], template)
-            excess = len(shorter.ids) - max_tokens
+            (shorter,) = self._tokenize([text[:last_character]], template, prompt.shared)
+            excess = shorter.tokens - max_tokens
             if excess <= 0:
                 lost = sum(offset > own + last_character for _, offset in prompt.offsets[start:end])
                 return dataclasses.replace(shorter, tokens_cut=lost)
             keep -= -(-excess // copies)  # cutting can split a merge in two, so a shorter text may still be too long
-        (empty,) = self._tokenize([""], template)
-        if max_tokens > len(empty.ids):  # room, but not for the first character, which takes several tokens
+        (empty,) = self._tokenize([""], template, prompt.shared)
+        if max_tokens > empty.tokens:  # room, but not for the first character, which takes several tokens
             return dataclasses.replace(empty, tokens_cut=end - start)
-        raise InputError(f"max_tokens is {max_tokens}, but the template alone takes {len(empty.ids)} tokens")
+        raise InputError(f"max_tokens is {max_tokens}, but the template alone takes {empty.tokens} tokens")
 
 
 def _span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

@@ -104,7 +104,7 @@ class Service:
             except InputError as error:
                 message = str(error).removeprefix("text 0 ")
                 raise _bad_input(f"input[{index}]: {message}", too_long="the most is" in message) from None
-            total += sum(len(prompt.ids) for prompt in prompts)
+            total += sum(prompt.tokens for prompt in prompts)
             if total > self.limits.queue_tokens:
                 most = self.limits.queue_tokens
                 raise _bad_input(f"the request has more than {most:,} tokens in all; split it", too_long=True)
@@ -116,7 +116,7 @@ class Service:
         """(n, dim). Raises `QueueFull`."""
         # Packed, a text's templates share a batch; padded, they take turns, and the longest decides how many fit.
         size = sum if self.batcher.packed else max
-        lengths = [size(len(prompt.ids) for prompt in one) for one in prompts]
+        lengths = [size(prompt.tokens for prompt in one) for one in prompts]
         return np.stack(await self.batcher.submit(role, prompts, lengths))
 
 

@@ -26,7 +26,7 @@ __all__ = ["FIT_TOKENS", "UNBOUND", "choose_transform", "fitted_for"]
 
 logger = logging.getLogger(__name__)
 
-FIT_TOKENS = 256  # of a calibration text; more would cost time, and say little more
+FIT_TOKENS = 256  # of a calibration text, without its template; more would cost time, and say little more
 UNBOUND: dict[str, Any] = {"method": "custom", "dim": None, "max_tokens": None}  # fields that don't bear on a fit
 _FIT_TEXTS = 1000
 _PIECE = 100  # texts that are read at a time, and kept when a run is stopped
