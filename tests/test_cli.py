@@ -177,14 +177,20 @@ def environment(**more):
 
 
 def test_help_is_quick_and_names_every_command():
-    times = []
-    for _ in range(3):
+    def run(*command):
         started = time.perf_counter()
-        done = subprocess.run([*KVEMBED, "--help"], capture_output=True, text=True, check=True, env=environment())
-        times.append(time.perf_counter() - started)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+        return time.perf_counter() - started, done.stdout
+
+    # A ratio of interleaved runs: 0.4 s against 0.16 on a quiet machine, twice that on a busy one; torch takes seconds.
+    ours, bare = [], []
+    for _ in range(3):
+        seconds, told = run(*KVEMBED, "--help")
+        ours.append(seconds)
+        bare.append(run(sys.executable, "-c", "import typer, rich.table")[0])
     for command in ("embed", "similarity", "layers", "explain", "serve", "pull"):
-        assert re.search(rf"\b{command}\b", done.stdout)
-    assert min(times) < 0.5
+        assert re.search(rf"\b{command}\b", told)
+    assert min(ours) < 4 * min(bare), (ours, bare)
 
 
 def test_a_closed_pipe_is_no_error(folder):
