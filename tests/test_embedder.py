@@ -13,7 +13,7 @@ from conftest import NOTICES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvembed import Embedder, InputError, KvembedError, UnsupportedModel
+from kvembed import EmbedConfig, Embedder, InputError, KvembedError, UnsupportedModel
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,42 @@ def test_the_models_own_limit_is_the_default(llama, tokenizer):
     assert embedder.encode_with_report(["word " * 2000]).token_counts.tolist() == [1024]
     with pytest.raises(InputError, match="max_tokens is 1025, but the model takes at most 1024"):
         Embedder.from_model(llama, tokenizer, method="mean", max_tokens=1025)
+
+
+@pytest.mark.parametrize(
+    "template", ["{text}", "Context: {text}\nIn one word:", "A much longer template. " * 4 + "{text}:"]
+)
+def test_a_long_text_is_the_mean_of_its_chunks(llama, tokenizer, template):
+    config = EmbedConfig(document=template, pooling="last", chunk_tokens=30)
+    embedder = Embedder(llama, tokenizer, config)
+    whole = Embedder(llama, tokenizer, config.replace(chunk_tokens=None))
+    long = " ".join(NOTICES[:4])
+    (prompt,) = embedder.prompts([long])[0]
+    start, end = template.split("{text}")
+    parts = [chunk.text[len(start) : len(chunk.text) - len(end)] for chunk in prompt.chunks]
+    assert len(parts) > 2
+    assert "".join(parts) == long
+    read = embedder.encode_views([NOTICES[0][:20], long, NOTICES[1][:20]])
+    expected = whole.encode_views([NOTICES[0][:20], *parts, NOTICES[1][:20]]).vectors
+    np.testing.assert_allclose(read.vectors[1], expected[1:-1].mean(0), atol=1e-5)
+    np.testing.assert_allclose(read.vectors[::2], expected[[0, -1]], atol=1e-5)
+    assert (
+        read.token_counts.tolist()
+        == whole.encode_with_report([NOTICES[0][:20], long, NOTICES[1][:20]]).token_counts.tolist()
+    )
+    assert embedder.explain(long).chunks == len(parts)
+    assert embedder.explain("short").chunks == 1
+
+
+def test_chunks_of_several_templates_and_read_outs_find_their_text(llama, tokenizer):
+    """Texts are cut into different numbers of chunks under each template of a batch, and come out in order."""
+    config = EmbedConfig(document=("{text}", "{text} and again {text}"), chunk_tokens=25, pooling="mean")
+    texts = [" ".join(NOTICES[:count]) for count in (3, 0, 1, 4, 2)]
+    together = Embedder(llama, tokenizer, config)
+    apart = Embedder(llama, tokenizer, config, batch_tokens=1)
+    np.testing.assert_allclose(
+        together.encode(texts), np.concatenate([apart.encode([text]) for text in texts]), atol=1e-5
+    )
 
 
 def test_explain(embedder):

@@ -68,6 +68,40 @@ def test_of_two_copies_the_last_counts(tokenizer, text):
         assert (b > start and b > a) == (prompt.span[0] <= i < prompt.span[1])
 
 
+@given(text=TEXTS, template=st.sampled_from([*TEMPLATES, ECHO]), tokens=st.integers(1, 12), limit=st.integers(40, 90))
+@settings(max_examples=200)
+def test_chunks_are_the_text_once_over(tokenizer, text, template, tokens, limit):
+    """Whatever the text, the template and the cut, no character is lost or read twice."""
+    prompter = Prompter(tokenizer)
+    (whole,) = prompter([text], template, limit)
+    (prompt,) = prompter([text], template, limit, chunk_tokens=tokens)
+    assert (prompt.text, prompt.ids, prompt.tokens_cut) == (whole.text, whole.ids, whole.tokens_cut)
+    if whole.span[1] - whole.span[0] <= tokens:
+        assert prompt.chunks == ()
+        return
+    parts = [_last_copy(chunk.text, template) for chunk in prompt.chunks]
+    assert [chunk.text for chunk in prompt.chunks] == [template.replace("{text}", part) for part in parts]
+    assert "".join(parts) == _last_copy(whole.text, template)
+    assert all(parts)
+
+
+def _last_copy(rendered, template):
+    length = (len(rendered) - len(template.replace("{text}", ""))) // template.count("{text}")
+    end = len(rendered) - len(template.rpartition("{text}")[2])
+    return rendered[end - length : end]
+
+
+def test_chunks_end_between_words_and_are_about_equal(tokenizer):
+    text = " ".join(f"word{number}" for number in range(200))
+    (prompt,) = Prompter(tokenizer)([text], "Context: {text}", 10_000, chunk_tokens=100)
+    own = prompt.span[1] - prompt.span[0]
+    sizes = [chunk.span[1] - chunk.span[0] for chunk in prompt.chunks]
+    assert len(sizes) == -(-own // 100)
+    assert max(sizes) - min(sizes) < 20
+    words = [chunk.text.removeprefix("Context: ").split() for chunk in prompt.chunks]
+    assert [word for some in words for word in some] == text.split()
+
+
 @given(text=TEXTS, room=st.integers(2, 40))
 def test_both_copies_are_cut_alike(tokenizer, text, room):
     prompter = Prompter(tokenizer)

@@ -91,6 +91,9 @@ class EmbedConfig:
             before the text in every template, is replaced by the last token's (Token Prepending). `()`: none.
         max_tokens: longest input in tokens, template included, but for a long beginning that texts share (see
             `kvembed.prefix`); a longer text is cut and counted. `None`: the model's limit.
+        chunk_tokens: a text of more tokens of its own is read in chunks of about equal length, each in the template as
+            a text by itself, and every read-out is the mean of theirs; a chunk ends between words where it can, and may
+            be a few tokens longer for that. `None`: every text is read at once.
 
     Raises:
         InputError: a field does not have one of the values above.
@@ -112,6 +115,7 @@ class EmbedConfig:
     dim: int | None = None
     prepend_layers: tuple[int, ...] = ()
     max_tokens: int | None = None
+    chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prepend_layers", _indices("prepend_layers", self.prepend_layers, least=1))
@@ -127,7 +131,7 @@ class EmbedConfig:
         object.__setattr__(self, "more_readouts", _readouts(self.more_readouts))
         if self.pooling == "static" and any(one.pooling != "static" for one in self.more_readouts):
             raise InputError("a static read-out comes last, in more_readouts, where there are others")
-        for name in ("max_tokens", "dim"):
+        for name in ("max_tokens", "chunk_tokens", "dim"):
             value = getattr(self, name)
             if value is not None and not (_is_whole(value) and value > 0):
                 raise InputError(f"{name} must be a whole number from 1, not {value!r}")

@@ -251,7 +251,8 @@ def print_explanation(explanation: Explanation) -> None:
         line.append(token.replace("\n", "\\n"), style + (" underline" if first <= i < end else ""))
     console.print(line)
     cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
-    print_line(f"tokens    {len(explanation.tokens)}; the text's own {end - first} are underlined{cut}")
+    chunks = f"; chunk 1 of {explanation.chunks}" if explanation.chunks > 1 else ""
+    print_line(f"tokens    {len(explanation.tokens)}; the text's own {end - first} are underlined{cut}{chunks}")
     print_line(f"method    {config.method}, config {config.hash()}")
     _print_readouts(config, explanation.fitted_on)
     if not beta:

@@ -52,6 +52,7 @@ class Explanation:
         token_ids: their ids.
         span: first token of the text's own and one past its last.
         tokens_cut: tokens of the text that were left out.
+        chunks: how many the text is read in; of several, the first is shown.
         config: the embedder's, layers spelled out.
         beta: layer -> for each token the share of its attention that goes to the slot, mean over heads, 0 to 1.
         fitted_on: the transform's `info`, or None if the config has no transform.
@@ -62,6 +63,7 @@ class Explanation:
     token_ids: tuple[int, ...]
     span: tuple[int, int]
     tokens_cut: int
+    chunks: int
     config: EmbedConfig
     beta: dict[int, tuple[float, ...]]
     fitted_on: dict[str, Any] | None = None
@@ -418,7 +420,7 @@ class Embedder:
         def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
             rendered = self._prompts(["a"], role, self.max_tokens)
             around = max(prompt.tokens - len(prompt.content_ids) for (prompt,) in rendered)
-            prompts = self._prompts(texts, role, min(around + FIT_TOKENS, self.max_tokens))
+            prompts = self._prompts(texts, role, min(around + FIT_TOKENS, self.max_tokens), chunked=False)
             return self._read([prompts[index] for index in templates]).vectors
 
         def report(done: int, total: int) -> None:
@@ -437,10 +439,13 @@ class Embedder:
 
     def _read(self, by_template: Sequence[Sequence[Prompt]], bar: tqdm[Any] | None = None) -> Encoded:
         """For each template a prompt for each text -> the texts' views."""
-        count, readouts = len(by_template[0]), len(self.config.readouts)
-        prompts = [prompt for rendered in by_template for prompt in rendered]
+        whole = [prompt for rendered in by_template for prompt in rendered]
+        prompts = [chunk for prompt in whole for chunk in prompt.chunks or (prompt,)]
+        chunks = np.array([len(prompt.chunks) or 1 for prompt in whole], np.int64)
+        owner = np.repeat(np.arange(len(whole)), chunks)
+        begins = np.diff(owner, prepend=-1)  # 1 for a prompt's first chunk
         lengths = [len(prompt.ids) for prompt in prompts]
-        views = np.zeros((count, len(by_template), readouts, self.backbone.dim), np.float32)
+        states = np.zeros((len(whole), len(self.config.readouts), self.backbone.dim), np.float32)
         # Where no layer is run there is no padding either, and no need to try whether texts can be packed.
         packed = len(prompts) > 1 and (not self.config.forward_passes or self.backbone.can_pack)
         where = (self.backbone.device, self.model.dtype)
@@ -451,17 +456,20 @@ class Embedder:
             own = [lengths[place] - len(shared) for place in places]
             run = partial(self._run, [prompts[place] for place in places], shared, where)
             for batch, rows in run_batches(own, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
-                template, text = np.divmod([places[index] for index in batch], max(count, 1))
-                views[text, template] = rows.numpy()
+                done = [places[index] for index in batch]
+                np.add.at(states, owner[done], rows.numpy())
                 if bar is not None:
-                    bar.update(len(batch))
-        if not np.isfinite(views).all():
+                    bar.update(int(begins[done].sum()))
+        states /= chunks[:, None, None]
+        if not np.isfinite(states).all():
             raise KvembedError(
                 f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
             )
-        tokens = np.array([prompt.tokens for prompt in prompts], np.int64).reshape(len(by_template), count).sum(0)
-        cut = np.array([prompt.tokens_cut for prompt in prompts], np.int64).reshape(len(by_template), count).max(0)
-        return Encoded(views.reshape(count, len(by_template) * readouts, self.backbone.dim), tokens, cut)
+        shape = len(by_template), len(by_template[0])
+        tokens = np.array([prompt.tokens for prompt in whole], np.int64).reshape(shape).sum(0)
+        cut = np.array([prompt.tokens_cut for prompt in whole], np.int64).reshape(shape).max(0)
+        views = states.reshape(*shape, *states.shape[1:]).swapaxes(0, 1)  # (n, templates, read-outs, D)
+        return Encoded(views.reshape(shape[1], shape[0] * states.shape[1], states.shape[2]), tokens, cut)
 
     def _run(
         self, prompts: Sequence[Prompt], shared: tuple[int, ...], where: Where, batch: Sequence[int]
@@ -481,9 +489,10 @@ class Embedder:
     def explain(self, text: str, *, role: Role = "document") -> Explanation:
         """What happens to a text: its prompt, its tokens, and how much each reads the slot, layer by layer.
 
-        Of several templates, the first is shown.
+        Of several templates, the first is shown; and of several chunks.
         """
-        prompt = self._prompts([text], role, self.max_tokens)[0][0]
+        whole = self._prompts([text], role, self.max_tokens)[0][0]
+        prompt = (whole.chunks or (whole,))[0]
         betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
         self._forward([prompt], betas)
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
@@ -494,7 +503,8 @@ class Embedder:
             ),
             token_ids=prompt.ids,
             span=prompt.span,
-            tokens_cut=prompt.tokens_cut,
+            tokens_cut=whole.tokens_cut,
+            chunks=len(whole.chunks) or 1,
             config=self.config,
             beta={layer: tuple(betas[layer][0].mean(0).tolist()) for layer in sorted(betas)},
             fitted_on=None if self.transform is None else self.transform.info,
@@ -516,7 +526,13 @@ class Embedder:
         save_st_files(folder)
 
     def _prompts(
-        self, texts: Sequence[Any], role: Role, max_tokens: int, first: int = 0, cut: bool = True
+        self,
+        texts: Sequence[Any],
+        role: Role,
+        max_tokens: int,
+        first: int = 0,
+        cut: bool = True,
+        chunked: bool = True,
     ) -> list[list[Prompt]]:
         """For each template, a prompt for each text; `first` is the first text's number, for errors."""
         for index, text in enumerate(texts, first):
@@ -526,7 +542,8 @@ class Embedder:
         for template in self.config.templates(role):
             room = self._room(template)
             most = min(max_tokens, room) if cut else _UNLIMITED
-            found.append(self._prompter(texts, template, most, first, self._shared[template]))
+            chunk_tokens = self.config.chunk_tokens if chunked else None
+            found.append(self._prompter(texts, template, most, first, self._shared[template], chunk_tokens))
         return found
 
     def _room(self, template: str) -> int:

@@ -116,7 +116,8 @@ METHODS: dict[str, EmbedConfig] = {
         # (in context, as in Jiang et al. 2023, arXiv 2307.16645, section 3.2), its own tokens' states after the first
         # layer, where words are still themselves, and its static vector. These views are whitened and joined by a
         # transform (see `kvembed.transform`). The examples are computed once for all texts (see `kvembed.prefix`), and
-        # nothing is re-routed: that adds nothing that could be told from chance once the views are whitened.
+        # nothing is re-routed: that adds nothing that could be told from chance once the views are whitened. Far behind
+        # the examples and a long text the model has lost its question, so a long text is read in chunks.
         EmbedConfig(
             method="auto",
             document=_compress_as_in_examples("Context"),
@@ -127,6 +128,7 @@ METHODS: dict[str, EmbedConfig] = {
                 Readout(pooling="static"),
             ),
             transform="whiten",
+            chunk_tokens=1024,
         ),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = ["Prompt", "Prompter"]
 
 # Stands for a template's {pst} while a prompt is tokenised: one of Unicode's noncharacters, which no text should hold.
 _PLACEHOLDER = "\ufdd0"
+_WORD = 8  # tokens, of a long word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Prompt:
         tokens_cut: tokens of the text that were left out to fit `max_tokens`; 0 if it is whole.
         placeholder: position of the template's `{pst}`, whose id is 0 and means nothing; None if it has none.
         shared: tokens at the beginning that all texts share and that are not counted (see `kvembed.prefix`).
+        chunks: what is read instead of a long text, as whole prompts; empty where the text is read at once.
     """
 
     text: str
@@ -41,10 +44,11 @@ class Prompt:
     tokens_cut: int = 0
     placeholder: int | None = None
     shared: int = 0
+    chunks: tuple[Prompt, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """How many it has, but for what is shared."""
+        """How many it has, but for what is shared; with its template once, however many chunks there are."""
         return len(self.ids) - self.shared
 
     @property
@@ -83,7 +87,13 @@ class Prompter:
         self._rules.encode_special_tokens = True  # a copy, by pickle too, does not keep it
 
     def __call__(
-        self, texts: Sequence[str], template: str, max_tokens: int, first: int = 0, shared: int = 0
+        self,
+        texts: Sequence[str],
+        template: str,
+        max_tokens: int,
+        first: int = 0,
+        shared: int = 0,
+        chunk_tokens: int | None = None,
     ) -> list[Prompt]:
         """Tokenise each text in the template.
 
@@ -98,6 +108,7 @@ class Prompter:
             max_tokens: longest prompt, template and special tokens included, but for what is shared.
             first: the first text's number, for what is said of a bad one.
             shared: tokens of the template's beginning that all texts share.
+            chunk_tokens: texts with more tokens of their own are given `Prompt.chunks`. None: none are.
 
         Raises:
             InputError: a text holds a lone surrogate, or `max_tokens` leaves no room for any text.
@@ -113,10 +124,11 @@ class Prompter:
                     "not valid Unicode"
                 ) from None
         prompts = self._tokenize(texts, template, shared)
-        return [
+        found = [
             prompt if prompt.tokens <= max_tokens else self._cut(text, prompt, template, max_tokens)
             for text, prompt in zip(texts, prompts, strict=True)
         ]
+        return found if chunk_tokens is None else [self._chunked(prompt, template, chunk_tokens) for prompt in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text that token ids stand for, so that an array of ids is embedded exactly as its text is.
@@ -202,6 +214,27 @@ class Prompter:
         if max_tokens > empty.tokens:  # room, but not for the first character, which takes several tokens
             return dataclasses.replace(empty, tokens_cut=end - start)
         raise InputError(f"max_tokens is {max_tokens}, but the template alone takes {empty.tokens} tokens")
+
+    def _chunked(self, prompt: Prompt, template: str, tokens: int) -> Prompt:
+        start, end = prompt.span
+        count = -(-(end - start) // tokens)
+        if count < 2:
+            return prompt
+        around = template.replace("{pst}", "▮").replace("{text}", "")
+        length = (len(prompt.text) - len(around)) // template.count("{text}")  # of the text, after any cutting
+        last = len(prompt.text) - len(template.rpartition("{text}")[2])
+        first = last - length
+        inner = {_word_border(prompt, start + (end - start) * chunk // count) for chunk in range(1, count)}
+        borders = [first, *sorted(border for border in inner if first < border < last), last]
+        parts = [prompt.text[a:b] for a, b in itertools.pairwise(borders)]
+        return dataclasses.replace(prompt, chunks=tuple(self._tokenize(parts, template, prompt.shared)))
+
+
+def _word_border(prompt: Prompt, token: int) -> int:
+    """The character at which a token begins, or one of the few before it that begins a word; some scripts have none."""
+    starts = [prompt.offsets[place][0] for place in range(token, max(token - _WORD, prompt.span[0]), -1)]
+    words = (start for start in starts if prompt.text[start].isspace() or prompt.text[start - 1].isspace())
+    return next(words, starts[0])
 
 
 def _span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:

@@ -95,7 +95,10 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         # Another transform of the same views, or fewer of its dimensions, needs no new forward.
         from .tuning import fitted_for
 
-        views = digest(f"{fitted_for(embedder.fingerprint(), embedder.config)}-{embedder.dtype}-{embedder.max_tokens}")
+        views = f"{fitted_for(embedder.fingerprint(), embedder.config)}-{embedder.dtype}-{embedder.max_tokens}"
+        if (chunk := embedder.config.chunk_tokens) and chunk < embedder.max_tokens:
+            views += f"-{chunk}"
+        views = digest(views)
         told += f"-{embedder.transform.digest()}"
         told_of = ("texts", "texts_sha256", "count", "self_written")
         info = embedder.transform.info

@@ -27,7 +27,12 @@ __all__ = ["FIT_TOKENS", "UNBOUND", "choose_transform", "fitted_for"]
 logger = logging.getLogger(__name__)
 
 FIT_TOKENS = 256  # of a calibration text, without its template; more would cost time, and say little more
-UNBOUND: dict[str, Any] = {"method": "custom", "dim": None, "max_tokens": None}  # fields that don't bear on a fit
+UNBOUND: dict[str, Any] = {
+    "method": "custom",
+    "dim": None,
+    "max_tokens": None,
+    "chunk_tokens": None,
+}  # fields that don't bear on a fit
 _FIT_TEXTS = 1000
 _PIECE = 100  # texts that are read at a time, and kept when a run is stopped
 
