@@ -52,10 +52,10 @@ class Explanation:
         token_ids: their ids.
         span: first token of the text's own and one past its last.
         tokens_cut: tokens of the text that were left out.
-        chunks: how many the text is read in; of several, the first is shown.
         config: the embedder's, layers spelled out.
         beta: layer -> for each token the share of its attention that goes to the slot, mean over heads, 0 to 1.
         fitted_on: the transform's `info`, or None if the config has no transform.
+        chunks: how many the text is read in; of several, the first is shown.
     """
 
     prompt: str
@@ -63,10 +63,10 @@ class Explanation:
     token_ids: tuple[int, ...]
     span: tuple[int, int]
     tokens_cut: int
-    chunks: int
     config: EmbedConfig
     beta: dict[int, tuple[float, ...]]
     fitted_on: dict[str, Any] | None = None
+    chunks: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
