@@ -140,7 +140,13 @@ def latency(tasks: list[Task], model: str) -> dict[str, Any]:
         times = {"embedding": _milliseconds(lambda query: embedder.encode_query([query]), queries)}
         for mode in MODES:
             times[mode] = _milliseconds(lambda query, mode=mode: index.search(query, mode=mode), queries)
-    told = {"model": model, "method": "auto", "documents": DOCUMENTS, "dimensions": embedder.dim}
+    told = {
+        "model": model,
+        "method": "auto",
+        "documents": DOCUMENTS,
+        "dimensions": embedder.dim,
+        "dtype": embedder.dtype,
+    }
     return told | {"queries": QUERIES, "milliseconds": {name: _summary(found) for name, found in times.items()}}
 
 

@@ -40,7 +40,7 @@ def search_table(folder: Path) -> str:
     if (folder / "latency.json").is_file():
         told = json.loads((folder / "latency.json").read_text())
         times = {name: f"{found['median']:.0f} ({found['p95']:.0f})" for name, found in told["milliseconds"].items()}
-        machine = f"{told['threads']} threads, {told['hardware']}"
+        machine = f"{told['dtype']}, {told['threads']} threads, {told['hardware']}"
         parts.append(
             f"{told['documents']:,} short texts of {told['dimensions']} dimensions, once loaded ({machine}): "
             f"{times['vector']} ms a query by vector, {times['text']} by text, {times['hybrid']} by both; in brackets "
