@@ -158,13 +158,13 @@ def test_another_job_is_refused(embedder, source, whole, tmp_path, llama, tokeni
         with pytest.raises(InputError, match=rf"out holds another job \({message}\); choose another folder"):
             bulk(embedder, source, whole, **{"shard_rows": 4} | options)
 
-    refused("bias was 1.0, now 2.0", embedder.replace(bias=2.0))
-    refused(r"layers was \[1, 2\], now \[1\]", embedder.replace(layers=[1]))
-    refused("weights was .*, now .*", Embedder.from_model(tiny(seed=1), tokenizer, layers=[1, 2], max_tokens=40))
-    refused("batch_tokens was 2048, now 100", Embedder(llama, tokenizer, embedder.config, batch_tokens=100))
-    refused("shard_rows was 4, now 9", shard_rows=9)
-    refused('role was "document", now "query"', role="query")
-    refused('id_field was null, now "key"', id_field="key")
+    refused("bias 1.0, not 2.0", embedder.replace(bias=2.0))
+    refused(r"layers \[1, 2\], not \[1\]", embedder.replace(layers=[1]))
+    refused("weights .*, not .*", Embedder.from_model(tiny(seed=1), tokenizer, layers=[1, 2], max_tokens=40))
+    refused("batch_tokens 2048, not 100", Embedder(llama, tokenizer, embedder.config, batch_tokens=100))
+    refused("shard_rows 4, not 9", shard_rows=9)
+    refused('role "document", not "query"', role="query")
+    refused('id_field null, not "key"', id_field="key")
     copy = tmp_path / "corpus"
     copy.mkdir()
     for path in source.iterdir():
@@ -250,7 +250,7 @@ def test_the_documented_commands(folder, tmp_path, monkeypatch):
             "line 1: no text in field 'body'; it has key, text (choose with --field)",
         ),
         (["in.jsonl", "out", "--workers", "2"], "--address and --workers need --engine ray"),
-        (["in.jsonl", "out", "--bias", "2"], "out holds another job (bias was 1.0, now 2.0); choose another folder"),
+        (["in.jsonl", "out", "--bias", "2"], "out holds another job (bias 1.0, not 2.0); choose another folder"),
     ],
 )
 def test_mistakes_are_one_line(folder, embedder, tmp_path, monkeypatch, args, message):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import time
@@ -28,6 +27,7 @@ from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .files import needed, only_writer, sha256_of, whole_file, why
+from .identity import difference, identity, identity_hash
 from .shards import LOCK, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 
@@ -117,7 +117,7 @@ def bulk(
     check_folders(source, out)
     plan = make_plan(source, field=field, id_field=id_field, shard_rows=shard_rows, progress=progress)
     told = _identity(embedder, plan, role, shard_rows)
-    told_hash = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    told_hash = identity_hash(told)
     job = Job(plan, out, role, told_hash)
     manifest: dict[str, Any] = {
         "model": model,
@@ -247,15 +247,10 @@ def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> di
 
     told = {
         "kvembed": __version__,
-        "weights": embedder.fingerprint(),
-        "dtype": embedder.dtype,
-        "config": embedder.config.to_dict(),
+        **identity(embedder),
         "config_hash": embedder.config.hash(),
-        "transform": None if embedder.transform is None else embedder.transform.digest(),
-        "max_tokens": embedder.max_tokens,
         "batch_tokens": embedder.batch_tokens,
         "role": role,
-        "dim": embedder.dim,
         "field": plan.field,
         "id_field": plan.id_field,
         "id_type": plan.id_type,
@@ -275,22 +270,19 @@ def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> di
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first thing in which two jobs differ."""
-    name = next((name for name in now if before.get(name) != now[name]), "")
-    old, new = before.get(name), now.get(name)
-    if isinstance(old, dict) and isinstance(new, dict):
-        return _difference(old, new)
-    if name == "inputs" and isinstance(old, list):
-        was = {file["path"]: file for file in old}
-        changed = [file["path"] for file in now[name] if file != was.get(file["path"])]
-        return f"input {changed[0]} has changed, or is new" if changed else "input files are gone"
-    return f"{name} was {json.dumps(old):.80}, now {json.dumps(new):.80}"
+    """The first thing in which two jobs differ, of their inputs the first that does."""
+    if told := difference(before, {name: value for name, value in now.items() if name not in ("inputs", "rows")}):
+        return told
+    was = {file["path"]: file for file in before["inputs"]}
+    changed = [file["path"] for file in now["inputs"] if file != was.get(file["path"])]
+    return f"input {changed[0]} has changed, or is new" if changed else "input files are gone"
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text())
-        if isinstance(manifest["job"], dict) and all({"name", "sha256"} <= {*x} for x in manifest.get("shards", ())):
+        known = isinstance(manifest["job"]["inputs"], list)
+        if known and all({"name", "sha256"} <= {*part} for part in manifest.get("shards", ())):
             return cast("dict[str, Any]", manifest)
     except FileNotFoundError:
         return None

@@ -11,7 +11,6 @@ HASH is of all that decides the vectors, so a table never holds vectors of two k
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
 from .files import needed, only_writer, whole_file, why
 from .hits import Hit, Mode, find
+from .identity import difference, identity, identity_hash
 from .indexing import Indexed, update
 
 if TYPE_CHECKING:
@@ -31,27 +31,9 @@ if TYPE_CHECKING:
     from .documents import Corpus
     from .embedder import Embedder
 
-__all__ = ["Index", "identity", "identity_hash"]
+__all__ = ["Index"]
 
 LOCK = "_lock"
-
-
-def identity(embedder: Embedder) -> dict[str, Any]:
-    """Everything that decides an embedder's vectors, in plain JSON types."""
-    told = {
-        "weights": embedder.fingerprint(),
-        "dtype": embedder.dtype,
-        "config": embedder.config.to_dict(),
-        "max_tokens": embedder.max_tokens,
-        "transform": None if embedder.transform is None else embedder.transform.digest(),
-        "dim": embedder.dim,
-    }
-    return dict(json.loads(json.dumps(told)))
-
-
-def identity_hash(made_with: dict[str, Any]) -> str:
-    """16 hex digits of an `identity`."""
-    return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Index:
@@ -128,7 +110,7 @@ class Index:
         index = cls(path, name, identity(embedder))
         index.__dict__["embedder"] = embedder
         if cls.exists(path) and not refit:
-            if told := _difference(cls.open(path).made_with, index.made_with):
+            if told := difference(cls.open(path).made_with, index.made_with):
                 raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
             return index
         with only_writer(path, LOCK):
@@ -181,8 +163,8 @@ class Index:
                 told["transform"] = Transform.load(fitted).digest()
             except OSError as error:
                 raise InputError(f"{fitted}: {why(error)}") from None
-        if difference := _difference(self.made_with, told):
-            raise InputError(f"{self.folder} was made with {difference}; --refit embeds everything anew")
+        if apart := difference(self.made_with, told):
+            raise InputError(f"{self.folder} was made with {apart}; --refit embeds everything anew")
 
     @staticmethod
     def check_folder(folder: str | os.PathLike[str]) -> None:
@@ -247,8 +229,8 @@ class Index:
             except OSError as error:
                 raise InputError(f"{self.transform_file}: {why(error)}") from None
         embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
-        if difference := _difference(told, identity(embedder)):
-            raise InputError(f"{self.folder} was made with {difference}")
+        if apart := difference(told, identity(embedder)):
+            raise InputError(f"{self.folder} was made with {apart}")
         return embedder
 
     @functools.cached_property
@@ -322,14 +304,3 @@ class Index:
         vectors: Any = [None] * len(queries) if mode == "text" else self.embedder.encode_query(queries)
         table = self.table  # one version for both searches of a hybrid one, or a document could be in it twice
         return [find(table, *one, top, mode, where) for one in zip(queries, vectors, strict=True)]
-
-
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first thing in which two identities differ: `bias 1.0, not 2.0`."""
-    for name in now:
-        old, new = before.get(name), now[name]
-        if old != new:
-            if isinstance(old, dict) and isinstance(new, dict):
-                return _difference(old, new)
-            return f"{name} {json.dumps(old):.80}, not {json.dumps(new):.80}"
-    return ""

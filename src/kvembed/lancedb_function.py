@@ -21,7 +21,7 @@ from typing import Any
 from .embedder import Embedder
 from .errors import InputError
 from .files import needed
-from .index import identity, identity_hash
+from .identity import identity, identity_hash
 
 needed("lancedb", "search")
 

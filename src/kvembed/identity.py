@@ -1,0 +1,42 @@
+"""What decides an embedder's vectors: what was made with another one is noticed, and told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .embedder import Embedder
+
+__all__ = ["difference", "identity", "identity_hash"]
+
+
+def identity(embedder: Embedder) -> dict[str, Any]:
+    """Everything that decides an embedder's vectors, in plain JSON types."""
+    told = {
+        "weights": embedder.fingerprint(),
+        "dtype": embedder.dtype,
+        "config": embedder.config.to_dict(),
+        "max_tokens": embedder.max_tokens,
+        "transform": None if embedder.transform is None else embedder.transform.digest(),
+        "dim": embedder.dim,
+    }
+    return dict(json.loads(json.dumps(told)))
+
+
+def identity_hash(told: dict[str, Any]) -> str:
+    """16 hex digits of an `identity`, or of anything in plain JSON types."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing in which `before` differs from `now`, as in `bias 1.0, not 2.0`; empty if nothing does."""
+    for name, new in now.items():
+        old = before.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if told := difference(old, new):
+                return told
+        elif old != new:
+            return f"{name} {json.dumps(old):.80}, not {json.dumps(new):.80}"
+    return ""
