@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import os
 
 import pyarrow as pa
@@ -87,10 +88,18 @@ def test_fields_and_their_types(tmp_path):
         "day": [datetime.date(2020, 2, 1)],
         "f": [float("nan")],
         "none": pa.array([None], pa.int64()),
+        "price": pa.array([decimal.Decimal("1.50")]),
+        "count": pa.array([decimal.Decimal("12")]),
+        "took": pa.array([datetime.timedelta(seconds=90)]),
     }
     pq.write_table(pa.table(rows), tmp_path / "c.parquet")
     corpus = Corpus([tmp_path])
-    kinds = {"int64": "n id_", "float64": "x", "string": "zip e_mail list big day", "bool": "flag"}
+    kinds = {
+        "int64": "n id_ count",
+        "float64": "x price",
+        "string": "zip e_mail list big day took",
+        "bool": "flag",
+    }
     assert corpus.kinds == {name: kind for kind, names in kinds.items() for name in names.split()}
     found = {x.text: {k: converted(v, corpus.kinds[k]) for k, v in x.fields.items() if v is not None}
              for x in corpus.read(corpus.documents)}  # fmt: skip
@@ -98,7 +107,7 @@ def test_fields_and_their_types(tmp_path):
         "a": {"n": 1, "x": 1.0, "zip": "01234", "e_mail": "q@r", "id_": 7},
         "b": {"x": 2.5, "zip": "56789", "id_": 8},
         "c": {"n": 3, "flag": True, "list": '[1, "ü"]', "big": "9223372036854775808"},
-        "d": {"day": "2020-02-01"},
+        "d": {"day": "2020-02-01", "price": 1.5, "count": 12, "took": "0:01:30"},
     }
     (tmp_path / "d.csv").write_text("text,n\ne,many\n")
     wide = Corpus([tmp_path])
@@ -110,6 +119,12 @@ def test_fields_and_their_types(tmp_path):
         "3",
         "many",
     ]
+
+
+def test_a_pipe_cannot_be_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: neither a file nor a folder; what is indexed is read twice"):
+        Corpus([tmp_path / "pipe"])
 
 
 @pytest.mark.parametrize(

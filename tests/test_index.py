@@ -181,6 +181,31 @@ def test_other_paths_stay(embedder, tmp_path):
     assert index.update(Corpus([one])).documents == 3
 
 
+def test_an_id_of_another_path_is_not_overwritten(embedder, tmp_path):
+    one = jsonl(tmp_path / "one.jsonl", [{"k": "x", "text": "here first"}])
+    two = jsonl(tmp_path / "two.jsonl", [{"k": "x", "text": "came later"}])
+    index, _ = made(embedder, tmp_path, one, id_field="k")
+    with pytest.raises(InputError, match=r"two\.jsonl, line 1: id 'x' is in .*one\.jsonl, line 1, with other content"):
+        index.update(Corpus([two], id_field="k"))
+    assert texts_of(index) == ["here first"]
+    one.unlink()  # the id has moved to another file, then
+    index.update(Corpus([two], id_field="k"))
+    assert texts_of(index) == ["came later"]
+
+
+def test_a_document_of_two_paths_stays_with_the_first(embedder, tmp_path):
+    one = jsonl(tmp_path / "one.jsonl", [{"text": "in both"}])
+    two = jsonl(tmp_path / "two.jsonl", [{"text": "in both"}, {"text": "in one"}])
+    index, _ = made(embedder, tmp_path, one)
+    assert index.update(Corpus([two])).changed == 0
+    jsonl(two, [{"text": "in one"}])
+    assert index.update(Corpus([two])).removed == 0
+    assert [(row["text"], Path(row["file"]).name) for row in rows_of(index)] == [
+        ("in both", "one.jsonl"),
+        ("in one", "two.jsonl"),
+    ]
+
+
 def test_the_same_text_twice(embedder, tmp_path):
     """Without ids one document, at its first place; with ids as many as there are, of one vector."""
     (tmp_path / "a.txt").write_text("same\n")

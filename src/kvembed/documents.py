@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import decimal
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ from .passages import passages
 from .texts import check_unicode, read_rows
 from .transform import LEAST_TEXTS
 
-__all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "converted", "joint_kind"]
+__all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "check_same", "converted", "joint_kind"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ class Corpus:
         self.gone = [root for root in self.roots if not os.path.lexists(root)]
         if self.gone and not may_be_gone:
             raise InputError(f"{self.gone[0]}: no such file or folder")
+        if pipes := [root for root in self.roots if os.path.exists(root) and not _is_kept(root)]:
+            raise InputError(f"{pipes[0]}: neither a file nor a folder; what is indexed is read twice")
         self.documents: dict[str, Place] = {}
         self.kinds: dict[str, Kind] = {}
         self.sample: list[str] = []
@@ -138,11 +141,7 @@ class Corpus:
                     place = document.place
                     known = self.documents.setdefault(document.id, place)
                     if known is not place:
-                        if known.content != place.content:
-                            raise InputError(
-                                f"{place.file}, line {place.line}: id {document.id!r} is in {known.file}, line "
-                                f"{known.line}, with other content"
-                            )
+                        check_same(document.id, place, known)
                         self.duplicates += 1
                         continue
                     for name, value in document.fields.items():
@@ -236,6 +235,18 @@ class Corpus:
             yield Document(key, row.text, file, row.next.line, fields)
 
 
+def check_same(key: str, place: Place, known: Place) -> None:
+    """Raises `InputError` if an id has other content at another place."""
+    if known.content != place.content:
+        raise InputError(
+            f"{place.file}, line {place.line}: id {key!r} is in {known.file}, line {known.line}, with other content"
+        )
+
+
+def _is_kept(path: str) -> bool:
+    return os.path.isfile(path) or os.path.isdir(path)
+
+
 def _raise(error: OSError) -> None:
     raise InputError(f"{error.filename}: {why(error)}") from None
 
@@ -268,7 +279,7 @@ def _column(name: str, named: dict[str, str], place: str) -> str:
 
 
 def _plain(value: Any, csv: bool) -> Any:
-    """A value as plain JSON types; what is not a number, a string or a truth value becomes its JSON or ISO 8601."""
+    """A value as plain JSON types: lists and objects as their JSON, dates as ISO 8601, what else there is as text."""
     if csv:
         return _Cell(value) if value else None
     if isinstance(value, float) and math.isnan(value):
@@ -277,7 +288,9 @@ def _plain(value: Any, csv: bool) -> Any:
         return value
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
 
 
 def _kind(value: Any) -> Kind | None:

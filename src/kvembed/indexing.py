@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .batching import blocks
-from .documents import Corpus, Document, Kind, Place, converted, joint_kind
+from .documents import Corpus, Document, Kind, Place, check_same, converted, joint_kind
 from .errors import InputError
 from .files import needed, why
 from .hits import plain
@@ -94,7 +94,7 @@ class _Writer:
         for root in corpus.gone:
             if not any(file == root or file.startswith(root + os.sep) for file in {x.file for x in there.values()}):
                 raise InputError(f"{root}: no such file or folder, and {index.folder} has nothing from it")
-        todo = {key: place for key, place in corpus.documents.items() if there.get(key) != place}
+        todo = {key: place for key, place in corpus.documents.items() if self._is_new(key, place, there.get(key))}
         gone = {key: x for key, x in there.items() if key not in corpus.documents and corpus.holds(x.file)}
         for place in gone.values():
             self._stale[place.file].append(place.content)
@@ -130,6 +130,13 @@ class _Writer:
             dim=index.embedder.dim,
             max_tokens=index.embedder.max_tokens,
         )
+
+    def _is_new(self, key: str, place: Place, known: Place | None) -> bool:
+        """Whether a document is to be written. Raises `InputError` if the index has its id from a path not given."""
+        if known is None or self._corpus.holds(known.file) or not os.path.lexists(known.file):
+            return known != place
+        check_same(key, place, known)
+        return False  # it stays with the path that it first came from
 
     def _check_refit(self) -> None:
         """What is embedded anew is read anew, so that all of it must be in the corpus's paths."""
