@@ -254,6 +254,16 @@ def test_odd_streams(folder, tmp_path):
     assert (full.returncode, full.stderr) == (1, "kvembed: standard output: no space left on device\n")
     ascii_only = shell(f"{kvembed} explain 'é 漢' --model {folder}", PYTHONIOENCODING="ascii")
     assert (ascii_only.returncode, ascii_only.stderr) == (0, "")
+    full = shell(f"{kvembed} --version > /dev/full")
+    assert (full.returncode, full.stderr.lower()) == (1, "kvembed: standard output: no space left on device\n")
+    left = shell(f"{kvembed} --version | true; exit ${{PIPESTATUS[0]}}")
+    assert (left.returncode in (0, 1), left.stderr) == (True, "")
+
+
+def test_a_pipe_is_read_once(folder):
+    done = shell(f"{sys.executable} -m kvembed embed <(echo one) /dev/stdin --model {folder} --layers none <<< two")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [json.loads(line)["index"] for line in done.stdout.splitlines()] == [0, 1]
 
 
 def test_outputs_that_would_do_harm(run, folder, tmp_path):
@@ -291,6 +301,10 @@ def test_eval_prints_scores_and_keeps_a_ledger(run, folder, tmp_path):
     [
         ([], "say what to score on: --data FOLDER, or --mteb TASK"),
         (["--data", "/nowhere"], "/nowhere: no such folder"),
+        (
+            ["--mteb", "Banking77Classification", "--reference", "tf-idf"],
+            "--task, --suite, --results, --vectors, --reference and --precision are for --data",
+        ),
     ],
 )
 def test_eval_says_what_is_wrong(run, folder, args, message):
@@ -315,7 +329,9 @@ def test_report_is_one_page(run, folder, tmp_path):
     assert "<b>" not in text
     empty = run("report", tmp_path / "data", "-o", page)
     assert empty.exit_code == 1
-    assert "holds no results; `kvembed eval --results" in empty.stderr
+    assert "holds no results of mini or full; `kvembed eval --results" in empty.stderr
+    run("report", tmp_path / "results", "-o", page, "--text", "a", "--model", folder, "--method", "mean")
+    assert "Method mean re-routes nothing, so no token reads a slot." in page.read_text()
 
 
 def test_tune_and_its_file(run, folder, tmp_path):

@@ -244,6 +244,28 @@ def test_no_network_on_the_first_pull_says_what_to_do(bundled, monkeypatch):
     assert cached() == []
 
 
+def test_pulling_takes_other_weights_only_where_there_are_no_safetensors(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, *, revision, ignore_patterns):
+        asked.append("*.bin" in ignore_patterns)
+        return tmp_path
+
+    monkeypatch.setattr(models, "_on_hub", lambda name, revision: name)
+    monkeypatch.setattr(models, "snapshot_download", download)
+    models.pull("some/model")
+    (tmp_path / "model.safetensors").touch()
+    assert models.pull("some/model") == tmp_path
+    assert asked == [True, False, True]
+
+
+def test_a_folder_is_told_by_its_own_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert models.label(".") == models.label(str(tmp_path)) == tmp_path.name
+    assert models.label("link") == "link"
+
+
 def test_a_cache_that_cannot_be_written(gguf_file, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "file"))

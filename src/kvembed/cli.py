@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import os
@@ -28,6 +27,7 @@ from .console import (
     quiet,
 )
 from .errors import InputError
+from .files import why
 from .methods import METHODS
 from .process import keep_for_the_next_batch
 
@@ -492,8 +492,8 @@ def evaluate(
 
         if (data is None) == (not mteb):
             raise InputError("say what to score on: --data FOLDER, or --mteb TASK")
-        if data is None and precision != "float32":
-            raise InputError("--precision is for --data; mteb scores float32 vectors")
+        if data is None and (tasks or results or vectors or reference or suite != "mini" or precision != "float32"):
+            raise InputError("--task, --suite, --results, --vectors, --reference and --precision are for --data")
         if data is None:
             from .mteb_encoder import run_mteb
 
@@ -563,17 +563,19 @@ def report(
 
         check_writable(output)
         found = read_results(results)
-        if not found:
-            raise InputError(f"{results}: holds no results; `kvembed eval --results {results}` writes some")
+        scores = [result for result in found if result.suite in ("mini", "full")]
+        sweep = [result for result in found if result.method.startswith("bias ")]
+        if not scores and not sweep:
+            raise InputError(f"{results}: holds no results of mini or full; `kvembed eval --results` writes some")
         listed = read_texts([texts]) if texts else []
         embedder = _embedder(model, method, layers, bias, dtype, fitted=fitted) if text or listed else None
         vectors = embedder.encode(listed) if embedder and listed else None
         page = report_html(
-            [result for result in found if result.suite in ("mini", "full")],
+            scores,
             profiles=[profile for profile in shipped_profiles() if profile.model in {r.model for r in found}],
             explanation=embedder.explain(text) if embedder and text else None,
             similarity=(listed, embedder.similarity(vectors, vectors)) if embedder and vectors is not None else None,
-            sweep=[result for result in found if result.method.startswith("bias ")],
+            sweep=sweep,
         )
         with whole_file(output) as file:
             file.write(page.encode())
@@ -639,10 +641,21 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a letter is no reason to stop
-    with contextlib.suppress(BrokenPipeError):
+    try:
         app()
-    # A reader such as `head` closed the pipe: nothing more to say, and nothing to flush at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _give_up_output(error)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            _give_up_output(error)
+
+
+def _give_up_output(error: OSError) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it would be flushed again at exit
+    if not isinstance(error, BrokenPipeError):  # of a reader such as `head`, which wants no more
+        sys.exit(f"kvembed: standard output: {why(error)}")
 
 
 def _embedder(

@@ -36,14 +36,11 @@ def compare_page(embedder: Embedder, name: str, *, with_key: bool) -> str:
 
 def compared(texts: Sequence[str], cosines: NDArray[np.float32], explanation: Explanation) -> str:
     """Markup of the similarities of `texts`, and of the first one's attention."""
-    beta = beta_map(explanation)
-    if not beta:
-        beta = f"<p>Method {safe(explanation.config.method)} re-routes nothing, so no token reads a slot.</p>"
     return (
         f"<section><h2>Similarity</h2>\n<p>Cosine of each text with each.</p>\n{cosine_map(texts, cosines)}</section>\n"
         "<section><h2>Attention to the slot, first text</h2>\n<p>Beta: the share of its attention, in percent, that "
         "each token gives to the slot, mean over heads. The text&rsquo;s own tokens are bold, the template&rsquo;s are "
-        f"not; a dot is a space.</p>\n{beta}</section>"
+        f"not; a dot is a space.</p>\n{beta_map(explanation)}</section>"
     )
 
 

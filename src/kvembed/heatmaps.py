@@ -21,10 +21,10 @@ _TOKENS = 400  # shown of a text, lest the page grow to megabytes
 
 
 def beta_map(explanation: Explanation) -> str:
-    """Tokens by re-routed layers: the share of its attention that each gives the slot; "" if nothing is re-routed."""
+    """Tokens by re-routed layers: the share of its attention that each gives the slot."""
     layers = {f"layer {layer}": values for layer, values in sorted(explanation.beta.items())}
     if not layers:
-        return ""
+        return f"<p>Method {safe(explanation.config.method)} re-routes nothing, so no token reads a slot.</p>"
     layers["mean"] = tuple(np.mean(list(layers.values()), axis=0).tolist())
     layers = {name: values[:_TOKENS] for name, values in layers.items()}
     tokens = [token.translate(_SHOWN) or "∅" for token in explanation.tokens[:_TOKENS]]
@@ -42,6 +42,8 @@ def beta_map(explanation: Explanation) -> str:
     cut = f", {count(explanation.tokens_cut, 'token')} cut" if explanation.tokens_cut else ""
     if len(tokens) < len(explanation.tokens):
         cut += f", the first {_TOKENS} shown"
+    if explanation.chunks > 1:
+        cut += f", chunk 1 of {explanation.chunks}"
     name = f"{explanation.config.method}, bias {explanation.config.bias:g}, "
     name += f"{count(len(explanation.tokens), 'token')}{cut}"
     return panel(name, grid(name, "percent", heads, rows, "beta") + legend("0 %", f"{100 * top:.0f} %"))

@@ -108,15 +108,17 @@ def pull(name: str, *, revision: str | None = None) -> Path:
         _on_hub(name, revision)
         with _readable_errors(name):
             # one copy of the weights: not the same again in other formats
-            others = ["*.gguf", "*.bin", "*.pth", "*.onnx", "*.h5", "*.msgpack", "original/*"]
-            folder = Path(snapshot_download(name, revision=revision, ignore_patterns=others))
+            others = ["*.gguf", "*.pth", "*.onnx", "*.h5", "*.msgpack", "original/*"]
+            folder = Path(snapshot_download(name, revision=revision, ignore_patterns=[*others, "*.bin"]))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, revision=revision, ignore_patterns=others))
     return folder
 
 
 def label(name: str) -> str:
     """A model's name for people: a path is told by its last part alone."""
     path = Path(name).expanduser()
-    return path.name if name not in BUNDLED and path.exists() else name
+    return Path(os.path.abspath(path)).name if name not in BUNDLED and path.exists() else name
 
 
 def _local_folder(name: str) -> Path | None:

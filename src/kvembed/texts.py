@@ -51,12 +51,12 @@ def read_texts(paths: Sequence[Path], field: str = "text") -> list[str]:
 
 
 def stream_texts(paths: Sequence[Path], field: str = "text") -> tuple[Iterator[str], int | None]:
-    """As `read_texts`, but one by one, and how many there are; None for standard input, which can be read but once.
+    """As `read_texts`, but one by one, and how many there are; None if one is a pipe, which can be read but once.
 
     Files are read twice, the first time to count and check every row before any work is done.
     """
     paths = list(paths) or [Path("-")]
-    known = all(str(path) != "-" for path in paths)
+    known = not any(str(path) == "-" or path.is_fifo() or path.is_char_device() for path in paths)
     count = sum(1 for path in paths for _ in _some_rows(path, field)) if known else None
     return (row.text for path in paths for row in _some_rows(path, field)), count
 

@@ -245,6 +245,8 @@ def _open(recipe: Recipe, device: str, threads: int) -> int:
         _opened = recipe.load(device)
     except KvembedError as error:
         _opened = error
+    except Exception as error:  # a device without room for the model, say
+        _opened = KvembedError(f"the model can't be loaded on {device}: {type(error).__name__}: {error}")
     return os.getpid()
 
 
