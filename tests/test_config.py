@@ -48,6 +48,16 @@ def test_bad_values(options, message):
         EmbedConfig(**options)
 
 
+def test_numpys_numbers_are_numbers():
+    two = np.int64(2)
+    config = EmbedConfig(
+        max_tokens=two, chunk_tokens=two, output_layer=two, more_readouts=[{"output_layer": two}], transform="whiten"
+    )
+    plain = EmbedConfig(max_tokens=2, chunk_tokens=2, output_layer=2, more_readouts=[{"output_layer": 2}],
+                        transform="whiten")  # fmt: skip
+    assert json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
+
+
 def test_unknown_names():
     with pytest.raises(
         InputError, match="unknown option 'layer'; known: attention, bias, chunk_tokens, dim, document, layers"

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import NOTICES, tiny
+from conftest import MANY, NOTICES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,8 +72,11 @@ def test_a_long_batch_mate_and_the_tokenizers_padding_side_do_not_matter(llama, 
 def test_bad_texts(embedder):
     with pytest.raises(InputError, match="text 1 is a NoneType, not a string"):
         embedder.encode(["a", None])
+    for function in (embedder.encode_with_report, embedder.encode_views, embedder.prompts):
+        with pytest.raises(InputError, match="not one string"):
+            function("ab")
     with pytest.raises(InputError, match="not one string"):
-        embedder.encode_with_report("a")
+        next(embedder.encode_stream("ab"))
     with pytest.raises(InputError, match="text 0 is a bytes"):
         embedder.encode([b"a"])
     with pytest.raises(InputError, match="lone surrogate"):
@@ -124,7 +127,7 @@ def test_a_long_text_is_the_mean_of_its_chunks(llama, tokenizer, template):
     start, end = template.split("{text}")
     parts = [chunk.text[len(start) : len(chunk.text) - len(end)] for chunk in prompt.chunks]
     assert len(parts) > 2
-    assert "".join(parts) == long
+    assert " ".join(parts) == long
     read = embedder.encode_views([NOTICES[0][:20], long, NOTICES[1][:20]])
     expected = whole.encode_views([NOTICES[0][:20], *parts, NOTICES[1][:20]]).vectors
     np.testing.assert_allclose(read.vectors[1], expected[1:-1].mean(0), atol=1e-5)
@@ -135,6 +138,41 @@ def test_a_long_text_is_the_mean_of_its_chunks(llama, tokenizer, template):
     )
     assert embedder.explain(long).chunks == len(parts)
     assert embedder.explain("short").chunks == 1
+
+
+def test_read_outs_at_the_top_and_below_it_in_any_order(llama, tokenizer):
+    inside, top = {"pooling": "mean", "output_layer": 0}, {"pooling": "last"}
+    first = EmbedConfig(**inside, more_readouts=[top], transform="whiten")
+    last = EmbedConfig(**top, more_readouts=[inside], transform="whiten")
+    views = [Embedder(llama, tokenizer, one, texts=MANY).encode_views(NOTICES).vectors for one in (first, last)]
+    np.testing.assert_allclose(views[0], views[1][:, ::-1], atol=1e-6)
+
+
+def test_static_vectors_follow_the_model(tokenizer):
+    """To another dtype, or when an adapter is merged into its embeddings."""
+    model = tiny()
+    embedder = Embedder(model, tokenizer, EmbedConfig(pooling="static"))
+    before = embedder.encode(NOTICES)
+    kept = embedder.backbone.static
+    assert embedder.backbone.static is kept
+    model.get_input_embeddings().weight.data += 0.1 * torch.randn_like(model.get_input_embeddings().weight)
+    after = embedder.encode(NOTICES)
+    assert np.abs(after - before).max() > 1e-3
+    np.testing.assert_allclose(after, Embedder(model, tokenizer, embedder.config).encode(NOTICES), atol=1e-6)
+
+
+def test_with_chunks_a_text_may_be_longer_than_the_model_takes(tokenizer, caplog):
+    model = tiny(max_position_embeddings=64)
+    config = EmbedConfig(document="In one word: {text}", chunk_tokens=40)
+    text = " ".join(NOTICES[:6])
+    read = Embedder(model, tokenizer, config.replace(max_tokens=5000)).encode_with_report([text])
+    whole = Embedder(model, tokenizer, config).encode_with_report([text])
+    assert (read.tokens_cut[0], int(whole.tokens_cut[0] > 0)) == (0, 1)
+    assert read.token_counts[0] > whole.token_counts[0] == 64  # the model's own limit is still the default
+    assert read.vectors[0] @ whole.vectors[0] < 0.999
+    longer = config.replace(max_tokens=5000, chunk_tokens=1000)  # more than the model takes at once
+    (prompt,) = Embedder(model, tokenizer, longer).prompts([text])[0]
+    assert 40 < max(len(chunk.ids) for chunk in prompt.chunks) <= 64
 
 
 def test_chunks_of_several_templates_and_read_outs_find_their_text(llama, tokenizer):

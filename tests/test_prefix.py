@@ -15,7 +15,7 @@ from kvembed import backbone as backbones
 from kvembed.backbone import Backbone
 from kvembed.config import Readout
 from kvembed.methods import preset
-from kvembed.prefix import Beginnings, beginning, without
+from kvembed.prefix import Beginnings, beginning, can_begin, without
 from kvembed.prompts import Prompt, Prompter
 
 EXAMPLES = "A committee approved the budget: finance. A jockey riding a horse: sport. {text}:"
@@ -180,7 +180,7 @@ def test_limits_and_counts_are_without_what_is_shared(llama, tokenizer):
     embedder = Embedder(llama, tokenizer, config)
     long, short = (rendered[0] for rendered in embedder.prompts(["word " * 100, "a"]))
     assert (long.tokens, long.tokens_cut > 0, short.tokens_cut) == (30, True, 0)
-    assert long.shared == short.shared == len(beginning(short, config)) == len(short.ids) - short.tokens > 40
+    assert long.shared == short.shared == len(beginning(short)) == len(short.ids) - short.tokens > 40
     report = embedder.encode_with_report(["word " * 100, "a"])
     assert report.token_counts.tolist() == [30, short.tokens]
     assert report.tokens_cut.tolist() == [long.tokens_cut, 0]
@@ -202,28 +202,40 @@ def test_the_models_own_limit_holds_for_all_of_a_prompt(tokenizer):
 WHERE = (torch.device("cpu"), torch.float32)
 
 
-def grouped(prompts, config, beginnings=None):
-    return (beginnings or Beginnings(lambda ids: pytest.fail("computed"))).groups(prompts, config, WHERE)
+def grouped(prompts):
+    return Beginnings(lambda ids: pytest.fail("computed")).groups(prompts, WHERE)
+
+
+def prompts_of(model, tokenizer, config):
+    embedder = Embedder(model, tokenizer, config.replace(transform="none", more_readouts=()))
+    return [prompt for rendered in embedder.prompts(NOTICES) for prompt in rendered]
 
 
 def test_presets_with_a_long_beginning_share_it(llama, tokenizer):
-    prompter = Prompter(tokenizer)
     some = {"knowledge": 1, "meta-eol": 8, "auto": 1, "prompt-eol": 0, "echo": 0, "kv": 0, "mean": 0, "static": 0}
     for method, count in some.items():
         config = preset(method, **({"layers": (1,)} if method == "kv" else {}))
-        prompts = [p for template in config.templates("document") for p in prompter(NOTICES, template, 1024)]
-        assert sum(bool(ids) for ids, _ in grouped(prompts, config)) == count, method
+        prompts = prompts_of(llama, tokenizer, config)
+        assert sum(bool(ids) for ids, _ in grouped(prompts)) == count, method
+
+
+def test_a_copy_of_the_text_is_no_beginning(llama, tokenizer):
+    """Of a text that is there twice, or comes again, echo's first copy is the same; it must not be kept."""
+    embedder = Embedder.from_model(llama, tokenizer, method="echo")
+    embedder.encode([NOTICES[0], NOTICES[0], NOTICES[1]])
+    embedder.encode(NOTICES[:2])
+    assert embedder._beginnings._kept == {}
 
 
 def test_a_short_beginning_or_a_long_rest_is_not_worth_it(tokenizer):
-    prompter, config = Prompter(tokenizer), EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last")
-    prompts = prompter(NOTICES, EXAMPLES, 512)
-    (_, alone), (_, some) = grouped(prompts, config)
+    prompter = Prompter(tokenizer)
+    prompts = prompter(NOTICES, EXAMPLES, 512, shared=40)
+    (_, alone), (_, some) = grouped(prompts)
     assert len(some) > 40
-    assert grouped(prompter(NOTICES, "a: {text}", 512), config) == [((), list(range(len(NOTICES))))]
-    assert grouped([], config) == [((), [])]
-    long = prompter(["long " * 1000], EXAMPLES, 4096)  # little would be saved of it
-    assert grouped([*prompts, *long], config) == [((), [*alone, len(prompts)]), *grouped(prompts, config)[1:]]
+    assert grouped(prompter(NOTICES, "a: {text}", 512, shared=3)) == [((), list(range(len(NOTICES))))]
+    assert grouped([]) == [((), [])]
+    long = prompter(["long " * 1000], EXAMPLES, 4096, shared=40)  # little would be saved of it
+    assert grouped([*prompts, *long]) == [((), [*alone, len(prompts)]), *grouped(prompts)[1:]]
 
 
 def test_a_single_text_is_computed_whole_the_first_time_and_others_after_it_are_not(llama, tokenizer):
@@ -239,7 +251,7 @@ def test_a_single_text_is_computed_whole_the_first_time_and_others_after_it_are_
         second, third = embedder.encode(NOTICES[:1]), embedder.encode(NOTICES[:1])
     finally:
         hook.remove()
-    begun = len(beginning(whole, embedder.config))
+    begun = len(beginning(whole))
     own = len(whole.ids) - begun
     assert sizes == [begun, own + 1, own + 1]  # the beginning once, and a probe with each batch
     for again in (second, third):
@@ -300,9 +312,10 @@ def test_few_beginnings_are_kept(llama, tokenizer):
         {"transform": "whiten", "more_readouts": [Readout(pooling="mean")]},
     ],
 )
-def test_not_where_the_beginning_is_read_or_changed(tokenizer, changes):
-    config = EmbedConfig(document=EXAMPLES, query=EXAMPLES, **{"pooling": "last", **changes})
-    assert [ids for ids, _ in grouped(Prompter(tokenizer)(NOTICES, EXAMPLES, 512), config)] == [()]
+def test_not_where_the_beginning_is_read_or_changed(changes):
+    config = EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last")
+    assert can_begin(EXAMPLES, config)
+    assert not can_begin(EXAMPLES, config.replace(**changes))
 
 
 @given(
@@ -315,8 +328,8 @@ def test_every_prompt_is_in_one_group(kinds):
     prompts = []
     for length, which, own, times in kinds:
         ids = (*(which + 10 * place for place in range(length)), *[7] * own, 5)
-        prompts += [Prompt("", ids, ((0, 0),) * len(ids), (length, length + own))] * times
-    found = grouped(prompts, EmbedConfig(pooling="last"))
+        prompts += [Prompt("", ids, ((0, 0),) * len(ids), (length, length + own), shared=length)] * times
+    found = grouped(prompts)
     assert sorted(index for _, some in found for index in some) == list(range(len(prompts)))
     for ids, some in found[1:]:
         assert len(ids) >= 16

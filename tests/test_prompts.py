@@ -71,7 +71,7 @@ def test_of_two_copies_the_last_counts(tokenizer, text):
 @given(text=TEXTS, template=st.sampled_from([*TEMPLATES, ECHO]), tokens=st.integers(1, 12), limit=st.integers(40, 90))
 @settings(max_examples=200)
 def test_chunks_are_the_text_once_over(tokenizer, text, template, tokens, limit):
-    """Whatever the text, the template and the cut, no character is lost or read twice."""
+    """Whatever the text, the template and the cut, no character but white space is lost, and none is read twice."""
     prompter = Prompter(tokenizer)
     (whole,) = prompter([text], template, limit)
     (prompt,) = prompter([text], template, limit, chunk_tokens=tokens)
@@ -81,8 +81,36 @@ def test_chunks_are_the_text_once_over(tokenizer, text, template, tokens, limit)
         return
     parts = [_last_copy(chunk.text, template) for chunk in prompt.chunks]
     assert [chunk.text for chunk in prompt.chunks] == [template.replace("{text}", part) for part in parts]
-    assert "".join(parts) == _last_copy(whole.text, template)
-    assert all(parts)
+    assert _black("".join(parts)) == _black(_last_copy(whole.text, template))
+    assert all(parts) or parts == [""]
+    assert all(part == part.strip() for part in parts)
+
+
+@given(text=TEXTS, template=st.sampled_from([*TEMPLATES, ECHO]), limit=st.integers(50, 80), tokens=st.integers(1, 99))
+@settings(max_examples=200)
+def test_no_chunk_is_longer_than_the_model_takes(tokenizer, text, template, limit, tokens):
+    """Also where it takes fewer tokens than a chunk would have; and then all of the text is read."""
+    (prompt,) = Prompter(tokenizer, limit)([text], template, 10_000, chunk_tokens=tokens)
+    assert all(len(chunk.ids) <= limit for chunk in prompt.chunks or (prompt,))
+    assert _black("".join(chunk.text[slice(*chunk.own)] for chunk in prompt.chunks or (prompt,))) == _black(text)
+
+
+def test_a_word_that_a_model_cannot_take_whole_is_split(tokenizer):
+    """Where there is room for less than a word, chunks end inside of it."""
+    text = "antidisestablishmentarianism " * 3
+    (bare,) = Prompter(tokenizer)([""], "Context: {text}", 10_000)
+    (prompt,) = Prompter(tokenizer, len(bare.ids) + 3)([text], "Context: {text}", 10_000, chunk_tokens=1000)
+    assert len(prompt.chunks) > 6
+    assert _black("".join(chunk.text[slice(*chunk.own)] for chunk in prompt.chunks)) == _black(text)
+
+
+def _black(text):
+    return "".join(text.split())
+
+
+def test_a_model_that_takes_no_more_than_the_template_reads_no_chunks(tokenizer):
+    with pytest.raises(InputError, match="the model takes 5 tokens, but the template alone takes"):
+        Prompter(tokenizer, 5)(["a text " * 9], "A template of some length: {text}", 10_000, chunk_tokens=9)
 
 
 def _last_copy(rendered, template):
@@ -196,7 +224,7 @@ def test_a_vocabulary_that_holds_special_tokens_as_pieces_says_so():
     unigram = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=unigram, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     assert Prompter(tokenizer)(["abc"], "{text}", 10)[0].tokens_cut == 0
-    with pytest.raises(InputError, match="can't read '</s>' as plain text"):
+    with pytest.raises(InputError, match="text 0 holds '</s>', which this tokenizer can't read as plain text"):
         Prompter(tokenizer)(["abc</s>def"], "{text}", 10)
 
 

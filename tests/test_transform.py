@@ -266,6 +266,26 @@ def test_another_config_is_fitted_anew(auto):
     assert auto.replace(max_tokens=30).transform is auto.transform
 
 
+def test_bad_calibration_texts(llama, tokenizer):
+    for texts, message in (
+        ([], "100 different texts or more, not 0"),
+        (["a"] * 200, "100 different texts or more, not 1"),
+        ([*MANY, "\ud800"], f"text {len(MANY)} holds a lone surrogate"),
+        ([*MANY, 7], f"text {len(MANY)} is a int, not a string"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Embedder.from_model(llama, tokenizer, method="static", texts=texts)
+
+
+def test_what_is_fitted_does_not_depend_on_max_tokens(llama, tokenizer, tmp_path, monkeypatch):
+    """It is kept for embedders with any, so one that cuts texts short must not leave a poor one behind."""
+    monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path))
+    short = Embedder.from_model(llama, tokenizer, method="static", texts=MANY, max_tokens=4)
+    monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "other"))
+    whole = Embedder.from_model(llama, tokenizer, method="static", texts=MANY)
+    assert short.transform.digest() == whole.transform.digest()
+
+
 def test_any_method_can_be_whitened(llama, tokenizer):
     plain = Embedder.from_model(llama, tokenizer, method="mean", texts=MANY)
     white = plain.replace(transform="whiten")

@@ -55,7 +55,7 @@ def python_page() -> str:
         for method in member.members.values():
             if method.is_function and method.is_public and not method.name.startswith("_"):
                 lines += [f"### `{name}.{method.name}`", _signature(method), *_docstring(method)]
-            elif method.is_attribute and "property" in method.labels:
+            elif method.is_attribute and method.is_public and "property" in method.labels:
                 lines += [f"### `{name}.{method.name}`", f"Property, `{method.annotation}`.", *_docstring(method)]
     return "\n\n".join(lines) + "\n"
 

@@ -21,7 +21,7 @@ from kvembed.tasks import load_tasks, sample
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = "smollm2"  # gets all methods, and the long texts
-SOME = ("kv", "prompt-eol", "weighted-mean", "mean", "token-prepending", "echo")
+SOME = ("auto", "kv", "static", "prompt-eol", "weighted-mean", "mean", "token-prepending", "echo")
 PROOF = ("banking77", "scifact", "sts12", "sts13", "sts14", "stsb")
 
 

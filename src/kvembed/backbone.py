@@ -52,6 +52,7 @@ class Backbone:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.rerouting: Callable[..., Reroute] = Reroute
+        self._static: tuple[Any, StaticVectors] | None = None
         config = model.config.get_text_config(decoder=True)
         self.model_type: str = config.model_type
         if model.config.is_encoder_decoder:
@@ -145,7 +146,7 @@ class Backbone:
     def _refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModel(f"{self.model_type} ({type(self.model).__name__}) can't be re-routed: {reason}")
 
-    @functools.cached_property
+    @property
     @torch.inference_mode()
     def static(self) -> StaticVectors:
         """Vectors of token ids without a forward. Raises `UnsupportedModel` where embeddings are no table of them."""
@@ -155,7 +156,13 @@ class Backbone:
                 f"{self.model_type} can't give static vectors, which auto is made of too: its input embeddings are not "
                 "one table of the width of its states"
             )
-        return StaticVectors(embedding, embedding.num_embeddings, self.device)
+        weight = embedding.weight
+        few = [] if weight.is_meta else weight.flatten()[:: max(1, weight.numel() // 64)].tolist()
+        known = self._static
+        if known is None or known[0] != (weight.device, few):  # the model may have been moved, or an adapter merged
+            known = (weight.device, few), StaticVectors(embedding, embedding.num_embeddings, self.device)
+            self._static = known
+        return known[1]
 
     def changed_layers(self, config: EmbedConfig) -> tuple[int, ...]:
         """The layers that `config` changes, `"all"` spelled out. Raises `InputError` for one that has no attention."""
@@ -275,8 +282,8 @@ class Backbone:
                 self.observing({layer: functools.partial(_then, unpack, read) for layer, read in readers.items()})
             )
             if config.output_layer is not None:
-                above = betas is not None or any(layer > config.output_layer for layer in readers)
-                stack.enter_context(self.observing({config.output_layer: kept.append if above else _stop}))
+                stop = _stop if betas is None else kept.append
+                stack.enter_context(self.observing({config.output_layer: stop}))
             try:
                 output = self.decoder(**inputs, use_cache=False)
             except _Reached as reached:
@@ -486,7 +493,10 @@ class Backbone:
         digest = hashlib.sha256(self.model_type.encode())
         for name, tensor in self.decoder.named_parameters():
             if tensor.is_meta:
-                raise InputError("the model's weights are offloaded, so layers can't be chosen: give layers=...")
+                raise InputError(
+                    "the model's weights are offloaded, so nothing can be chosen or fitted for them: give layers=..., "
+                    "and no method with a transform"
+                )
             flat = tensor.detach().flatten()
             few = flat[:: max(1, flat.numel() // 64)]
             few = few.to(torch.bfloat16) if few.is_floating_point() else few.to(torch.int64)

@@ -110,7 +110,7 @@ def run_batches(
             longest = max(lengths[i] for i in batch)
             if len(batch) == 1:
                 raise OutOfMemory(
-                    f"a text of {longest:,} tokens does not fit in memory; set max_tokens lower"
+                    f"a text of {longest:,} tokens does not fit in memory; set max_tokens or chunk_tokens lower"
                 ) from error
             rows = None
         # Outside the handler: the traceback would keep the failed batch's tensors alive.

@@ -48,7 +48,7 @@ class Readout:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_layer(self.output_layer, self.pooling)
+        object.__setattr__(self, "output_layer", _layer(self.output_layer, self.pooling))
 
     @property
     def is_inside(self) -> bool:
@@ -90,10 +90,11 @@ class EmbedConfig:
         prepend_layers: layers, from 1, at whose input the state of the placeholder `{pst}`, which then stands once
             before the text in every template, is replaced by the last token's (Token Prepending). `()`: none.
         max_tokens: longest input in tokens, template included, but for a long beginning that texts share (see
-            `kvembed.prefix`); a longer text is cut and counted. `None`: the model's limit.
+            `kvembed.prefix`); a longer text is cut and counted. `None`: the model's limit, which only a config
+            with `chunk_tokens` may exceed.
         chunk_tokens: a text of more tokens of its own is read in chunks of about equal length, each in the template as
             a text by itself, and every read-out is the mean of theirs; a chunk ends between words where it can, and may
-            be a few tokens longer for that. `None`: every text is read at once.
+            be a few tokens longer for that, but never longer than the model takes. `None`: every text is read at once.
 
     Raises:
         InputError: a field does not have one of the values above.
@@ -127,7 +128,7 @@ class EmbedConfig:
         object.__setattr__(self, "bias", _finite(self.bias))
         if not isinstance(self.slot_self, bool):
             raise InputError(f"slot_self must be true or false, not {self.slot_self!r}")
-        _check_layer(self.output_layer, self.pooling)
+        object.__setattr__(self, "output_layer", _layer(self.output_layer, self.pooling))
         object.__setattr__(self, "more_readouts", _readouts(self.more_readouts))
         if self.pooling == "static" and any(one.pooling != "static" for one in self.more_readouts):
             raise InputError("a static read-out comes last, in more_readouts, where there are others")
@@ -135,6 +136,7 @@ class EmbedConfig:
             value = getattr(self, name)
             if value is not None and not (_is_whole(value) and value > 0):
                 raise InputError(f"{name} must be a whole number from 1, not {value!r}")
+            object.__setattr__(self, name, None if value is None else int(value))
         if self.transform == "none" and (self.more_readouts or self.dim):
             raise InputError(f"{'dim' if self.dim else 'more_readouts'} needs a transform, and transform is none")
 
@@ -248,11 +250,14 @@ def _check_choices(config: object) -> None:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
-def _check_layer(layer: object, pooling: Pooling) -> None:
-    if layer is not None and not _is_whole(layer):
+def _layer(layer: Any, pooling: Pooling) -> int | None:
+    if layer is None:
+        return None
+    if not _is_whole(layer):
         raise InputError(f"output_layer must be a whole number, not {layer!r}")
-    if layer is not None and pooling == "static":
+    if pooling == "static":
         raise InputError("a static read-out has no output_layer: no layer is run")
+    return int(layer)
 
 
 def _readouts(given: Any) -> tuple[Readout, ...]:

@@ -28,8 +28,8 @@ from .files import why
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
-from .prefix import Beginnings, Prefix, Where, beginning, without
-from .prompts import Prompt, Prompter
+from .prefix import Beginnings, Prefix, Where, beginning, can_begin, without
+from .prompts import Prompt, Prompter, check_texts
 from .quantize import unit
 from .saved import CONFIG_FILE, TRANSFORM_FILE, read_config, save_embedder, save_st_files
 from .transform import Transform
@@ -121,7 +121,6 @@ class Embedder:
         self.tokenizer = tokenizer
         self.backbone = Backbone(model)
         self._beginnings = Beginnings(self.backbone.prefix)
-        self._prompter = Prompter(tokenizer)
         if config.layers is None:
             profile = choose_layers(
                 self.backbone,
@@ -147,13 +146,17 @@ class Embedder:
         limit = self.backbone.max_tokens
         if limit is None and tokenizer.model_max_length < 1e9:  # 1e30 stands for "not known"
             limit = tokenizer.model_max_length
-        if config.max_tokens and limit and config.max_tokens > limit:
+        if config.max_tokens and limit and config.max_tokens > limit and not config.chunk_tokens:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
         self.max_tokens = config.max_tokens or limit or _UNLIMITED
         self._limit = limit or _UNLIMITED
+        self._prompter = Prompter(tokenizer, self._limit)
         self._shared: dict[str, int] = {}  # template -> tokens of its beginning that texts share
         self._batch_tokens = batch_tokens
         self._texts = texts
+        needed = [one.output_layer for one in config.readouts if one.pooling != "static"]
+        top = None if None in needed else max((layer for layer in needed if layer is not None), default=None)
+        self._run_config = config.replace(output_layer=top)  # runs the model as high as any read-out needs
         self.transform: Transform | None = None
         if transform is not None and config.transform == "none":
             raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
@@ -342,6 +345,8 @@ class Embedder:
         Raises:
             InputError: as `encode`, when the text is reached.
         """
+        if isinstance(texts, str | bytes):
+            raise InputError("texts must be a list of strings, not one string")
         templates = len(self.config.templates(role))
         bar = tqdm(
             total=total and total * templates,
@@ -386,10 +391,10 @@ class Embedder:
         Raises:
             InputError: as `encode`; ids that are not text; a text that is too long and must not be cut.
         """
-        whole = [self._prompter.decode(text) if isinstance(text, list | tuple) else text for text in texts]
+        whole = [self._prompter.decode(text) if isinstance(text, list | tuple) else text for text in _listed(texts)]
         by_template = self._prompts(whole, role, self.max_tokens, first, cut=truncate)
         for template, rendered in zip(self.config.templates(role), by_template, strict=True):
-            most = self._room(template)
+            most = self._most(template, self.max_tokens, self.config.chunk_tokens)
             for index, prompt in enumerate(rendered, first):
                 if prompt.tokens > most:
                     raise InputError(
@@ -412,15 +417,16 @@ class Embedder:
     def _fitted(self, transform: Transform | None, progress: bool) -> Transform:
         """`transform` itself, or else the stored one, or one fitted now. Raises `InputError` if it is not for this."""
         fingerprint = self.fingerprint()
+        check_texts(self._texts or ())
         if transform is not None:
             if transform.is_for(fitted_for(fingerprint, self.config)):
                 return transform
             raise InputError("the transform was fitted for another model, or for another config")
 
         def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
-            rendered = self._prompts(["a"], role, self.max_tokens)
+            rendered = self._prompts(["a"], role, _UNLIMITED)
             around = max(prompt.tokens - len(prompt.content_ids) for (prompt,) in rendered)
-            prompts = self._prompts(texts, role, min(around + FIT_TOKENS, self.max_tokens), chunked=False)
+            prompts = self._prompts(texts, role, around + FIT_TOKENS, chunked=False)  # whatever max_tokens is
             return self._read([prompts[index] for index in templates]).vectors
 
         def report(done: int, total: int) -> None:
@@ -449,7 +455,7 @@ class Embedder:
         # Where no layer is run there is no padding either, and no need to try whether texts can be packed.
         packed = len(prompts) > 1 and (not self.config.forward_passes or self.backbone.can_pack)
         where = (self.backbone.device, self.model.dtype)
-        alike = self._beginnings.groups(prompts, self.config, where)
+        alike = self._beginnings.groups(prompts, where)
         if len(alike) > 1 and not self.backbone.can_share:
             alike = [((), list(range(len(prompts))))]
         for shared, places in alike:
@@ -535,28 +541,25 @@ class Embedder:
         chunked: bool = True,
     ) -> list[list[Prompt]]:
         """For each template, a prompt for each text; `first` is the first text's number, for errors."""
-        for index, text in enumerate(texts, first):
-            if not isinstance(text, str):
-                raise InputError(f"text {index} is a {type(text).__name__}, not a string")
         found = []
         for template in self.config.templates(role):
-            room = self._room(template)
-            most = min(max_tokens, room) if cut else _UNLIMITED
             chunk_tokens = self.config.chunk_tokens if chunked else None
+            room = self._most(template, max_tokens, chunk_tokens)
+            most = room if cut else _UNLIMITED
             found.append(self._prompter(texts, template, most, first, self._shared[template], chunk_tokens))
         return found
 
-    def _room(self, template: str) -> int:
-        """The longest prompt in tokens. Raises `InputError` if the model has none after what texts share."""
+    def _most(self, template: str, max_tokens: int, chunk_tokens: int | None) -> int:
+        """The longest prompt in tokens. Raises `InputError` if the model has no room after what texts share."""
         if template not in self._shared:
             (prompt,) = self._prompter(["a"], template, _UNLIMITED)
-            self._shared[template] = len(beginning(prompt, self.config)) if template.count("{text}") == 1 else 0
-        room = min(self.max_tokens, self._limit - self._shared[template])
+            self._shared[template] = len(beginning(prompt)) if can_begin(template, self.config) else 0
+        room = self._limit - self._shared[template]
         if room < 1:
             raise InputError(
                 f"the template alone takes more than the {self._limit} tokens that the model takes at most"
             )
-        return room
+        return max_tokens if chunk_tokens else min(max_tokens, room)
 
     @torch.inference_mode()
     def _forward(
@@ -590,13 +593,13 @@ class Embedder:
                         found = pool(states, lengths.to(device), spans.to(device), one.pooling, one.mean_tokens)
                         pooled[one] = found.to(self.backbone.device)
 
-        main = self.config.output_layer
-        readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != main}
-        read(main, self.backbone.states(ids, lengths, self.config, betas, placeholders, readers, prefix))
+        top = self._run_config.output_layer
+        readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != top}
+        read(top, self.backbone.states(ids, lengths, self._run_config, betas, placeholders, readers, prefix))
         return torch.stack([pooled[one] for one in readouts], 1)
 
 
-def _listed(texts: Iterable[str]) -> list[str]:
+def _listed(texts: Iterable[Any]) -> list[Any]:
     if isinstance(texts, str | bytes):
         raise InputError("texts must be a list of strings, not one string")
     return list(texts)

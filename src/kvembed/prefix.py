@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import EmbedConfig, Readout
 from .prompts import Prompt
 
-__all__ = ["Beginnings", "Prefix", "Where", "beginning", "without"]
+__all__ = ["Beginnings", "Prefix", "Where", "beginning", "can_begin", "without"]
 
 _SHORTEST = 16  # tokens; a shorter beginning is not worth the extra keys
 _LONGEST_REST = 16  # times the beginning; of a longer prompt too little is saved to give up the plainest attention
@@ -41,13 +41,17 @@ class Prefix:
     layers: list[tuple[Tensor, Tensor]]
 
 
-def beginning(prompt: Prompt, config: EmbedConfig) -> tuple[int, ...]:
-    """Token ids of the prompt's beginning, if that can be computed once for all prompts that have it; else none.
+def can_begin(template: str, config: EmbedConfig) -> bool:
+    """Whether what stands before the text can be computed once for all texts.
 
     Only where no token of it is read, or counted, and nothing in it changes with the text, as a slot would.
     """
-    if config.layers or config.prepend_layers or not all(map(_reads_own, config.readouts)) or not config.forward_passes:
-        return ()
+    changed = config.layers or config.prepend_layers or template.count("{text}") > 1
+    return not changed and bool(config.forward_passes) and all(map(_reads_own, config.readouts))
+
+
+def beginning(prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of what stands before the text in a prompt, if it is worth computing apart; else none."""
     start, end = prompt.span
     own = len(prompt.ids) - start
     # A text without a token of its own has its mean taken over all.
@@ -69,21 +73,18 @@ class Beginnings:
         self._compute = compute
         self._kept: dict[tuple[tuple[int, ...], Where], tuple[Prefix, Tensor] | None] = {}
 
-    def groups(
-        self, prompts: Sequence[Prompt], config: EmbedConfig, where: Where
-    ) -> list[tuple[tuple[int, ...], list[int]]]:
+    def groups(self, prompts: Sequence[Prompt], where: Where) -> list[tuple[tuple[int, ...], list[int]]]:
         """Which prompts to compute together: token ids of the beginning they share, which may be none, and indices.
 
         A single prompt is as quick computed whole, the first time.
 
         Args:
-            prompts: in any order, of any templates.
-            config: what is done to them.
+            prompts: in any order, of any templates; those with `Prompt.shared` have a beginning.
             where: the model's device and dtype.
         """
         begun: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
-            begun[beginning(prompt, config)].append(index)
+            begun[beginning(prompt) if prompt.shared else ()].append(index)
         alone = begun.pop((), [])
         shared = []
         for ids, some in begun.items():

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, UnsupportedModel
 
-__all__ = ["Prompt", "Prompter"]
+__all__ = ["Prompt", "Prompter", "check_texts"]
 
 # Stands for a template's {pst} while a prompt is tokenised: one of Unicode's noncharacters, which no text should hold.
 _PLACEHOLDER = "\ufdd0"
@@ -31,16 +31,19 @@ class Prompt:
         offsets: per token the `(start, end)` characters of `text` it stands for; `(0, 0)` for added special tokens.
         span: first token of the text's own and one past its last; a token that straddles template and text is the
             text's. If the template holds the text more than once, of its last copy.
+        own: first character of that copy in `text` and one past its last.
         tokens_cut: tokens of the text that were left out to fit `max_tokens`; 0 if it is whole.
         placeholder: position of the template's `{pst}`, whose id is 0 and means nothing; None if it has none.
         shared: tokens at the beginning that all texts share and that are not counted (see `kvembed.prefix`).
-        chunks: what is read instead of a long text, as whole prompts; empty where the text is read at once.
+        chunks: what is read instead of a long text, as whole prompts, without the white space at their ends; empty
+            where the text is read at once.
     """
 
     text: str
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
     span: tuple[int, int]
+    own: tuple[int, int] = (0, 0)
     tokens_cut: int = 0
     placeholder: int | None = None
     shared: int = 0
@@ -50,6 +53,11 @@ class Prompt:
     def tokens(self) -> int:
         """How many it has, but for what is shared; with its template once, however many chunks there are."""
         return len(self.ids) - self.shared
+
+    def without_text(self) -> Prompt:
+        """What embedding needs of it: the token ids and their spans, without the characters."""
+        chunks = tuple(chunk.without_text() for chunk in self.chunks)
+        return dataclasses.replace(self, text="", offsets=(), chunks=chunks)
 
     @property
     def content_ids(self) -> tuple[int, ...]:
@@ -62,22 +70,25 @@ class Prompter:
 
     Args:
         tokenizer: a fast tokenizer (one that gives character offsets); it stays as it is.
+        limit: the most tokens that the model takes, shared ones included; no chunk is longer.
 
     Raises:
         UnsupportedModel: the tokenizer gives no offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int = 2**31) -> None:
         if not tokenizer.is_fast:
             raise UnsupportedModel(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer (tokenizer.json) is needed"
             )
+        self._limit = limit
         self._rules: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
         self._rules.no_padding()
         self._rules.no_truncation()
         self._rules.encode_special_tokens = True  # as plain text, that is
         added = tokenizer.added_tokens_decoder
         self._special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+        self._unknown = tokenizer.unk_token_id
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._start = next((token for token in starts if token is not None), None)
 
@@ -108,25 +119,20 @@ class Prompter:
             max_tokens: longest prompt, template and special tokens included, but for what is shared.
             first: the first text's number, for what is said of a bad one.
             shared: tokens of the template's beginning that all texts share.
-            chunk_tokens: texts with more tokens of their own are given `Prompt.chunks`. None: none are.
+            chunk_tokens: texts with more tokens of their own are given `Prompt.chunks`, and so are those whose prompt
+                is longer than the model takes. None: none are.
 
         Raises:
-            InputError: a text holds a lone surrogate, or `max_tokens` leaves no room for any text.
+            InputError: a text is no string, holds a lone surrogate, or can't be tokenised as plain text; there is no
+                room for any text beside the template; or a text is empty, the template too, and there is no BOS or EOS.
         """
+        check_texts(texts, first)
         for index, text in enumerate(texts, first):
             if _PLACEHOLDER in text and "{pst}" in template:
                 raise InputError(f"text {index} holds the noncharacter U+FDD0, which stands for {{pst}}")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"text {index} holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
-                    "not valid Unicode"
-                ) from None
-        prompts = self._tokenize(texts, template, shared)
+        prompts = self._tokenize(texts, template, shared, first)
         found = [
-            prompt if prompt.tokens <= max_tokens else self._cut(text, prompt, template, max_tokens)
-            for text, prompt in zip(texts, prompts, strict=True)
+            prompt if prompt.tokens <= max_tokens else self._cut(prompt, template, max_tokens) for prompt in prompts
         ]
         return found if chunk_tokens is None else [self._chunked(prompt, template, chunk_tokens) for prompt in found]
 
@@ -168,7 +174,7 @@ class Prompter:
         rules.encode_special_tokens = True  # a copy does not keep it
         return rules
 
-    def _tokenize(self, texts: Sequence[str], template: str, shared: int) -> list[Prompt]:
+    def _tokenize(self, texts: Sequence[str], template: str, shared: int, first: int = 0) -> list[Prompt]:
         if not texts:
             return []
         before, *between = template.replace("{pst}", _PLACEHOLDER).split("{text}")
@@ -177,62 +183,92 @@ class Prompter:
         rules = self._rules_with_placeholder if "{pst}" in template else self._rules
         placeholder = rules.token_to_id(_PLACEHOLDER) if "{pst}" in template else None
         prompts = []
-        for own, text, encoded in zip(texts, rendered, rules.encode_batch(rendered), strict=True):
+        for index, (own, text, encoded) in enumerate(zip(texts, rendered, rules.encode_batch(rendered), strict=True)):
             ids, offsets = encoded.ids, encoded.offsets
-            for token, (first, end) in zip(ids, offsets, strict=True):
-                if end > first and token in self._special:  # a Unigram vocabulary holds them as ordinary pieces
+            for token, (a, b) in zip(ids, offsets, strict=True):
+                if b > a and token in self._special and token != self._unknown:  # Unigram's ordinary pieces
                     raise InputError(
-                        f"this tokenizer can't read {text[first:end]!r} as plain text; take it out of the text"
+                        f"text {first + index} holds {text[a:b]!r}, which this tokenizer can't read as plain text"
                     )
             if not ids:
                 if self._start is None:
                     raise InputError("an empty text needs a template: the tokenizer has neither a BOS nor an EOS token")
                 ids, offsets = [self._start], [(0, 0)]
             end = len(text) - len(suffix)
-            span = _span(offsets, end - len(own), end)
+            start = end - len(own)
+            span = _span(offsets, start, end)
             place = None if placeholder is None else ids.index(placeholder)
             ids = [0 if position == place else token for position, token in enumerate(ids)]
             shown = text if place is None else text.replace(_PLACEHOLDER, "▮")  # of one character, for the offsets
-            prompts.append(Prompt(shown, tuple(ids), tuple(offsets), span, placeholder=place, shared=shared))
+            prompts.append(
+                Prompt(shown, tuple(ids), tuple(offsets), span, (start, end), placeholder=place, shared=shared)
+            )
         return prompts
 
-    def _cut(self, text: str, prompt: Prompt, template: str, max_tokens: int) -> Prompt:
+    def _cut(self, prompt: Prompt, template: str, max_tokens: int) -> Prompt:
         copies = template.count("{text}")
         start, end = prompt.span
-        own = len(prompt.text) - len(template.rpartition("{text}")[2]) - len(text)  # where the last copy starts
+        own, past = prompt.own
         around = prompt.tokens - copies * (end - start)  # about, for a copy in the middle may merge otherwise
         keep = min((max_tokens - around) // copies, end - start)
         while keep > 0:
-            last_character = min(prompt.offsets[start + keep - 1][1] - own, len(text))
-            (shorter,) = self._tokenize([text[:last_character]], template, prompt.shared)
+            last = min(prompt.offsets[start + keep - 1][1], past)
+            (shorter,) = self._tokenize([prompt.text[own:last]], template, prompt.shared)
             excess = shorter.tokens - max_tokens
             if excess <= 0:
-                lost = sum(offset > own + last_character for _, offset in prompt.offsets[start:end])
+                lost = sum(offset > last for _, offset in prompt.offsets[start:end])
                 return dataclasses.replace(shorter, tokens_cut=lost)
             keep -= -(-excess // copies)  # cutting can split a merge in two, so a shorter text may still be too long
         (empty,) = self._tokenize([""], template, prompt.shared)
         if max_tokens > empty.tokens:  # room, but not for the first character, which takes several tokens
             return dataclasses.replace(empty, tokens_cut=end - start)
-        raise InputError(f"max_tokens is {max_tokens}, but the template alone takes {empty.tokens} tokens")
+        raise self._no_room(max_tokens, empty.tokens, prompt.shared)
 
     def _chunked(self, prompt: Prompt, template: str, tokens: int) -> Prompt:
+        copies, limit = template.count("{text}"), self._limit - prompt.shared
         start, end = prompt.span
-        count = -(-(end - start) // tokens)
-        if count < 2:
+        own = end - start
+        around = prompt.tokens - copies * own
+        if own <= tokens and prompt.tokens <= limit:
             return prompt
-        around = template.replace("{pst}", "▮").replace("{text}", "")
-        length = (len(prompt.text) - len(around)) // template.count("{text}")  # of the text, after any cutting
-        last = len(prompt.text) - len(template.rpartition("{text}")[2])
-        first = last - length
-        inner = {_word_border(prompt, start + (end - start) * chunk // count) for chunk in range(1, count)}
-        borders = [first, *sorted(border for border in inner if first < border < last), last]
-        parts = [prompt.text[a:b] for a, b in itertools.pairwise(borders)]
-        return dataclasses.replace(prompt, chunks=tuple(self._tokenize(parts, template, prompt.shared)))
+        room = (limit - around) // copies
+        count = max(-(-own // max(min(tokens, room - _WORD), 1)), 2)
+        while count <= max(own, 2):
+            inner = {_border(prompt, start + own * chunk // count, own // count) for chunk in range(1, count)}
+            first, last = prompt.own
+            borders = [first, *sorted(border for border in inner if first < border < last), last]
+            # Without the white space between them, which would stand where no text has it.
+            parts = [part for a, b in itertools.pairwise(borders) if (part := prompt.text[a:b].strip())]
+            chunks = tuple(self._tokenize(parts or [""], template, prompt.shared))
+            if all(chunk.tokens <= limit for chunk in chunks):
+                return dataclasses.replace(prompt, chunks=chunks)
+            count += 1 + count // 8
+        raise self._no_room(limit, around, prompt.shared)
+
+    def _no_room(self, most: int, around: int, shared: int) -> InputError:
+        if most + shared < self._limit:
+            return InputError(f"max_tokens is {most}, but the template alone takes {around} tokens")
+        return InputError(f"the model takes {most + shared} tokens, but the template alone takes {around + shared}")
 
 
-def _word_border(prompt: Prompt, token: int) -> int:
+def check_texts(texts: Sequence[Any], first: int = 0) -> None:
+    """Raises `InputError` for what is not a string of valid Unicode; `first` is the first one's number."""
+    for index, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            raise InputError(f"text {index} is a {type(text).__name__}, not a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text {index} holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
+                "not valid Unicode"
+            ) from None
+
+
+def _border(prompt: Prompt, token: int, length: int) -> int:
     """The character at which a token begins, or one of the few before it that begins a word; some scripts have none."""
-    starts = [prompt.offsets[place][0] for place in range(token, max(token - _WORD, prompt.span[0]), -1)]
+    back = min(_WORD, length)
+    starts = [prompt.offsets[place][0] for place in range(token, max(token - back, prompt.span[0]), -1)]
     words = (start for start in starts if prompt.text[start].isspace() or prompt.text[start - 1].isspace())
     return next(words, starts[0])
 

@@ -108,8 +108,7 @@ class Service:
             if total > self.limits.queue_tokens:
                 most = self.limits.queue_tokens
                 raise _bad_input(f"the request has more than {most:,} tokens in all; split it", too_long=True)
-            # What is not needed any more is let go, the text above all.
-            found.append(tuple(dataclasses.replace(prompt, text="", offsets=()) for prompt in prompts))
+            found.append(tuple(prompt.without_text() for prompt in prompts))
         return found
 
     async def vectors(self, prompts: Sequence[Prompts], role: Role) -> NDArray[np.float32]:

@@ -96,8 +96,8 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         from .tuning import fitted_for
 
         views = f"{fitted_for(embedder.fingerprint(), embedder.config)}-{embedder.dtype}-{embedder.max_tokens}"
-        if (chunk := embedder.config.chunk_tokens) and chunk < embedder.max_tokens:
-            views += f"-{chunk}"
+        if embedder.config.chunk_tokens:  # they don't bear on a fit, but on what is read
+            views += f"-{embedder.config.chunk_tokens}"
         views = digest(views)
         told += f"-{embedder.transform.digest()}"
         told_of = ("texts", "texts_sha256", "count", "self_written")

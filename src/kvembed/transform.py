@@ -38,7 +38,7 @@ from .config import Role
 from .errors import InputError
 from .files import whole_file
 
-__all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "fit"]
+__all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "check_count", "fit"]
 
 FORMULA = 2  # counts changes of the formulas above and the constants below: a stored fit of another is not re-used
 SHRINK_TOP, SHRINK_INSIDE, SHRINK_JOINT = 0.5, 0.15, 0.6
@@ -134,11 +134,7 @@ def fit(views: dict[Role, NDArray[np.float32]], inside: Sequence[bool], info: di
         InputError: fewer than `LEAST_TEXTS` different texts, or states that do not tell them apart.
     """
     documents = np.unique(views["document"].reshape(len(views["document"]), -1), axis=0)
-    if len(documents) < LEAST_TEXTS:
-        raise InputError(
-            f"a transform is fitted on {LEAST_TEXTS} different texts or more, not {len(documents)}; "
-            "give more, or none: the model then writes its own"
-        )
+    check_count(len(documents))
     units = {role: _unit(torch.from_numpy(part).double()) for role, part in views.items()}
     means = {role: part.mean(0) for role, part in units.items()}  # (V,D)
     centred = units["document"] - means["document"]  # (N,V,D)
@@ -161,6 +157,15 @@ def fit(views: dict[Role, NDArray[np.float32]], inside: Sequence[bool], info: di
         rotate=rotate.float().contiguous(),
         info=info | {"count": len(documents)},
     )
+
+
+def check_count(texts: int) -> None:
+    """Raises `InputError` for fewer different texts than a transform can be fitted on."""
+    if texts < LEAST_TEXTS:
+        raise InputError(
+            f"a transform is fitted on {LEAST_TEXTS} different texts or more, not {texts}; "
+            "give more, or none: the model then writes its own"
+        )
 
 
 def _spectrum(centred: Tensor, shrink: float) -> tuple[Tensor, Tensor]:

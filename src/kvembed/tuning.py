@@ -19,7 +19,7 @@ from .config import EmbedConfig, Role
 from .errors import InputError
 from .files import whole_file
 from .models import cache_folder
-from .transform import FORMULA, LEAST_TEXTS, Transform, fit
+from .transform import FORMULA, Transform, check_count, fit
 from .writing import SELF_WRITTEN, texts_digest
 
 __all__ = ["FIT_TOKENS", "UNBOUND", "choose_transform", "fitted_for"]
@@ -83,9 +83,10 @@ def choose_transform(
     logger.info("fitting a transform on %s texts, once", source)
     found = list(dict.fromkeys(write() if texts is None else texts))
     origin: dict[str, Any] = {"texts": source, "texts_sha256": digest or texts_digest(found)}
+    check_count(len(found))
     if len(found) > _FIT_TEXTS:
         found = random.Random(0).sample(found, _FIT_TEXTS)
-    elif texts is not None and LEAST_TEXTS <= len(found) < _FIT_TEXTS:
+    elif texts is not None and len(found) < _FIT_TEXTS:
         more = _more(write, found)
         found += more
         origin["self_written"] = len(more)

@@ -87,7 +87,7 @@ def write_texts(
     if model.get_output_embeddings() is None or start is None:
         raise InputError(
             f"{type(model).__name__} can't write calibration texts itself (no language-modelling head or no BOS "
-            "token); give layers=..., or calibration texts"
+            "token): give calibration texts, or layers=... and no method with a transform"
         )
     ends = [token for token in {tokenizer.eos_token_id, tokenizer.pad_token_id, start} if token is not None]
     sampling = GenerationConfig(
@@ -130,7 +130,8 @@ def write_texts(
                 state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
                 store(part, json.dumps({"asked": asked, "turn": turn, "rng": state, "texts": [*texts]}), "the texts")
     raise InputError(
-        f"{type(model).__name__} wrote only {len(texts)} distinct texts; give layers=..., or calibration texts"
+        f"{type(model).__name__} wrote only {len(texts)} distinct texts: give calibration texts, or layers=... and no "
+        "method with a transform"
     )
 
 
