@@ -161,6 +161,15 @@ def test_static_vectors_follow_the_model(tokenizer):
     np.testing.assert_allclose(after, Embedder(model, tokenizer, embedder.config).encode(NOTICES), atol=1e-6)
 
 
+def test_where_no_layer_is_run_the_models_limit_is_none(tokenizer):
+    model = tiny(max_position_embeddings=64)
+    text = " ".join(NOTICES)
+    read = Embedder(model, tokenizer, EmbedConfig(pooling="static")).encode_with_report([text])
+    assert read.tokens_cut[0] == 0
+    assert read.token_counts[0] > 1000
+    assert Embedder(model, tokenizer, EmbedConfig(pooling="static", max_tokens=500)).max_tokens == 500
+
+
 def test_with_chunks_a_text_may_be_longer_than_the_model_takes(tokenizer, caplog):
     model = tiny(max_position_embeddings=64)
     config = EmbedConfig(document="In one word: {text}", chunk_tokens=40)

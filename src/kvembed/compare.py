@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from .embedder import Embedder, Explanation
 from .heatmaps import beta_map, cosine_map
 from .page import page, safe
+from .prompts import UNLIMITED
 
 __all__ = ["MAX_TEXTS", "compare_page", "compared"]
 
@@ -18,14 +19,14 @@ MAX_TEXTS = 32  # a table of n x n cells
 
 def compare_page(embedder: Embedder, name: str, *, with_key: bool) -> str:
     """The page itself; `with_key`: with a field for an API key."""
-    config = embedder.config
+    config, most = embedder.config, embedder.max_tokens
     layers = ", ".join(map(str, config.layers or ())) or "none"
     facts = {
         "model": name,
         "method": f"{config.method}, config {config.hash()}",
         "layers changed": layers,
         "dimensions": str(embedder.dim),
-        "longest input": f"{embedder.max_tokens:,} tokens, template included",
+        "longest input": "no limit" if most >= UNLIMITED else f"{most:,} tokens, template included",
     }
     listed = "\n".join(f"<dt>{safe(term)}</dt><dd>{safe(told)}</dd>" for term, told in facts.items())
     key = '<label>API key <input id="key" type="password" autocomplete="off"></label>' if with_key else ""

@@ -91,7 +91,7 @@ class EmbedConfig:
             before the text in every template, is replaced by the last token's (Token Prepending). `()`: none.
         max_tokens: longest input in tokens, template included, but for a long beginning that texts share (see
             `kvembed.prefix`); a longer text is cut and counted. `None`: the model's limit, which only a config
-            with `chunk_tokens` may exceed.
+            with `chunk_tokens` may exceed, or one that runs no layer.
         chunk_tokens: a text of more tokens of its own is read in chunks of about equal length, each in the template as
             a text by itself, and every read-out is the mean of theirs; a chunk ends between words where it can, and may
             be a few tokens longer for that, but never longer than the model takes. `None`: every text is read at once.

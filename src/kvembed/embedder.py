@@ -29,7 +29,7 @@ from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
 from .prefix import Beginnings, Prefix, Where, beginning, can_begin, without
-from .prompts import Prompt, Prompter, check_texts
+from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
 from .saved import CONFIG_FILE, TRANSFORM_FILE, read_config, save_embedder, save_st_files
 from .transform import Transform
@@ -80,9 +80,6 @@ class Explanation:
         }
 
 
-_UNLIMITED = 2**31  # tokens
-
-
 class Embedder:
     """A frozen language model as an embedding model. Make one with `from_pretrained` or `from_model`.
 
@@ -96,7 +93,7 @@ class Embedder:
         transform: what the config's transform was fitted to, or None if it has none.
         dim: length of a vector.
         max_tokens: the longest prompt in tokens, without a beginning that texts share: the config's, or else the
-            model's own limit.
+            model's own limit. Where no layer is run there is none.
     """
 
     def __init__(
@@ -143,13 +140,15 @@ class Embedder:
                 for part in config.more_readouts
             ),
         )
-        limit = self.backbone.max_tokens
-        if limit is None and tokenizer.model_max_length < 1e9:  # 1e30 stands for "not known"
-            limit = tokenizer.model_max_length
+        limit = None
+        if config.forward_passes:
+            limit = self.backbone.max_tokens
+            if limit is None and tokenizer.model_max_length < 1e9:  # 1e30 stands for "not known"
+                limit = tokenizer.model_max_length
         if config.max_tokens and limit and config.max_tokens > limit and not config.chunk_tokens:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
-        self.max_tokens = config.max_tokens or limit or _UNLIMITED
-        self._limit = limit or _UNLIMITED
+        self.max_tokens = config.max_tokens or limit or UNLIMITED
+        self._limit = limit or UNLIMITED
         self._prompter = Prompter(tokenizer, self._limit)
         self._shared: dict[str, int] = {}  # template -> tokens of its beginning that texts share
         self._batch_tokens = batch_tokens
@@ -424,7 +423,7 @@ class Embedder:
             raise InputError("the transform was fitted for another model, or for another config")
 
         def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
-            rendered = self._prompts(["a"], role, _UNLIMITED)
+            rendered = self._prompts(["a"], role, UNLIMITED)
             around = max(prompt.tokens - len(prompt.content_ids) for (prompt,) in rendered)
             prompts = self._prompts(texts, role, around + FIT_TOKENS, chunked=False)  # whatever max_tokens is
             return self._read([prompts[index] for index in templates]).vectors
@@ -545,14 +544,14 @@ class Embedder:
         for template in self.config.templates(role):
             chunk_tokens = self.config.chunk_tokens if chunked else None
             room = self._most(template, max_tokens, chunk_tokens)
-            most = room if cut else _UNLIMITED
+            most = room if cut else UNLIMITED
             found.append(self._prompter(texts, template, most, first, self._shared[template], chunk_tokens))
         return found
 
     def _most(self, template: str, max_tokens: int, chunk_tokens: int | None) -> int:
         """The longest prompt in tokens. Raises `InputError` if the model has no room after what texts share."""
         if template not in self._shared:
-            (prompt,) = self._prompter(["a"], template, _UNLIMITED)
+            (prompt,) = self._prompter(["a"], template, UNLIMITED)
             self._shared[template] = len(beginning(prompt)) if can_begin(template, self.config) else 0
         room = self._limit - self._shared[template]
         if room < 1:

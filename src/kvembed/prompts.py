@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, UnsupportedModel
 
-__all__ = ["Prompt", "Prompter", "check_texts"]
+__all__ = ["UNLIMITED", "Prompt", "Prompter", "check_texts"]
 
 # Stands for a template's {pst} while a prompt is tokenised: one of Unicode's noncharacters, which no text should hold.
 _PLACEHOLDER = "\ufdd0"
 _WORD = 8  # tokens, of a long word
+UNLIMITED = 2**31  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Prompter:
         UnsupportedModel: the tokenizer gives no offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int = 2**31) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int = UNLIMITED) -> None:
         if not tokenizer.is_fast:
             raise UnsupportedModel(
                 f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer (tokenizer.json) is needed"

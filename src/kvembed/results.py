@@ -33,7 +33,7 @@ class Result:
         score, low, high: in percent; the ends of the 95 % bootstrap interval over items.
         n: items that the score is over.
         texts: texts embedded, counted as often as the task names them.
-        tokens: read by the model for them, templates and copies included.
+        tokens: read by the model for them, templates and copies included, as `Encoded.token_counts` has them.
         truncated: texts that were cut.
         passes: forward passes for a text.
         seconds: the model's, for these texts, each different one once.

@@ -14,6 +14,7 @@ from .config import Role
 from .embedder import Embedder
 from .errors import InputError
 from .files import needed
+from .prompts import UNLIMITED
 from .saved import save_embedder
 
 __all__ = ["EmbedderModule"]
@@ -151,7 +152,7 @@ class EmbedderModule(InputModule):  # type: ignore[misc]
     @property
     def max_seq_length(self) -> int | None:
         """The longest prompt in tokens, template included; longer texts are cut, with a warning. None: no limit."""
-        return self.embedder.max_tokens if self.embedder.max_tokens < 2**31 else None
+        return self.embedder.max_tokens if self.embedder.max_tokens < UNLIMITED else None
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:

@@ -57,7 +57,7 @@ class Service:
         )
         self.readers = ThreadPoolExecutor(2, "kvembed-tokenizing")
         self._texts = Counter("kvembed_texts", "Texts embedded.", registry=registry)
-        self._tokens = Counter("kvembed_tokens", "Tokens embedded, templates included.", registry=registry)
+        self._tokens = Counter("kvembed_tokens", "Tokens embedded, as usage counts them.", registry=registry)
         sizes = tuple(2**i for i in range(12))
         self._sizes = Histogram("kvembed_batch_texts", "Texts in a batch.", buckets=sizes, registry=registry)
         self._seconds = Histogram("kvembed_batch_seconds", "Time of a batch.", registry=registry)

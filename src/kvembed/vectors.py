@@ -29,8 +29,8 @@ class Encoded:
 
     Attributes:
         vectors: (n, dim) float32, rows of norm 1.
-        token_counts: (n,) int64, tokens of each prompt as it was embedded, template included, but for a long beginning
-            that texts share, which is computed once (see `kvembed.prefix`).
+        token_counts: (n,) int64, tokens of each prompt as it was embedded, template included (once, however many
+            chunks there are), but for a long beginning that texts share, computed once (see `kvembed.prefix`).
         tokens_cut: (n,) int64, tokens of each text that were left out to fit `max_tokens`.
     """
 
