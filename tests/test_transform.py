@@ -162,9 +162,12 @@ def test_given_texts_have_a_transform_of_their_own(tmp_path):
 
     given_texts = [f"text {number}" for number in range(1500)]
     transform = tuned(read, tmp_path, TWO_VIEWS.replace(query="{text}"), texts=[*given_texts, *given_texts])
+    written = len({*TEXTS} & {*seen})
+    assert written == len(TEXTS) < 500
     assert len(seen) == len({*seen}) == 1000
-    assert (transform.info["texts"], transform.info["count"]) == ("given", 1000)
-    assert "self_written" not in transform.info
+    info = transform.info
+    assert (info["texts"], info["count"], info["self_written"]) == ("given", 1000, written)
+    assert max(given_texts.index(text) for text in seen[: 1000 - written]) > 1000  # drawn from all
     with pytest.raises(InputError, match="not 2; give more"):
         tuned(read, tmp_path, texts=["one", "two"])
 
@@ -181,14 +184,17 @@ def test_few_given_texts_are_joined_by_self_written_ones(tmp_path, caplog, token
     transform = tuned(read, tmp_path, config, texts=few)
     assert seen == [*few, *TEXTS[30:]]
     assert (transform.info["count"], transform.info["self_written"]) == (230, 100)
-    almost = [f"text {number}" for number in range(990)]
-    seen.clear()
-    assert tuned(read, tmp_path, config, texts=almost).info["self_written"] == 10
-    assert seen == [*almost, *TEXTS[:10]]
+    written = [f"written {number}" for number in range(1000)]
+    for own, used in (([f"text {number}" for number in range(450)], 450), ([f"a {n}" for n in range(900)], 500)):
+        seen.clear()
+        info = choose_transform("x", config, read, lambda: written, texts=own).info
+        assert (info["count"], info["self_written"]) == (1000, 1000 - used)
+        assert len({*seen} & {*own}) == used
+        assert seen[used:] == written[: 1000 - used]
     seen.clear()
     alone = choose_transform("x", config, read, lambda: write_texts(tiny().model, tokenizer), texts=few[1:])
     assert (seen, alone.info["self_written"]) == (few[1:], 0)
-    assert "on 129 texts alone, fewer than are good: LlamaModel can't write" in caplog.text
+    assert "on 129 given texts alone, which is not as good: LlamaModel can't write" in caplog.text
 
 
 def test_a_template_that_both_roles_share_is_read_once(tmp_path, monkeypatch):

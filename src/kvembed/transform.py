@@ -55,7 +55,7 @@ class Transform:
         whiten: (V,D,K) float32.
         rotate: (V*K,dim) float32, best direction first.
         info: where it came from: `texts` (`"self-written"` or `"given"`), `texts_sha256`, `count`, of which
-            `self_written` joined given ones that were few; and what it is for: `fingerprint` of the weights and
+            `self_written` joined given ones; and what it is for: `fingerprint` of the weights and
             `config_hash`.
     """
 

@@ -34,6 +34,7 @@ UNBOUND: dict[str, Any] = {
     "chunk_tokens": None,
 }  # fields that don't bear on a fit
 _FIT_TEXTS = 1000
+_GIVEN_TEXTS = 500  # of them, where there are self-written ones to go with them
 _PIECE = 100  # texts that are read at a time, and kept when a run is stopped
 
 
@@ -58,10 +59,10 @@ def choose_transform(
         fingerprint: of the model's weights.
         config: what makes the views. In a template that documents and queries share, each text is read once.
         read: (texts, role, which templates) -> their views (N,V,D), at most `FIT_TOKENS` tokens of each text.
-        write: gives texts that the model wrote itself; called if nothing is in the cache, and `texts` is None or few.
-        texts: unlabelled texts, of which at most 1,000 different ones, drawn at random with a fixed seed, are used.
-            Fewer are joined by self-written ones, up to 1,000 together: a few hundred say too little of so many
-            directions, even of their own kind.
+        write: gives texts that the model wrote itself; called if nothing is in the cache.
+        texts: unlabelled texts, of which at most 500 different ones, drawn at random with a fixed seed, are used. They
+            are joined by self-written ones, up to 1,000 together: one kind of text alone says too little of what
+            other texts, queries among them, will be like. From a model that can't write, 1,000 given ones are used.
         report: called with prompts done and prompts in all.
 
     Raises:
@@ -70,7 +71,8 @@ def choose_transform(
     bound = fitted_for(fingerprint, config)
     source = SELF_WRITTEN if texts is None else "given"
     digest = None if texts is None else texts_digest(texts)
-    told = json.dumps([bound, source, digest, FORMULA], sort_keys=True)
+    rule = [] if texts is None else [_GIVEN_TEXTS]
+    told = json.dumps([bound, source, digest, FORMULA, *rule], sort_keys=True)
     cached = cache_folder() / "transforms" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
     try:
         return Transform.load(cached)
@@ -84,11 +86,12 @@ def choose_transform(
     found = list(dict.fromkeys(write() if texts is None else texts))
     origin: dict[str, Any] = {"texts": source, "texts_sha256": digest or texts_digest(found)}
     check_count(len(found))
-    if len(found) > _FIT_TEXTS:
-        found = random.Random(0).sample(found, _FIT_TEXTS)
-    elif texts is not None and len(found) < _FIT_TEXTS:
+    if len(found) > (_FIT_TEXTS if texts is None else _GIVEN_TEXTS):
+        found = random.Random(0).sample(found, min(len(found), _FIT_TEXTS))
+    if texts is not None:
         more = _more(write, found)
-        found += more
+        if more:
+            found = found[: _FIT_TEXTS - len(more)] + more
         origin["self_written"] = len(more)
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
@@ -128,12 +131,12 @@ def choose_transform(
 
 
 def _more(write: Callable[[], list[str]], found: Sequence[str]) -> list[str]:
-    """Self-written texts to go with given ones that are few; none, with a warning, from a model that can't write."""
+    """Self-written texts to go with given ones; none, with a warning, from a model that can't write."""
     try:
         known = {*found}
-        return [text for text in write() if text not in known][: _FIT_TEXTS - len(found)]
+        return [text for text in write() if text not in known][: _FIT_TEXTS - min(len(found), _GIVEN_TEXTS)]
     except InputError as error:
-        logger.warning("fitting on %d texts alone, fewer than are good: %s", len(found), error)
+        logger.warning("fitting on %d given texts alone, which is not as good: %s", len(found), error)
         return []
 
 
