@@ -140,6 +140,16 @@ def test_a_long_text_is_the_mean_of_its_chunks(llama, tokenizer, template):
     assert embedder.explain("short").chunks == 1
 
 
+def test_static_vectors_are_of_the_whole_text(llama, tokenizer):
+    config = EmbedConfig(pooling="last", more_readouts=[{"pooling": "static"}], transform="whiten", chunk_tokens=20)
+    texts = [" ".join(NOTICES[:3]), "short", NOTICES[1]]
+    views = Embedder(llama, tokenizer, config, texts=MANY).encode_views(texts).vectors
+    static = Embedder(llama, tokenizer, EmbedConfig(pooling="static")).encode_views(texts).vectors
+    np.testing.assert_allclose(views[:, 1], static[:, 0], atol=1e-4)
+    last = Embedder(llama, tokenizer, EmbedConfig(pooling="last", chunk_tokens=20)).encode_views(texts).vectors
+    np.testing.assert_allclose(views[:, 0], last[:, 0], atol=1e-5)
+
+
 def test_read_outs_at_the_top_and_below_it_in_any_order(llama, tokenizer):
     inside, top = {"pooling": "mean", "output_layer": 0}, {"pooling": "last"}
     first = EmbedConfig(**inside, more_readouts=[top], transform="whiten")

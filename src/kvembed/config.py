@@ -93,8 +93,9 @@ class EmbedConfig:
             `kvembed.prefix`); a longer text is cut and counted. `None`: the model's limit, which only a config
             with `chunk_tokens` may exceed, or one that runs no layer.
         chunk_tokens: a text of more tokens of its own is read in chunks of about equal length, each in the template as
-            a text by itself, and every read-out is the mean of theirs; a chunk ends between words where it can, and may
-            be a few tokens longer for that, but never longer than the model takes. `None`: every text is read at once.
+            a text by itself, and every read-out but `"static"` is the mean of theirs; a chunk ends between words where
+            it can, and may be a few tokens longer for that, but never longer than the model takes. `None`: every text
+            is read at once.
 
     Raises:
         InputError: a field does not have one of the values above.

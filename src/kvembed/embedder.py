@@ -450,22 +450,33 @@ class Embedder:
         owner = np.repeat(np.arange(len(whole)), chunks)
         begins = np.diff(owner, prepend=-1)  # 1 for a prompt's first chunk
         lengths = [len(prompt.ids) for prompt in prompts]
-        states = np.zeros((len(whole), len(self.config.readouts), self.backbone.dim), np.float32)
-        # Where no layer is run there is no padding either, and no need to try whether texts can be packed.
-        packed = len(prompts) > 1 and (not self.config.forward_passes or self.backbone.can_pack)
-        where = (self.backbone.device, self.model.dtype)
-        alike = self._beginnings.groups(prompts, where)
-        if len(alike) > 1 and not self.backbone.can_share:
-            alike = [((), list(range(len(prompts))))]
-        for shared, places in alike:
-            own = [lengths[place] - len(shared) for place in places]
-            run = partial(self._run, [prompts[place] for place in places], shared, where)
-            for batch, rows in run_batches(own, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
-                done = [places[index] for index in batch]
-                np.add.at(states, owner[done], rows.numpy())
-                if bar is not None:
-                    bar.update(int(begins[done].sum()))
-        states /= chunks[:, None, None]
+        readouts = self.config.readouts
+        static = [index for index, one in enumerate(readouts) if one.pooling == "static"]
+        others = [index for index, one in enumerate(readouts) if one.pooling != "static"]
+        states = np.zeros((len(whole), len(readouts), self.backbone.dim), np.float32)
+        if static:  # of whole texts: there is no limit, and a word that comes again counts less than another one
+            content = [prompt.content_ids for prompt in whole]
+            run = partial(self._static, content)
+            for batch, rows in run_batches([*map(len, content)], self.batch_tokens, run, packed=True):
+                states[np.ix_(batch, static)] = rows.numpy()[:, None]
+                if bar is not None and not others:
+                    bar.update(len(batch))
+        if others:
+            summed = np.zeros((len(whole), len(others), self.backbone.dim), np.float32)
+            packed = len(prompts) > 1 and self.backbone.can_pack
+            where = (self.backbone.device, self.model.dtype)
+            alike = self._beginnings.groups(prompts, where)
+            if len(alike) > 1 and not self.backbone.can_share:
+                alike = [((), list(range(len(prompts))))]
+            for shared, places in alike:
+                own = [lengths[place] - len(shared) for place in places]
+                run = partial(self._run, [prompts[place] for place in places], shared, where)
+                for batch, rows in run_batches(own, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
+                    done = [places[index] for index in batch]
+                    np.add.at(summed, owner[done], rows.numpy())
+                    if bar is not None:
+                        bar.update(int(begins[done].sum()))
+            states[:, others] = summed / chunks[:, None, None]
         if not np.isfinite(states).all():
             raise KvembedError(
                 f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
@@ -475,6 +486,10 @@ class Embedder:
         cut = np.array([prompt.tokens_cut for prompt in whole], np.int64).reshape(shape).max(0)
         views = states.reshape(*shape, *states.shape[1:]).swapaxes(0, 1)  # (n, templates, read-outs, D)
         return Encoded(views.reshape(shape[1], shape[0] * states.shape[1], states.shape[2]), tokens, cut)
+
+    def _static(self, content: Sequence[Sequence[int]], batch: Sequence[int]) -> torch.Tensor:
+        with torch.autocast(self.backbone.device.type, enabled=False):
+            return self.backbone.static([content[index] for index in batch]).cpu()
 
     def _run(
         self, prompts: Sequence[Prompt], shared: tuple[int, ...], where: Where, batch: Sequence[int]
@@ -499,7 +514,8 @@ class Embedder:
         whole = self._prompts([text], role, self.max_tokens)[0][0]
         prompt = (whole.chunks or (whole,))[0]
         betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
-        self._forward([prompt], betas)
+        if self.config.forward_passes:
+            self._forward([prompt], betas)
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
         return Explanation(
             prompt=prompt.text,
@@ -567,18 +583,12 @@ class Embedder:
         betas: dict[int, torch.Tensor] | None = None,
         prefix: Prefix | None = None,
     ) -> torch.Tensor:
-        """One forward of the decoder, if any read-out needs it, pooled: (B, read-outs, D) float32.
+        """One forward of the decoder, pooled by the read-outs that are not static: (B, read-outs, D) float32.
 
         With a `prefix`, prompts are what follows it.
         """
-        readouts = self.config.readouts
+        readouts = [one for one in self.config.readouts if one.pooling != "static"]
         pooled: dict[Readout, torch.Tensor] = {}
-        for one in readouts:
-            if one.pooling == "static":
-                with torch.autocast(self.backbone.device.type, enabled=False):
-                    pooled[one] = self.backbone.static([prompt.content_ids for prompt in prompts])
-        if len(pooled) == len(readouts) and betas is None:
-            return torch.stack([pooled[one] for one in readouts], 1)
         ids, lengths = self.backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
         placeholders = torch.tensor([prompt.placeholder or 0 for prompt in prompts])  # (B,)
         spans = torch.tensor([prompt.span for prompt in prompts])  # (B,2)
@@ -587,7 +597,7 @@ class Embedder:
             """Pools at once, so that no layer's states (B,n,D) outlive it."""
             with torch.autocast(states.device.type, enabled=False):
                 for one in readouts:
-                    if one.output_layer == layer and one.pooling != "static":
+                    if one.output_layer == layer:
                         device = states.device
                         found = pool(states, lengths.to(device), spans.to(device), one.pooling, one.mean_tokens)
                         pooled[one] = found.to(self.backbone.device)
