@@ -29,9 +29,13 @@ CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 
 @pytest.fixture(autouse=True)
 def _own_cache(request, tmp_path, monkeypatch):
-    """Nothing a test stores outlives it; `real` tests read the user's cache, where smollm2 is."""
+    """Nothing a test stores outlives it; `real` tests read the user's cache, where smollm2 is.
+
+    And a tiny model writes fewer texts, for every test that fits a transform waits for them.
+    """
     if "real" not in request.keywords:
         monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("kvembed.writing._COUNT", 200)
 
 
 @pytest.fixture(scope="session")
