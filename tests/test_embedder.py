@@ -159,7 +159,7 @@ def test_read_outs_at_the_top_and_below_it_in_any_order(llama, tokenizer):
 
 
 def test_static_vectors_follow_the_model(tokenizer):
-    """To another dtype, or when an adapter is merged into its embeddings."""
+    """As when an adapter is merged into its embeddings."""
     model = tiny()
     embedder = Embedder(model, tokenizer, EmbedConfig(pooling="static"))
     before = embedder.encode(NOTICES)
@@ -180,7 +180,7 @@ def test_where_no_layer_is_run_the_models_limit_is_none(tokenizer):
     assert Embedder(model, tokenizer, EmbedConfig(pooling="static", max_tokens=500)).max_tokens == 500
 
 
-def test_with_chunks_a_text_may_be_longer_than_the_model_takes(tokenizer, caplog):
+def test_with_chunks_a_text_may_be_longer_than_the_model_takes(tokenizer):
     model = tiny(max_position_embeddings=64)
     config = EmbedConfig(document="In one word: {text}", chunk_tokens=40)
     text = " ".join(NOTICES[:6])

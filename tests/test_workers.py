@@ -93,7 +93,7 @@ def test_a_worker_that_cannot_open_the_model_says_why(recipe, folder, tmp_path):
         next(run_on(["cpu"], recipe, dying, [(0, None)]))
 
 
-def test_a_worker_whose_device_has_no_room_says_so(recipe, tmp_path, monkeypatch):
+def test_a_worker_whose_device_has_no_room_says_so(recipe):
     """Whatever `load` raises, the cause is told and not that a worker died, or has no model."""
     broken = dataclasses.replace(recipe, config="nothing")
     with pytest.raises(KvembedError, match="the model can't be loaded on cpu: AttributeError: 'str' object"):

@@ -157,7 +157,7 @@ class Backbone:
                 "one table of the width of its states"
             )
         weight = embedding.weight
-        few = [] if weight.is_meta else weight.flatten()[:: max(1, weight.numel() // 64)].tolist()
+        few = [] if weight.is_meta else _few(weight).tolist()
         known = self._static
         if known is None or known[0] != (weight.device, few):  # the model may have been moved, or an adapter merged
             known = (weight.device, few), StaticVectors(embedding, embedding.num_embeddings, self.device)
@@ -497,11 +497,16 @@ class Backbone:
                     "the model's weights are offloaded, so nothing can be chosen or fitted for them: give layers=..., "
                     "and no method with a transform"
                 )
-            flat = tensor.detach().flatten()
-            few = flat[:: max(1, flat.numel() // 64)]
+            few = _few(tensor)
             few = few.to(torch.bfloat16) if few.is_floating_point() else few.to(torch.int64)
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """Some 64 of its values, which tell weights apart."""
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // 64)]
 
 
 def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

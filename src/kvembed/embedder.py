@@ -344,8 +344,7 @@ class Embedder:
         Raises:
             InputError: as `encode`, when the text is reached.
         """
-        if isinstance(texts, str | bytes):
-            raise InputError("texts must be a list of strings, not one string")
+        _refuse_string(texts)
         templates = len(self.config.templates(role))
         bar = tqdm(
             total=total and total * templates,
@@ -454,13 +453,8 @@ class Embedder:
         static = [index for index, one in enumerate(readouts) if one.pooling == "static"]
         others = [index for index, one in enumerate(readouts) if one.pooling != "static"]
         states = np.zeros((len(whole), len(readouts), self.backbone.dim), np.float32)
-        if static:  # of whole texts: there is no limit, and a word that comes again counts less than another one
-            content = [prompt.content_ids for prompt in whole]
-            run = partial(self._static, content)
-            for batch, rows in run_batches([*map(len, content)], self.batch_tokens, run, packed=True):
-                states[np.ix_(batch, static)] = rows.numpy()[:, None]
-                if bar is not None and not others:
-                    bar.update(len(batch))
+        if static:
+            states[:, static] = self._static(whole, None if others else bar)[:, None]
         if others:
             summed = np.zeros((len(whole), len(others), self.backbone.dim), np.float32)
             packed = len(prompts) > 1 and self.backbone.can_pack
@@ -487,9 +481,21 @@ class Embedder:
         views = states.reshape(*shape, *states.shape[1:]).swapaxes(0, 1)  # (n, templates, read-outs, D)
         return Encoded(views.reshape(shape[1], shape[0] * states.shape[1], states.shape[2]), tokens, cut)
 
-    def _static(self, content: Sequence[Sequence[int]], batch: Sequence[int]) -> torch.Tensor:
-        with torch.autocast(self.backbone.device.type, enabled=False):
-            return self.backbone.static([content[index] for index in batch]).cpu()
+    def _static(self, prompts: Sequence[Prompt], bar: tqdm[Any] | None) -> NDArray[np.float32]:
+        """(N,D) of whole texts, not their chunks: there is no limit, and a word that comes again counts less."""
+        content = [prompt.content_ids for prompt in prompts]
+        vectors = self.backbone.static
+        found = np.zeros((len(prompts), self.backbone.dim), np.float32)
+
+        def run(batch: Sequence[int]) -> torch.Tensor:
+            with torch.autocast(self.backbone.device.type, enabled=False):
+                return vectors([content[index] for index in batch]).cpu()
+
+        for batch, rows in run_batches([*map(len, content)], self.batch_tokens, run, packed=True):
+            found[batch] = rows.numpy()
+            if bar is not None:
+                bar.update(len(batch))
+        return found
 
     def _run(
         self, prompts: Sequence[Prompt], shared: tuple[int, ...], where: Where, batch: Sequence[int]
@@ -559,22 +565,24 @@ class Embedder:
         found = []
         for template in self.config.templates(role):
             chunk_tokens = self.config.chunk_tokens if chunked else None
-            room = self._most(template, max_tokens, chunk_tokens)
-            most = room if cut else UNLIMITED
-            found.append(self._prompter(texts, template, most, first, self._shared[template], chunk_tokens))
+            most = self._most(template, max_tokens, chunk_tokens) if cut else UNLIMITED
+            found.append(self._prompter(texts, template, most, first, self._begun(template), chunk_tokens))
         return found
 
     def _most(self, template: str, max_tokens: int, chunk_tokens: int | None) -> int:
-        """The longest prompt in tokens. Raises `InputError` if the model has no room after what texts share."""
+        """The longest prompt in tokens."""
+        return max_tokens if chunk_tokens else min(max_tokens, self._limit - self._begun(template))
+
+    def _begun(self, template: str) -> int:
+        """Tokens of its beginning that texts share. Raises `InputError` if they leave no room in the model."""
         if template not in self._shared:
             (prompt,) = self._prompter(["a"], template, UNLIMITED)
             self._shared[template] = len(beginning(prompt)) if can_begin(template, self.config) else 0
-        room = self._limit - self._shared[template]
-        if room < 1:
+        if self._shared[template] >= self._limit:
             raise InputError(
                 f"the template alone takes more than the {self._limit} tokens that the model takes at most"
             )
-        return max_tokens if chunk_tokens else min(max_tokens, room)
+        return self._shared[template]
 
     @torch.inference_mode()
     def _forward(
@@ -608,9 +616,13 @@ class Embedder:
         return torch.stack([pooled[one] for one in readouts], 1)
 
 
-def _listed(texts: Iterable[Any]) -> list[Any]:
+def _refuse_string(texts: Iterable[Any]) -> None:
     if isinstance(texts, str | bytes):
         raise InputError("texts must be a list of strings, not one string")
+
+
+def _listed(texts: Iterable[Any]) -> list[Any]:
+    _refuse_string(texts)
     return list(texts)
 
 
