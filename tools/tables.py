@@ -104,18 +104,24 @@ def _summary(mini: list[Result]) -> str:
             cells.append(_interval(mean(rows)) + f", {_tokens(rows):.0f} tok" if rows else "")
         lines.append(row([f"`{method}`", str(METHODS[method].forward_passes), *cells]))
     references = [
-        f"{name if name != method else 'TF-IDF'} ({REFERENCES[method]}) {_interval(mean(rows))}"
+        f"{name if name != method else 'TF-IDF'} ({REFERENCES[method]}, {_reach(rows[0])}) {_interval(mean(rows))}"
         for (name, method), rows in presets.items()
         if method in REFERENCES
     ]
     if references:
-        lines += ["", f"For comparison: {', '.join(references)}."]
+        lines += ["", f"For comparison: {', '.join(references)}. The methods read a text's first {MINI_TOKENS:,} tokens."]
     lines += [
         "",
         "tok: tokens a text, its template's included, but for `auto`'s examples, computed once for all texts.",
     ]
     lines += ["", *_verdicts(presets, models)]
     return "\n".join(lines) + "\n"
+
+
+def _reach(result: Result) -> str:
+    """How much of a text a reference reads: on long ones that decides."""
+    limit = result.config.get("max_tokens")
+    return f"first {limit:,} tokens" if limit else "whole texts"
 
 
 def _verdicts(presets: dict[tuple[str, str], list[Result]], models: Sequence[str]) -> list[str]:
