@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -9,7 +10,7 @@ import re
 import pytest
 
 from kvembed import InputError
-from kvembed.tasks import MINI_CORPUS, load_tasks, mini, sample
+from kvembed.tasks import MINI_CORPUS, Task, load_tasks, mini, sample
 
 PAIR = {"s1": "a", "s2": "b", "score": 1.5}
 CORPUS = [
@@ -219,3 +220,8 @@ def test_a_byte_order_mark_is_no_matter(put):
     rows = "\r\n".join(json.dumps(PAIR | {"score": i}) for i in range(3))
     (task,) = load(put("x/test", [], raw="\ufeff" + rows))
     assert task.gold == (0, 1, 2)
+
+
+def test_another_split_is_other_data():
+    task = Task("t", "classification", ("a", "b", "c"), gold=(0, 1, 0), train=1)
+    assert task.digest() != dataclasses.replace(task, train=2).digest()

@@ -76,8 +76,15 @@ class Task:
         return len(self.queries) or len(self.documents) - self.train
 
     def digest(self) -> str:
-        """16 hex digits that change when the texts or the gold do."""
-        parts = (self.kind, self.documents, self.queries, self.gold, [sorted(row.items()) for row in self.relevant])
+        """16 hex digits that change when the texts, the gold or the split into training and test texts do."""
+        parts: list[Any] = [
+            self.kind,
+            self.documents,
+            self.queries,
+            self.gold,
+            [sorted(row.items()) for row in self.relevant],
+        ]
+        parts += [self.train] * bool(self.train)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
