@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import MANY, NOTICES
+from conftest import MANY, NOTICES, tiny
 from typer.testing import CliRunner
 
 from kvembed import Embedder
@@ -294,6 +294,22 @@ def test_eval_prints_scores_and_keeps_a_ledger(run, folder, tmp_path):
     assert row == json.loads(path.read_text())
     reference = run("eval", "--data", tmp_path / "data", "--reference", "tf-idf")
     assert "tf-idf, tf-idf: mean" in reference.stdout
+
+
+def test_vectors_of_several_limits_are_refused(run, tokenizer, tmp_path):
+    tiny(max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data" / "long").mkdir(parents=True)
+    for name, row in {
+        "corpus": {"id": "d", "title": "", "text": "The ferry leaves. " * 1000},
+        "queries": {"id": "q", "text": "When?"},
+        "qrels": {"qid": "q", "did": "d", "rel": 1},
+    }.items():
+        (tmp_path / "data" / "long" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    args = ("--suite", "long", "--method", "mean", "--vectors", tmp_path / "v")
+    result = run("eval", "--model", tmp_path / "model", "--data", tmp_path / "data", *args)
+    assert result.exit_code == 1
+    assert "--vectors holds one limit of tokens" in result.stderr
 
 
 @pytest.mark.parametrize(

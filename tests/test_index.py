@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import resource
@@ -592,3 +593,87 @@ def test_mistakes_are_one_line(folder, notes, args, message):
     (line,) = done.stderr.splitlines()
     assert line.startswith("kvembed: ")
     assert message in line
+
+
+def test_a_line_that_repeats_itself(embedder, tmp_path):
+    path = tmp_path / "notes" / "a.txt"
+    path.parent.mkdir()
+    path.write_text(f"Above.\n{'=-' * 3000}\nBelow.\n")
+    index, _ = made(embedder, tmp_path, path.parent)
+    path.write_text("A line more.\n" + path.read_text())
+    index.update(Corpus([path.parent]))
+    ids = [row["id"] for row in rows_of(index)]
+    assert len(ids) == len({*ids}) == len(Corpus([path.parent]).documents)
+
+
+def test_a_file_of_many_commits_keeps_its_vectors_and_is_all_there(embedder, tmp_path, monkeypatch):
+    from kvembed import indexing
+
+    monkeypatch.setattr(indexing, "_COMMIT_DOCUMENTS", 4)
+    monkeypatch.setattr(indexing, "_BLOCK_DOCUMENTS", 2)
+    index, _ = made(embedder, tmp_path, jsonl(tmp_path / "a.jsonl", ROWS))
+    jsonl(tmp_path / "a.jsonl", [row | {"more": 1} for row in ROWS])
+    found = []
+    commit = indexing._Writer._commit
+    monkeypatch.setattr(indexing._Writer, "_commit", lambda self: (commit(self), found.append(index.search("ferry"))))
+    done = index.update(Corpus([tmp_path / "a.jsonl"]))
+    assert (done.embedded, done.changed, len(index)) == (0, len(ROWS), len(ROWS))
+    assert len(found) > 2
+    assert all(len(hits) == 10 for hits in found)
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_gone(embedder, tmp_path, monkeypatch):
+    from kvembed import documents
+
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(f"The notice of {name}.\n")
+    index, _ = made(embedder, tmp_path, folder)
+    read = documents.read_rows
+
+    def failing(path, *args, **options):
+        if path.name == "b.txt":
+            try:
+                raise PermissionError(13, "Permission denied")
+            except OSError:
+                raise InputError(f"{path}: permission denied") from None
+        yield from read(path, *args, **options)
+
+    monkeypatch.setattr(documents, "read_rows", failing)
+    with pytest.raises(InputError, match=r"b\.txt: permission denied"):
+        index.update(Corpus([folder]))
+    assert len(index) == 2
+
+
+def test_odd_names_and_broken_links_are_passed_over(embedder, tmp_path, caplog):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.txt").write_text("The ferry leaves.\n")
+    (folder / "b.txt").symlink_to(folder / "gone.txt")
+    odd = os.fsencode(folder) + b"/caf\xe9.txt"
+    with open(odd, "w") as file:
+        file.write("Coffee.\n")
+    _, done = made(embedder, tmp_path, folder)
+    assert (done.documents, done.passed_over) == (1, {"broken link": 1, "name not UTF-8": 1})
+    assert "its name is not UTF-8" in caplog.text
+    with pytest.raises(InputError, match="its name is not UTF-8"):
+        Corpus([os.fsdecode(odd)])
+
+
+def test_an_open_index_says_that_it_was_replaced(embedder, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ROWS[:3])
+    before, _ = made(embedder, tmp_path, path)
+    other = embedder.replace(bias=3.0)
+    Index.create(tmp_path / "db", other, model="tiny", refit=True).update(Corpus([path]))
+    with pytest.raises(InputError, match="refit has replaced this index"):
+        before.search("ferry")
+
+
+def test_nothing_to_index_leaves_no_index(folder, tmp_path):
+    (tmp_path / "notes").mkdir()
+    args = ["index", str(tmp_path / "notes"), "--db", str(tmp_path / "db"), "--model", str(folder), "--method"]
+    assert "no documents in it" in CliRunner().invoke(app, [*args, "mean"]).stderr
+    assert not Index.exists(tmp_path / "db")
+    (tmp_path / "notes" / "a.txt").write_text("The ferry leaves.\n")
+    assert CliRunner().invoke(app, [*args, "last"]).exit_code == 0

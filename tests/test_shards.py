@@ -108,8 +108,8 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path, change):
     [
         ("x.jsonl", '{"text": "a"}\n\n{"text": ', None, r"x\.jsonl, line 3: not JSON"),
         ("x.jsonl", '{"text": "a"}\n{"text": 5}', None, r"x\.jsonl, line 2: no text in field 'text'; it has text"),
-        ("x.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', None, r"x\.jsonl, line 2: lone surrogate \(U\+D800\)"),
-        ("x.jsonl", '{"text": "a", "id": "\\ud800"}', "id", r"x\.jsonl, line 1: lone surrogate \(U\+D800\)"),
+        ("x.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', None, r"x\.jsonl, line 2 holds a lone surrogate \(U\+D800\)"),
+        ("x.jsonl", '{"text": "a", "id": "\\ud800"}', "id", r"x\.jsonl, line 1 holds a lone surrogate \(U\+D800\)"),
         ("x.jsonl", '{"text": "a"}', "id", r"x\.jsonl, line 1: no field 'id'; it has text \(choose with --id-field\)"),
         ("x.jsonl", '"a"', "id", r"x\.jsonl, line 1: no field 'id'"),
         ("x.jsonl", '{"text": "a", "id": 1.5}', "id", r"x\.jsonl, line 1: the id in 'id' is neither"),

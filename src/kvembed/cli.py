@@ -27,9 +27,12 @@ from .console import (
     quiet,
 )
 from .errors import InputError
-from .files import why
-from .methods import METHODS
+from .files import check_writable, needed, whole_file, why
+from .methods import METHODS, preset
 from .process import keep_for_the_next_batch
+from .tasks import load_tasks, sample
+from .texts import read_rows, read_texts, stream_texts
+from .vectors import check_output, write_vectors
 
 if TYPE_CHECKING:
     from .embedder import Embedder
@@ -103,9 +106,6 @@ def embed(
 ) -> None:
     """Embed texts: one unit vector each, in order."""
     with one_line_errors():
-        from .texts import stream_texts
-        from .vectors import check_output, write_vectors
-
         check_output(output)
         for file in files or []:
             if output and output.exists() and file.exists() and output.samefile(file):
@@ -163,7 +163,6 @@ def bulk_command(
             raise InputError("--address and --workers need --engine ray")
         if engine == "ray" and devices:
             raise InputError("--devices is for this machine alone; with --engine ray, say --workers")
-        from .files import needed
         from .shards import check_folders
 
         check_folders(source, out)
@@ -236,10 +235,9 @@ def index_command(
     with one_line_errors():
         from .documents import Corpus
         from .index import Index
-        from .methods import preset
         from .saved import usual_method
 
-        there = Index.exists(db) and not refit
+        there = not refit and Index.exists(db) and Index.open(db).has_table
         if there:
             index = Index.open(db, model=model, batch_tokens=batch_tokens)
             chosen = None if layers is None else parse_layers(layers)
@@ -248,6 +246,8 @@ def index_command(
         else:
             Index.check_folder(db)
         corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=there, progress=True)
+        if not there and not corpus.documents:
+            raise InputError(f"{', '.join(corpus.roots)}: no documents in {'them' if corpus.roots[1:] else 'it'}")
         if not there:
             name = model or "smollm2"
             method = method or usual_method(name)
@@ -290,7 +290,6 @@ def search(
     """Find the documents nearest to a question, by the model and config that made the index."""
     with one_line_errors():
         from .index import Index
-        from .texts import read_rows
 
         if (question is None) == (queries is None):
             raise InputError("say what to look for: a question, or --queries FILE")
@@ -327,8 +326,6 @@ def similarity(
 ) -> None:
     """Cosine similarity of every text with every other, or the texts nearest to each query."""
     with one_line_errors():
-        from .texts import read_texts
-
         texts = texts or read_texts([])
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         vectors = embedder.encode(texts, role=role)
@@ -366,13 +363,11 @@ def layers(
     """Intrinsic dimension by layer, and the layers that re-routing takes by it."""
     with one_line_errors():
         from .plots import check_plot, plot_layers
-        from .texts import read_texts
 
         check_plot(plot)
         given = None if texts is None else read_texts([texts], field)
         quiet()
         from .layers import profile_of
-        from .methods import preset
 
         config = preset(method)
         template = config.templates("document")[0]
@@ -438,10 +433,6 @@ def tune(
 ) -> None:
     """Fit a method's transform to a model, with no labels: once, in minutes; a stopped run goes on where it was."""
     with one_line_errors():
-        from .files import check_writable
-        from .methods import preset
-        from .texts import read_texts
-
         if preset(method).transform == "none":
             others = " and ".join(name for name, config in METHODS.items() if config.transform != "none")
             raise InputError(f"{method} has nothing to fit; {others} have")
@@ -488,8 +479,6 @@ def evaluate(
 ) -> None:
     """Score a method on local tasks (STS, pairs, classification, clustering, reranking, retrieval) or on MTEB's."""
     with one_line_errors():
-        from .tasks import load_tasks, sample
-
         if (data is None) == (not mteb):
             raise InputError("say what to score on: --data FOLDER, or --mteb TASK")
         if data is None and (tasks or results or vectors or reference or suite != "mini" or precision != "float32"):
@@ -525,6 +514,8 @@ def evaluate(
             embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
             limited = at_limits(embedder, suite) if max_tokens is None else [embedder]
             subjects = [embedder_subject(one, name or _label(model)) for one in limited]
+        if vectors is not None and len(subjects) > 1:
+            raise InputError("--vectors holds one limit of tokens; with --suite long give --max-tokens too")
         done = []
         for subject in subjects:
             subject = quantized_subject(subject, precision)
@@ -555,11 +546,9 @@ def report(
 ) -> None:
     """One HTML page from results: methods by tasks, cost, layers, bias, one text's attention, similarities."""
     with one_line_errors():
-        from .files import check_writable, whole_file
         from .layers import shipped_profiles
         from .report import report_html
         from .results import read_results
-        from .texts import read_texts
 
         check_writable(output)
         found = read_results(results)
@@ -607,8 +596,6 @@ def serve(
 ) -> None:
     """Serve OpenAI's embeddings API, and a page to try it; Ctrl-C or SIGTERM ends it when all is answered."""
     with one_line_errors():
-        from .files import needed
-
         for module in ("fastapi", "uvicorn", "orjson", "prometheus_client"):
             needed(module, "server")
         from .server import api_keys, serve
@@ -674,8 +661,6 @@ def _embedder(
     options = {name: value for name, value in options.items() if value is not None}
     if layers is not None:
         options["layers"] = parse_layers(layers)
-    from .methods import preset
-
     preset(method or "auto", **options)  # a bad option is told before seconds of imports
     quiet()
     from .embedder import Embedder

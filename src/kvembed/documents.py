@@ -88,7 +88,7 @@ class Corpus:
         gone: those of them that do not exist.
         documents: id -> place. A document that is there more than once is known by its first place.
         kinds: field -> type of its column: what holds all its values.
-        sample: up to 1,000 texts, drawn with a fixed seed, for a transform to be fitted on.
+        sample: up to 1,000 texts, drawn with a fixed seed, for a transform to be fitted on (see `kvembed.tuning`).
         files: how many were read.
         passed_over: what was not, by ending, and why -> how many files.
         duplicates, empty: documents that were left out.
@@ -117,6 +117,8 @@ class Corpus:
         """
         self._field, self._id_field = field, id_field
         self.roots = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+        if odd := [root for root in self.roots if not _is_unicode(root)]:
+            raise InputError(f"{odd[0]!r}: its name is not UTF-8")
         self.gone = [root for root in self.roots if not os.path.lexists(root)]
         if self.gone and not may_be_gone:
             raise InputError(f"{self.gone[0]}: no such file or folder")
@@ -166,11 +168,12 @@ class Corpus:
 
     def read(self, ids: Mapping[str, Place]) -> Iterator[Document]:
         """Read some documents again: those that still are where and what they were when the corpus was made."""
-        wanted, named = {place.file for place in ids.values()}, dict[str, str]()
+        files, named, left = {place.file for place in ids.values()}, dict[str, str](), dict(ids)
         for file in self._files:
-            if file in wanted:
+            if file in files:
                 for document in self._read(file, named):
-                    if ids.get(document.id) == document.place:
+                    if left.get(document.id) == document.place:
+                        del left[document.id]  # a line that repeats itself may hold it again, at the same place
                         yield document
 
     def holds(self, file: str) -> bool:
@@ -193,7 +196,10 @@ class Corpus:
                     path = os.path.join(folder, name)
                     if name.startswith("."):
                         continue
-                    if os.path.splitext(name)[1].lower() not in (*ROWS, *MARKDOWN, *TEXT):
+                    if not _is_unicode(path):
+                        logger.warning("passed over, for its name is not UTF-8: %r", path)
+                        self.passed_over["name not UTF-8"] += 1
+                    elif os.path.splitext(name)[1].lower() not in (*ROWS, *MARKDOWN, *TEXT):
                         self.passed_over[os.path.splitext(name)[1] or "without ending"] += 1
                     elif os.path.commonpath([real, os.path.realpath(path)]) != real:
                         self.passed_over["link out of its folder"] += 1
@@ -201,13 +207,22 @@ class Corpus:
                         yield path
 
     def _is_read(self, file: str) -> bool:
-        """Whether a file of text is UTF-8; in a folder one that is not is passed over, and told."""
+        """Whether a file of text is UTF-8; in a folder one that is not is passed over, and told.
+
+        Raises:
+            InputError: it can't be read at all. What the index has of it must not be taken for gone.
+        """
         if file in self.roots or file.lower().endswith(ROWS):
             return True
         try:
             for _ in read_rows(Path(file)):
                 pass
         except InputError as error:
+            if not os.path.exists(file):
+                self.passed_over["broken link"] += 1
+                return False
+            if isinstance(error.__context__, OSError):
+                raise
             logger.warning("passed over: %s", error)
             self.passed_over["not UTF-8"] += 1
             return False
@@ -241,6 +256,14 @@ def check_same(key: str, place: Place, known: Place) -> None:
         raise InputError(
             f"{place.file}, line {place.line}: id {key!r} is in {known.file}, line {known.line}, with other content"
         )
+
+
+def _is_unicode(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_kept(path: str) -> bool:

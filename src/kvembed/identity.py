@@ -14,7 +14,7 @@ __all__ = ["difference", "identity", "identity_hash"]
 
 def identity(embedder: Embedder) -> dict[str, Any]:
     """Everything that decides an embedder's vectors, in plain JSON types."""
-    told = {
+    return {
         "weights": embedder.fingerprint(),
         "dtype": embedder.dtype,
         "config": embedder.config.to_dict(),
@@ -22,7 +22,6 @@ def identity(embedder: Embedder) -> dict[str, Any]:
         "transform": None if embedder.transform is None else embedder.transform.digest(),
         "dim": embedder.dim,
     }
-    return dict(json.loads(json.dumps(told)))
 
 
 def identity_hash(told: dict[str, Any]) -> str:

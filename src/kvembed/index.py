@@ -109,7 +109,7 @@ class Index:
         name = os.path.abspath(os.path.expanduser(model)) if os.path.exists(os.path.expanduser(model)) else model
         index = cls(path, name, identity(embedder))
         index.__dict__["embedder"] = embedder
-        if cls.exists(path) and not refit:
+        if not refit and cls.exists(path) and cls.open(path).has_table:
             if told := difference(cls.open(path).made_with, index.made_with):
                 raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
             return index
@@ -117,7 +117,7 @@ class Index:
             try:
                 if embedder.transform is not None:
                     embedder.transform.save(index.transform_file)
-                if not cls.exists(path):
+                if not cls.exists(path) or not cls.open(path).has_table:
                     index.take_over()
             except OSError as error:
                 raise InputError(f"{path}: {why(error)}") from None
@@ -157,12 +157,9 @@ class Index:
         config = self.config.replace(**{name: value for name, value in fields.items() if value is not None})
         if config.layers == "all":
             config = config.replace(layers=self.embedder.backbone.changed_layers(config))
-        told = {"dtype": dtype or self.made_with["dtype"], "config": json.loads(json.dumps(config.to_dict()))}
+        told = {"dtype": dtype or self.made_with["dtype"], "config": config.to_dict()}
         if fitted is not None:
-            try:
-                told["transform"] = Transform.load(fitted).digest()
-            except OSError as error:
-                raise InputError(f"{fitted}: {why(error)}") from None
+            told["transform"] = Transform.load(fitted).digest()
         if apart := difference(self.made_with, told):
             raise InputError(f"{self.folder} was made with {apart}; --refit embeds everything anew")
 
@@ -224,10 +221,7 @@ class Index:
             raise InputError(f"{self.folder} was made with other weights than those of {self.model}")
         transform = None
         if told["transform"] is not None:
-            try:
-                transform = Transform.load(self.transform_file)
-            except OSError as error:
-                raise InputError(f"{self.transform_file}: {why(error)}") from None
+            transform = Transform.load(self.transform_file)
         embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
         if apart := difference(told, identity(embedder)):
             raise InputError(f"{self.folder} was made with {apart}")
@@ -246,6 +240,8 @@ class Index:
             InputError: nothing has been written yet.
         """
         if not self.has_table:
+            if self.current().name != self.name:
+                raise InputError(f"{self.folder}: --refit has replaced this index; open it again")
             raise InputError(f"{self.folder}: nothing has been indexed yet")
         table: Table = self.connection.open_table(self.name)
         return table

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,7 @@ class _Writer:
         self._arrow = needed("pyarrow", "search")
         self._stale: dict[str, list[str]] = defaultdict(list)  # file -> content of documents that are gone
         self._texts: set[str] = set()  # hashes of texts whose vectors the table has
+        self._left: Counter[str] = Counter()  # file -> documents that are not written yet
         self._waiting: list[tuple[Document, Any, int]] = []  # document, vector, tokens cut
         self._committed = time.monotonic()
         self._embedded = self._cut = 0
@@ -98,6 +99,7 @@ class _Writer:
         gone = {key: x for key, x in there.items() if key not in corpus.documents and corpus.holds(x.file)}
         for place in gone.values():
             self._stale[place.file].append(place.content)
+        self._left = Counter(place.file for place in todo.values())
         with tqdm(total=len(todo), desc="indexing", unit="document", disable=None if progress else True) as bar:
             written = 0
             read = corpus.read(todo)
@@ -263,7 +265,10 @@ class _Writer:
         return found
 
     def _commit(self) -> None:
-        """Write what waits, and in the same commit take away what it replaces: all that is gone from its files."""
+        """Write what waits, and with a file's last documents, in the same commit, take away what is gone from it.
+
+        Not before: a search would miss what is still to be written, and its vectors could not be used again.
+        """
         rows, self._waiting, self._committed = self._waiting, [], time.monotonic()
         if not rows:
             return
@@ -281,7 +286,9 @@ class _Writer:
             "_content": [x.place.content for x in documents],
             "_tokens_cut": [row[2] for row in rows],
         } | {name: [converted(x.fields.get(name), kind) for x in documents] for name, kind in self._kinds.items()}
-        replaced = [content for file in {x.file for x in documents} for content in self._stale.pop(file, ())]
+        self._left.subtract(x.file for x in documents)
+        done = [file for file in {x.file for x in documents} if not self._left[file]]
+        replaced = [content for file in done for content in self._stale.pop(file, ())]
         merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         if replaced:
             merge = merge.when_not_matched_by_source_delete(f"_content IN ({_quoted(replaced)})")

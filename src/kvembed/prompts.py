@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, UnsupportedModel
+from .texts import check_unicode
 
 __all__ = ["UNLIMITED", "Prompt", "Prompter", "check_texts"]
 
@@ -88,7 +89,10 @@ class Prompter:
         self._rules.no_truncation()
         self._rules.encode_special_tokens = True  # as plain text, that is
         added = tokenizer.added_tokens_decoder
-        self._special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+        named = {*tokenizer.all_special_ids}
+        if tokenizer.pad_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            named.discard(tokenizer.pad_token_id)  # may be an ordinary piece that was set for padding's sake
+        self._special = named | {index for index, token in added.items() if token.special}
         self._unknown = tokenizer.unk_token_id
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._start = next((token for token in starts if token is not None), None)
@@ -233,6 +237,8 @@ class Prompter:
         if own <= tokens and prompt.tokens <= limit:
             return prompt
         room = (limit - around) // copies
+        if own < 2 or room < 1:
+            raise self._no_room(limit, around, prompt.shared)
         count = max(-(-own // max(min(tokens, room - _WORD), 1)), 2)
         while count <= max(own, 2):
             inner = {_border(prompt, start + own * chunk // count, own // count) for chunk in range(1, count)}
@@ -257,13 +263,7 @@ def check_texts(texts: Sequence[Any], first: int = 0) -> None:
     for index, text in enumerate(texts, first):
         if not isinstance(text, str):
             raise InputError(f"text {index} is a {type(text).__name__}, not a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text {index} holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
-                "not valid Unicode"
-            ) from None
+        check_unicode(text, f"text {index}")
 
 
 def _border(prompt: Prompt, token: int, length: int) -> int:

@@ -237,8 +237,10 @@ def check_unicode(text: str, place: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        code = ord(error.object[error.start])
-        raise InputError(f"{place}: lone surrogate (U+{code:04X}), not valid Unicode") from None
+        code = ord(text[error.start])
+        raise InputError(
+            f"{place} holds a lone surrogate (U+{code:04X}) at character {error.start}: not valid Unicode"
+        ) from None
 
 
 def _id(value: Any, place: str, field: str) -> str | int:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .config import Role
 from .errors import InputError
-from .files import whole_file
+from .files import whole_file, why
 
 __all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "check_count", "fit"]
 
@@ -105,7 +105,7 @@ class Transform:
 
     @classmethod
     def load(cls, path: Path) -> Transform:
-        """The inverse of `save`. Raises `InputError` for anything else; `FileNotFoundError` if there is no file."""
+        """The inverse of `save`. Raises `InputError` for anything else, or no file."""
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -117,6 +117,8 @@ class Transform:
             fits = {mean.shape for mean in means.values()} == {(views, dim)} and {*means} == {"document", "query"}
             if not fits or transform.rotate.shape[0] != views * kept:
                 raise ValueError("its parts do not fit together")
+        except OSError as error:
+            raise InputError(f"{path}: {why(error)}") from None
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path} is not a transform of kvembed: {error}") from None
         return transform

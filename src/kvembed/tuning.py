@@ -74,12 +74,11 @@ def choose_transform(
     rule = [] if texts is None else [_GIVEN_TEXTS]
     told = json.dumps([bound, source, digest, FORMULA, *rule], sort_keys=True)
     cached = cache_folder() / "transforms" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
-    try:
-        return Transform.load(cached)
-    except FileNotFoundError:
-        pass
-    except (InputError, OSError) as error:
-        logger.warning("ignoring the damaged transform: %s", error)
+    if cached.exists():
+        try:
+            return Transform.load(cached)
+        except InputError as error:
+            logger.warning("ignoring the damaged transform: %s", error)
     if texts is None and (shipped := _shipped(bound)):
         return shipped
     logger.info("fitting a transform on %s texts, once", source)
