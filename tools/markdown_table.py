@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["row", "table"]
-
-
-def row(cells: Iterable[str]) -> str:
-    """One line."""
-    return f"| {' | '.join(cells)} |"
+__all__ = ["table"]
 
 
 def table(head: list[str], align: str, body: Iterable[Iterable[str]]) -> str:
     """A table; `align` has a letter for each column, `l` or `r`."""
     rules = ["---" if letter == "l" else "---:" for letter in align]
-    return "\n".join(map(row, [head, rules, *body]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rules, *body])

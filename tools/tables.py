@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bulk_table import bulk_table
 from figures import draw
-from markdown_table import row
+from markdown_table import table
 from search_table import search_table
 from serving_table import serving_table
 from speed import speed_page
@@ -96,20 +96,22 @@ def _summary(mini: list[Result]) -> str:
     presets = {key: rows for key, rows in _presets(mini).items() if {result.task for result in rows} == tasks}
     models = [model for model in MODELS if any(name == model for name, _ in presets)]
     methods = [method for method in METHODS if any((model, method) in presets for model in models)]
-    lines = [row(["method", "forward passes", *models]), row(["---", "---:", *["---:"] * len(models)])]
+    body = []
     for method in methods:
         cells = []
         for model in models:
             rows = presets.get((model, method))
             cells.append(_interval(mean(rows)) + f", {_tokens(rows):.0f} tok" if rows else "")
-        lines.append(row([f"`{method}`", str(METHODS[method].forward_passes), *cells]))
+        body.append([f"`{method}`", str(METHODS[method].forward_passes), *cells])
+    lines = [table(["method", "forward passes", *models], "lr" + "r" * len(models), body)]
     references = [
         f"{name if name != method else 'TF-IDF'} ({REFERENCES[method]}, {_reach(rows[0])}) {_interval(mean(rows))}"
         for (name, method), rows in presets.items()
         if method in REFERENCES
     ]
     if references:
-        lines += ["", f"For comparison: {', '.join(references)}. The methods read a text's first {MINI_TOKENS:,} tokens."]
+        told = f"For comparison: {', '.join(references)}."
+        lines += ["", f"{told} The methods read a text's first {MINI_TOKENS:,} tokens."]
     lines += [
         "",
         "tok: tokens a text, its template's included, but for `auto`'s examples, computed once for all texts.",
@@ -172,13 +174,13 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         methods = _methods(presets, model)
         if not methods:
             continue
-        table = {method: presets[model, method] for method in methods}
-        table |= {f"{name} ({REFERENCES[method]})": rows for (name, method), rows in references.items()}
+        groups = {method: presets[model, method] for method in methods}
+        groups |= {f"{name} ({REFERENCES[method]})": rows for (name, method), rows in references.items()}
         parts += [
             f"## {model}, `mini`",
             _machine({m: presets[model, m] for m in methods}),
-            _scores(table),
-            _differences(table),
+            _scores(groups),
+            _differences(groups),
         ]
     parts += [
         _auto([result for result in results if result.suite == "auto"]),
@@ -192,60 +194,55 @@ def _document(mini: list[Result], results: list[Result]) -> str:
 
 def _proof(results: list[Result]) -> str:
     full = {r.task: r for r in results if r.suite == "full" and r.method == "sentence-transformer"}
-    lines = [
-        row(["task", "metric", "n", "public", "ours", "difference", "allowed"]),
-        row(["---", "---", *["---:"] * 5]),
-    ]
+    body = []
     for task, public in PUBLISHED.items():
         if task in full:
             ours = full[task]
             gap, allowed = ours.score - public, TOLERANCE.get(task, 0.1)
             cells = [f"{public:.2f}", f"{ours.score:.2f}", f"{gap:+.2f}", f"{allowed}"]
-            lines.append(row([task, ours.metric, str(ours.n), *cells]))
-    return "\n".join(lines) if len(lines) > 2 else ""
+            body.append([task, ours.metric, str(ours.n), *cells])
+    return table(["task", "metric", "n", "public", "ours", "difference", "allowed"], "llrrrrr", body) if body else ""
 
 
-def _machine(table: dict[str, list[Result]]) -> str:
+def _machine(groups: dict[str, list[Result]]) -> str:
     """What most methods ran on, and what others did, if it was not the same."""
     machines: dict[str, list[str]] = defaultdict(list)
-    for method, rows in table.items():
+    for method, rows in groups.items():
         machines[f"{rows[0].device}, {rows[0].hardware}"].append(f"`{method}`")
     usual, *others = sorted(machines, key=lambda machine: -len(machines[machine]))
-    versions = ", ".join(f"{name} {version}" for name, version in next(iter(table.values()))[0].versions.items())
+    versions = ", ".join(f"{name} {version}" for name, version in next(iter(groups.values()))[0].versions.items())
     told = [f" On {machine}: {', '.join(machines[machine])}." for machine in others]
     return f"{usual}; {versions}.{''.join(told)}"
 
 
-def _scores(table: dict[str, list[Result]]) -> str:
-    tasks = sorted({result.task for rows in table.values() for result in rows})
-    lines = [
-        row(["method", "mean", "passes", "tokens a text", "seconds", *tasks]),
-        row(["---", *["---:"] * (4 + len(tasks))]),
-    ]
-    for method, rows in table.items():
+def _scores(groups: dict[str, list[Result]]) -> str:
+    tasks = sorted({result.task for rows in groups.values() for result in rows})
+    body = []
+    for method, rows in groups.items():
         scores = {result.task: f"{result.score:.1f} ± {(result.high - result.low) / 2:.1f}" for result in rows}
         whole = _interval(mean(rows)) if len(rows) == len(tasks) else f"{len(rows)} of {len(tasks)} tasks"
         costs = [str(rows[0].passes), f"{_tokens(rows):.0f}", f"{sum(r.seconds for r in rows):.0f}"]
-        lines.append(row([method, whole, *costs, *(scores.get(task, "") for task in tasks)]))
-    cut = sum(result.truncated for result in next(iter(table.values())))
-    lines += ["", f"± is half the interval's width. Texts cut: {cut} with the first method of the table."]
-    return "\n".join(lines)
+        body.append([method, whole, *costs, *(scores.get(task, "") for task in tasks)])
+    head = ["method", "mean", "passes", "tokens a text", "seconds", *tasks]
+    cut = sum(result.truncated for result in next(iter(groups.values())))
+    note = f"± is half the interval's width. Texts cut: {cut} with the first method of the table."
+    return f"{table(head, 'lrrrr' + 'r' * len(tasks), body)}\n\n{note}"
 
 
-def _differences(table: dict[str, list[Result]]) -> str:
+def _differences(groups: dict[str, list[Result]]) -> str:
     """kv - method, task by task."""
-    ours = {result.task: result for result in table.get("kv", [])}
+    ours = {result.task: result for result in groups.get("kv", [])}
     if not ours:
         return ""
     tasks = sorted(ours)
-    lines = ["`kv` minus the method, paired; **bold** where the interval leaves out 0:", ""]
-    lines += [row(["method", "mean", *tasks]), row(["---", *["---:"] * (1 + len(tasks))])]
-    for method, rows in table.items():
+    body = []
+    for method, rows in groups.items():
         theirs = {result.task: result for result in rows}
         if method != "kv" and set(theirs) == set(ours):
             gaps = [difference(ours.values(), rows), *(difference([ours[task]], [theirs[task]]) for task in tasks)]
-            lines.append(row([method, *map(_gap, gaps)]))
-    return "\n".join(lines) if len(lines) > 4 else ""
+            body.append([method, *map(_gap, gaps)])
+    note = "`kv` minus the method, paired; **bold** where the interval leaves out 0:"
+    return f"{note}\n\n{table(['method', 'mean', *tasks], 'lr' + 'r' * len(tasks), body)}" if body else ""
 
 
 def _auto(results: list[Result]) -> str:
@@ -273,15 +270,12 @@ def _auto(results: list[Result]) -> str:
 def _against(what: str, method: str, found: Iterable[tuple[str, list[Result]]], base: list[Result]) -> str:
     """Each of `found` against `base`, which is `method` itself: mean, difference, and the tasks' scores."""
     tasks = sorted(result.task for result in base)
-    lines = [
-        row([what, "mean", f"against `{method}`", *tasks]),
-        row(["---", *["---:"] * (2 + len(tasks))]),
-    ]
+    body = []
     for name, rows in found:
         scores = {result.task: f"{result.score:.1f}" for result in rows}
         gap = "" if rows is base else _gap(difference(rows, base))
-        lines.append(row([name, _interval(mean(rows)), gap, *(scores[task] for task in tasks)]))
-    return "\n".join(lines)
+        body.append([name, _interval(mean(rows)), gap, *(scores[task] for task in tasks)])
+    return table([what, "mean", f"against `{method}`", *tasks], "lrr" + "r" * len(tasks), body)
 
 
 def _one_left_out(choices: dict[str, list[Result]], base: list[Result]) -> str:
@@ -301,23 +295,19 @@ def _one_left_out(choices: dict[str, list[Result]], base: list[Result]) -> str:
 
 def _sizes(sizes: dict[str, list[Result]], base: list[Result]) -> str:
     bits = {"float32": 32, "int8": 8, "binary": 1}
-    lines = [
-        row(["dimensions", "numbers", "bytes a vector", "mean", "of `auto`"]),
-        row(["---:", "---", *["---:"] * 3]),
-    ]
+    body = []
     told = {method: (int(method.split()[1]), method.split()[2]) for method in sizes}
     for method, (dim, precision) in sorted(told.items(), key=lambda pair: -pair[1][0] * bits[pair[1][1]]):
         rows = sizes[method]
         share = mean(rows).value / mean(base).value
-        cells = [str(dim), precision, f"{dim * bits[precision] // 8:,}", _interval(mean(rows)), f"{share:.1%}"]
-        lines.append(row(cells))
-    return "\n".join(lines)
+        body.append([str(dim), precision, f"{dim * bits[precision] // 8:,}", _interval(mean(rows)), f"{share:.1%}"])
+    return table(["dimensions", "numbers", "bytes a vector", "mean", "of `auto`"], "rlrrr", body)
 
 
 def _own(mini: list[Result], results: list[Result]) -> str:
     """`auto` fitted on a task's own unlabelled texts, against the same fitted on what the model wrote itself."""
     presets = _presets(mini)
-    lines = []
+    body = []
     for model in MODELS:
         usual = {result.task: result for result in presets.get((model, "auto"), [])}
         rows = [result for result in results if result.model == model and result.task in usual]
@@ -325,15 +315,15 @@ def _own(mini: list[Result], results: list[Result]) -> str:
             scores = [f"{x.score:.1f} ± {(x.high - x.low) / 2:.1f}" for x in (usual[own.task], own)]
             told = own.config["fitted_on"]
             fitted_on = f"{told['count'] - told.get('self_written', 0):,}"
-            lines.append(row([model, own.task, *scores, _gap(difference([own], [usual[own.task]])), fitted_on]))
-    if not lines:
+            body.append([model, own.task, *scores, _gap(difference([own], [usual[own.task]])), fitted_on])
+    if not body:
         return ""
     head = ["model", "task", "self-written", "own texts", "difference", "own texts used"]
     title = (
         "## `auto`, fitted on the task's own texts\n\nWhat is searched, or a classifier's training texts without their "
         "labels; never what is scored. **Bold**: the interval of the difference leaves out 0."
     )
-    return "\n\n".join([title, "\n".join([row(head), row(["---", "---", *["---:"] * 4]), *lines])])
+    return "\n\n".join([title, table(head, "llrrrr", body)])
 
 
 def _precision(mini: list[Result], results: list[Result]) -> str:
@@ -366,17 +356,15 @@ def _long(results: list[Result]) -> str:
         methods = [method for method in METHODS if any((method, limit) in cells for limit in limits)]
         if not methods:
             continue
-        lines = [
-            row([f"{model}, method", *(f"{limit:,} tokens" for limit in limits)]),
-            row(["---", *["---:"] * len(limits)]),
-        ]
+        body = []
         for method in methods:
             found = [cells.get((method, limit)) for limit in limits]
             template = METHODS[method].to_dict()["document"]
             earlier = any(r and r.config["document"] != template for r in found)
             told = f"`{method}`" + (" (with its earlier template)" if earlier else "")
-            lines.append(row([told, *(_score_and_cut(r) if r else "" for r in found)]))
-        parts.append("\n".join(lines))
+            body.append([told, *(_score_and_cut(r) if r else "" for r in found)])
+        head = [f"{model}, method", *(f"{limit:,} tokens" for limit in limits)]
+        parts.append(table(head, "l" + "r" * len(limits), body))
     if not parts:
         return ""
     title = "## Long text\n\nQMSum meetings found by their summaries, nDCG@10 (in brackets: documents that were cut)."

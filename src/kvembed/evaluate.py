@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from .batching import blocks
 from .config import Role
 from .errors import InputError
 from .files import whole_file, why
@@ -231,16 +232,8 @@ def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
     All of a task's texts, also those that are stored: in half precision a vector depends a little on its batch mates,
     and these should not depend on what was run before.
     """
-    chunk: list[str] = []
-    size = 0
-    for text in sorted(dict.fromkeys(texts), key=len, reverse=True):
-        if chunk and size + len(text) > _CHUNK:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(text)
-        size += len(text)
-    if chunk:
-        yield chunk
+    ordered = sorted(dict.fromkeys(texts), key=len, reverse=True)
+    return blocks(ordered, len, most_items=len(ordered), most_characters=_CHUNK)
 
 
 def _cost(texts: Sequence[str]) -> int:
