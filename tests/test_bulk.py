@@ -307,3 +307,16 @@ def test_kill_9(folder, embedder, tmp_path, times):
     bulk(embedder, source, tmp_path / "whole", shard_rows=4, model="tiny")
     assert pq.read_table(out)["id"].to_pylist() == list(range(96))
     assert content(out) == content(tmp_path / "whole")
+
+
+def test_an_input_changed_in_place_is_noticed(embedder, tmp_path):
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": f"Notice number {i:03}."}) + "\n" for i in range(40)))
+
+    def engine(job, *rest):
+        source.write_text(source.read_text().replace("035", "999"))
+        return run_here(job, *rest)
+
+    with pytest.raises(InputError, match=r"a\.jsonl changed while it was read"):
+        bulk(embedder, source, tmp_path / "out", shard_rows=10, engine=engine)
+    assert not json.loads((tmp_path / "out" / "_manifest.json").read_text())["finished"]

@@ -463,7 +463,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert api_keys(None) == []
     monkeypatch.setenv("KVEMBED_API_KEYS", "a, b,")
     assert api_keys(None) == ["a", "b"]
-    (tmp_path / "keys").write_text("c\n\n d \n")
+    (tmp_path / "keys").write_text("\ufeffc\n\n d \n")  # with the mark that some editors put first
     assert api_keys(tmp_path / "keys") == ["c", "d"]
     (tmp_path / "none").write_text("\n")
     for name, message in [("none", "holds no key"), ("gone", "no such file")]:

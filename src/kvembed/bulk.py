@@ -145,6 +145,8 @@ def bulk(
         if len(done) < len(plan.shards):
             raise KvembedError(f"{len(plan.shards) - len(done)} shards were not made; run the same command again")
         listed = [_listed(job, shard, done[shard.index]) for shard in plan.shards]
+        if todo:
+            plan.check_unchanged()
         _write_manifest(out, manifest | {"finished": True, "shards": listed})
     return Summary(
         rows=plan.rows,
@@ -245,7 +247,7 @@ def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> di
     """Everything that decides what the shards hold, in plain JSON types."""
     from . import __version__
 
-    told = {
+    return {
         "kvembed": __version__,
         **identity(embedder),
         "config_hash": embedder.config.hash(),
@@ -266,7 +268,6 @@ def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> di
         "rows": plan.rows,
         "shard_rows": shard_rows,
     }
-    return cast("dict[str, Any]", json.loads(json.dumps(told)))
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

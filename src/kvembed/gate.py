@@ -41,7 +41,7 @@ class JsonLines(logging.Formatter):
 
 
 class Gate:
-    """ASGI middleware; see `Limits` in `server` for the numbers.
+    """ASGI middleware; see `Limits` in `service` for the numbers.
 
     Args:
         app: what is behind it.

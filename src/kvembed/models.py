@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from .errors import InputError, KvembedError, ModelNotFound
 from .files import sha256_of
 
-__all__ = ["BUNDLED", "Bundled", "cache_folder", "label", "load", "pull"]
+__all__ = ["BUNDLED", "Bundled", "cache_folder", "label", "load", "pull", "usable_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ def load(
         InputError: unknown dtype or device.
         ModelNotFound: no such model, no network, or a file that can't be read.
     """
-    place = _device(device)
+    best = torch.accelerator.current_accelerator() or torch.device("cpu")
+    place = best if device == "auto" else usable_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
     if dtype == "auto":
@@ -169,10 +170,8 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator()
-        return torch.device("cpu") if accelerator is None else accelerator
+def usable_device(device: str) -> torch.device:
+    """Raises `InputError` for a device that this machine does not have."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -43,6 +43,8 @@ __all__ = ["api_keys", "create_app", "serve", "uvicorn_config"]
 
 logger = logging.getLogger(__name__)
 
+_LAST_SECONDS = 110  # after SIGTERM; a client that does not read its answer would hold the server for ever
+
 KEYS_VARIABLE = "KVEMBED_API_KEYS"
 Answer = TypeVar("Answer")
 
@@ -56,7 +58,7 @@ def api_keys(file: Path | None) -> list[str]:
     if file is None:
         return [key for part in os.environ.get(KEYS_VARIABLE, "").split(",") if (key := part.strip())]
     try:
-        keys = [key for line in file.read_text().splitlines() if (key := line.strip())]
+        keys = [key for line in file.read_text("utf-8-sig").splitlines() if (key := line.strip())]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: {why(error) if isinstance(error, OSError) else 'not UTF-8 text'}") from None
     if not keys:
@@ -133,7 +135,15 @@ class _Server(uvicorn.Server):
 
 def uvicorn_config(app: FastAPI) -> uvicorn.Config:
     """How uvicorn runs the application."""
-    return uvicorn.Config(app, http=_Protocol, ws="none", log_config=None, access_log=False, server_header=False)
+    return uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
 
 
 def _bound(host: str, port: int) -> socket.socket:

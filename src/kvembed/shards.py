@@ -102,6 +102,13 @@ class Plan:
         """Rows in all."""
         return sum(file.rows for file in self.inputs)
 
+    def check_unchanged(self) -> None:
+        """Raises `InputError` if an input is not what it was when the plan was made."""
+        for path, file in ((self.folder / file.path, file) for file in self.inputs):
+            _check_size(path, file.size)
+            if sha256_of(path) != file.sha256:
+                raise InputError(f"{path} changed while it was read; give the job another folder")
+
 
 def find_inputs(source: Path) -> tuple[Path, list[str]]:
     """The folder, and the files in it to read, sorted; names that begin with `.` or `_` are passed over.

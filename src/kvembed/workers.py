@@ -27,7 +27,7 @@ from .config import EmbedConfig, Role
 from .console import quiet
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .models import BUNDLED, load
+from .models import BUNDLED, load, usable_device
 from .transform import Transform
 from .vectors import Encoded
 
@@ -82,11 +82,7 @@ def check_devices(devices: Sequence[str]) -> None:
     if not devices:
         raise InputError("no devices: give for example cuda:0,cuda:1 or cpu,cpu")
     for device in devices:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"device {device!r} can't be used: {reason}") from None
+        usable_device(device)
 
 
 def encode_on(
