@@ -9,7 +9,7 @@ import torch
 from conftest import tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvembed import EmbedConfig, InputError, UnsupportedModel
+from kvembed import EmbedConfig, Embedder, InputError, UnsupportedModel
 from kvembed.backbone import Backbone
 
 
@@ -185,3 +185,15 @@ def test_compiled_is_the_same():
     norm = compiled.layers[0].input_layernorm
     assert norm._compiled_call_impl is not None
     assert compiled.layers[0].self_attn._compiled_call_impl is None
+
+
+def test_a_vocabulary_of_letters():
+    assert len(Backbone(tiny(vocab_size=12)).layers) == 5
+
+
+def test_layers_of_another_width_than_the_top_are_not_read(tokenizer):
+    model = tiny("opt", word_embed_proj_dim=24, ffn_dim=64)
+    for options in ({"method": "kv"}, {"method": "token-prepending"}, {"method": "mean", "output_layer": 1}):
+        with pytest.raises(UnsupportedModel, match="give a token 1 x 48 numbers, and the top 24"):
+            Embedder.from_model(model, tokenizer, **options)
+    assert Embedder.from_model(model, tokenizer, method="kv", layers=[1, 2]).encode(["a"]).shape == (1, 24)

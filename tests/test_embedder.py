@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import threading
@@ -380,3 +381,47 @@ def test_a_bad_text_far_down_a_stream_is_named_by_its_place_in_it(embedder, monk
         next(stream)
         with pytest.raises(InputError, match=message):
             next(stream)
+
+
+def test_training_mode_is_refused_whenever_it_comes(tokenizer):
+    model = tiny()
+    embedder = Embedder.from_model(model, tokenizer, method="mean")
+    model.train()
+    with pytest.raises(InputError, match="training mode"):
+        embedder.encode(["a"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(llama, tokenizer, dtype):
+    texts = [f"{text} {i}" for i, text in enumerate(MANY[:120])]
+
+    def vectors():
+        static = Embedder.from_model(llama, tokenizer, method="static", texts=MANY)
+        weighted = Embedder.from_model(llama, tokenizer, method="weighted-mean")
+        return np.concatenate([static.encode_views(texts).vectors[:, 0], weighted.encode(texts)], 1)
+
+    expected = vectors()
+    torch.set_default_dtype(dtype)
+    try:
+        found = vectors()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_template_that_leaves_no_room_for_chunks(tokenizer):
+    model = tiny(max_position_embeddings=64)
+    for words in range(10, 70):
+        try:
+            Embedder.from_model(
+                model, tokenizer, method="mean", document="x " * words + "{text}", chunk_tokens=8
+            ).encode(["some text of several tokens, a little longer than that"])
+        except InputError as error:
+            assert "template alone takes" in str(error)  # noqa: PT017
+
+
+def test_padding_with_an_ordinary_token_spoils_no_text(llama, tokenizer):
+    own = copy.deepcopy(tokenizer)
+    expected = Embedder.from_model(llama, own, method="mean").encode(["Stop! now"])
+    own.pad_token_id = own("!", add_special_tokens=False)["input_ids"][0]
+    np.testing.assert_array_equal(Embedder.from_model(llama, own, method="mean").encode(["Stop! now"]), expected)

@@ -192,3 +192,13 @@ def test_the_models_own_generation_settings_do_not_matter(tokenizer):
     settings.min_p, settings.repetition_penalty, settings.return_dict_in_generate = 0.9, 50.0, True
     assert write_texts(model, tokenizer, count=5, batch=10) == plain
     assert model.generation_config is settings
+
+
+def test_low_layers_that_do_not_tell_texts_apart(tokenizer):
+    kinds = ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
+    backbone = Backbone(tiny("lfm2", num_hidden_layers=6, layer_types=kinds))
+    texts = [f"{text} {i}" for i, text in enumerate(NOTICES)]
+    curve = id_curve(backbone, Prompter(tokenizer), texts, "{text}, in a few words and no more:")
+    assert curve[0] == 0
+    assert curve[2] > 0
+    assert window(curve, backbone.attention_layers)[0] in (2, 4)

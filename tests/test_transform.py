@@ -343,3 +343,10 @@ def test_the_results_of_a_fitted_method_say_what_it_was_fitted_on(auto, llama, t
     other = Embedder.from_model(llama, tokenizer, method="auto", texts=[*MANY[1:], "one more"])
     assert embedder_subject(other, "tiny").identity != subject.identity
     json.dumps(subject.config)
+
+
+def test_a_saved_fit_stays_where_nothing_it_depends_on_is_changed(auto, tmp_path):
+    auto.save_pretrained(tmp_path / "saved")
+    for options in ({"bias": 1.0}, {"layers": []}, {"pooling": "last"}):
+        again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32", **options)
+        assert again.transform.digest() == auto.transform.digest(), options

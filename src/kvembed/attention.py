@@ -128,10 +128,9 @@ class Reroute:
             raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
         plain = _is_plain(key, value, attention_mask, kwargs) and not (self.bidirectional and layer in self.layers)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if plain and self.prefer_closed and (flash.has_varlen(query) or suits(query.device, query.dtype)):
+        fast = flash.has_varlen(query) or suits(query.device, query.dtype) or (before and flash.has_causal(query))
+        if plain and self.prefer_closed and fast:
             return self._attend_packed(module, layer, query, key, value, scale, before), None
-        if before and plain and self.prefer_closed and flash.has_causal(query):
-            return self._attend_after(before, query, key, value, scale), None
         if before:
             if attention_mask is None:
                 if key.device not in self._kept_masks:
@@ -181,17 +180,16 @@ class Reroute:
                 yield start, *parts
                 start, left = end, left - texts
 
-    def _attend_after(
-        self, before: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        """Packed texts' attention after a common beginning, (1,T,Hq,Dv), on a CPU; arguments as in `__call__`."""
+    def _causal_with_lse(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Packed texts' attention to their own tokens, (1,Hq,T,D), and its log-sum-exp, (1,Hq,T)."""
+        if flash.has_varlen(query):
+            return flash.varlen_with_lse(query, key, value, self._places(key.device)[1] + 1, self.packed[0], scale)
         outs, lses = [], []
         for _, q, k, v in self._by_length(query, key, value):
             out, lse = flash.causal_with_lse(q, k, v, scale)  # (texts,Hq,n,D), (texts,Hq,n)
             outs.append(out.transpose(0, 1).flatten(1, 2))
             lses.append(lse.transpose(0, 1).flatten(1, 2))
-        out = _after(before, torch.cat(outs, 1)[None], torch.cat(lses, 1)[None], query, scale)
-        return out.transpose(1, 2).contiguous()
+        return torch.cat(outs, 1)[None], torch.cat(lses, 1)[None]
 
     def _attend_packed(
         self,
@@ -210,11 +208,11 @@ class Reroute:
                 self._tiles[routed] = Tiles(self.packed, self.bias, self.slot_self, routed, self._first)
             turned = self._packed_slot_keys(module, layer, key) if layer in self.turned else None
             return self._tiles[routed].attend(query, key, value, scale, turned, before)
-        text, final = self._places(key.device)  # (T,), (texts,)
-        out, lse = flash.varlen_with_lse(query, key, value, final + 1, self.packed[0], scale)  # (1,Hq,T,Dv), (1,Hq,T)
+        out, lse = self._causal_with_lse(query, key, value, scale)
         if before:
             out = _after(before, out, lse, query, scale)
         if layer in self.layers:
+            text, final = self._places(key.device)  # (T,), (texts,)
             slots = self._packed_slot_keys(module, layer, key), value[0, :, final].transpose(0, 1)  # (texts,Hkv,D)
             slot_key, slot_value = (part[text].transpose(0, 1)[None] for part in slots)  # (1,Hkv,T,D)
             unseen = None if self.slot_self else (torch.zeros_like(final), final)

@@ -101,7 +101,12 @@ class Backbone:
                     stack.callback(layer.register_forward_pre_hook(enter).remove)
             stack.enter_context(attending(self.decoder, look))
             stack.enter_context(torch.inference_mode())
-            ids = torch.arange(16, device=self.device)[None] + 1
+            outputs: dict[str, list[Any]] = defaultdict(list)  # of every layer
+            for name, layers in stacks.items():
+                for layer in layers:
+                    reader = _in_this_thread(functools.partial(_read_output, outputs[name].append))
+                    stack.callback(layer.register_forward_hook(reader).remove)
+            ids = (torch.arange(16, device=self.device)[None] + 1) % self._vocabulary
             failure: Exception | None = None
             try:
                 output = self.decoder(input_ids=ids, use_cache=False)
@@ -133,6 +138,20 @@ class Backbone:
         }
         self.attention_layers = tuple(sorted({index for places in self.layer_calls.values() for index in places}))
         self.dim = int(output[0].shape[-1])
+        inner = [states for name in first for states in outputs[name]]
+        self._inner_shapes = {(*states.shape[:-2], states.shape[-1]) for states in inner if torch.is_tensor(states)}
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(getattr(self.model.config.get_text_config(decoder=True), "vocab_size", 0)) or 2**31
+
+    def check_readable(self) -> None:
+        """Raises `UnsupportedModel` if the states between its layers are not one vector of `dim` numbers a token."""
+        if odd := self._inner_shapes - {(1, self.dim)}:
+            self._refuse(
+                f"its layers give a token {' x '.join(map(str, min(odd)))} numbers, and the top {self.dim}, so that no "
+                "layer below the top can be read; re-routing needs layers= then"
+            )
 
     @torch.inference_mode()
     def _runs(self, ids: Tensor) -> bool:
@@ -325,9 +344,9 @@ class Backbone:
         They are taken from the middle of the vocabulary: special tokens are at its ends, and their states, huge and
         never trained, magnify what is rounded.
         """
-        middle = getattr(self.model.config.get_text_config(decoder=True), "vocab_size", 0) // 2
+        middle = self._vocabulary // 2 if self._vocabulary < 2**31 else 0
         texts = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3, 4, 5, 0, 0, 0]], device=self.device)
-        return texts + middle, torch.tensor([8, 5], device=self.device)
+        return (texts + middle) % self._vocabulary, torch.tensor([8, 5], device=self.device)
 
     @functools.cached_property
     @torch.inference_mode()

@@ -24,11 +24,10 @@ from .backbone import Backbone
 from .batching import blocks, characters, run_batches
 from .config import EmbedConfig, Readout, Role
 from .errors import InputError, KvembedError
-from .files import why
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
-from .prefix import Beginnings, Prefix, Where, beginning, can_begin, without
+from .prefix import Beginnings, Prefix, Where, beginning, can_begin
 from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
 from .saved import CONFIG_FILE, TRANSFORM_FILE, read_config, save_embedder, save_st_files
@@ -112,8 +111,9 @@ class Embedder:
         """Prefer `from_pretrained` or `from_model`, which say what the arguments mean."""
         if batch_tokens is not None and batch_tokens < 1:
             raise InputError(f"batch_tokens must be a whole number from 1, not {batch_tokens!r}")
-        if model.training:
-            raise InputError("the model is in training mode, so dropout would change its states: call model.eval()")
+        _refuse_training(model)
+        if texts is not None:
+            _refuse_string(texts)
         self.model = model
         self.tokenizer = tokenizer
         self.backbone = Backbone(model)
@@ -131,6 +131,8 @@ class Embedder:
             config = config.replace(layers=profile.layers)
         depth = len(self.backbone.layers)
         config = config.replace(layers=self.backbone.changed_layers(config))
+        if config.prepend_layers or any(one.output_layer is not None for one in config.readouts):
+            self.backbone.check_readable()
         if config.prepend_layers and config.prepend_layers[-1] >= depth:
             raise InputError(f"prepend_layers go up to {config.prepend_layers[-1]}; the last layer is {depth - 1}")
         self.config = config = config.replace(
@@ -192,8 +194,8 @@ class Embedder:
             revision: of a hub id.
             batch_tokens: tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
             texts: unlabelled texts to choose layers by and to fit a transform on, if the method has one (100 and more;
-                up to 500 are used, and self-written ones make up 1,000). Default: what is stored for this model, or
-                else text that the model writes itself.
+                up to 500 are used, and self-written ones fill them up to 1,000). Default: what is stored for this
+                model, or else text that the model writes itself.
             fitted: a file with a transform (`Transform.save`, `kvembed tune -o`), instead of the stored one.
             compile: `torch.compile` parts of the model: seconds to half a minute more before the first vector, and
                 faster after that (docs/speed.md); for long jobs.
@@ -208,17 +210,16 @@ class Embedder:
         source = os.fspath(name)
         saved = Path(source).expanduser() / CONFIG_FILE
         if method is None and saved.is_file():
-            config = read_config(saved).replace(**options)
+            as_saved = read_config(saved)
+            config = as_saved.replace(**options)
+            is_own = config.replace(**UNBOUND) == as_saved.replace(**UNBOUND)  # what the saved transform was fitted for
         else:
-            config = preset(method or "kv", **options)
+            config, is_own = preset(method or "kv", **options), False
         transform = None
         own = saved.with_name(TRANSFORM_FILE)
         if fitted is not None:
-            try:
-                transform = Transform.load(Path(fitted).expanduser())
-            except OSError as error:
-                raise InputError(f"{fitted}: {why(error)}") from None
-        elif method is None and texts is None and not options.keys() - UNBOUND and own.is_file():
+            transform = Transform.load(Path(fitted).expanduser())
+        elif is_own and texts is None and own.is_file():
             transform = Transform.load(own)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
         embedder = cls(
@@ -443,6 +444,7 @@ class Embedder:
 
     def _read(self, by_template: Sequence[Sequence[Prompt]], bar: tqdm[Any] | None = None) -> Encoded:
         """For each template a prompt for each text -> the texts' views."""
+        _refuse_training(self.model)
         whole = [prompt for rendered in by_template for prompt in rendered]
         prompts = [chunk for prompt in whole for chunk in prompt.chunks or (prompt,)]
         chunks = np.array([len(prompt.chunks) or 1 for prompt in whole], np.int64)
@@ -501,10 +503,7 @@ class Embedder:
         self, prompts: Sequence[Prompt], shared: tuple[int, ...], where: Where, batch: Sequence[int]
     ) -> torch.Tensor:
         some = [prompts[index] for index in batch]
-        return (self._beginnings.run(shared, where, some, self._after) if shared else self._forward(some)).cpu()
-
-    def _after(self, prompts: Sequence[Prompt], prefix: Prefix) -> torch.Tensor:
-        return self._forward([without(prompt, prefix.tokens) for prompt in prompts], prefix=prefix)
+        return (self._beginnings.run(shared, where, some, self._forward) if shared else self._forward(some)).cpu()
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
@@ -521,7 +520,7 @@ class Embedder:
         prompt = (whole.chunks or (whole,))[0]
         betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
         if self.config.forward_passes:
-            self._forward([prompt], betas)
+            self._forward([prompt], betas=betas)
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
         return Explanation(
             prompt=prompt.text,
@@ -588,8 +587,8 @@ class Embedder:
     def _forward(
         self,
         prompts: Sequence[Prompt],
-        betas: dict[int, torch.Tensor] | None = None,
         prefix: Prefix | None = None,
+        betas: dict[int, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One forward of the decoder, pooled by the read-outs that are not static: (B, read-outs, D) float32.
 
@@ -614,6 +613,11 @@ class Embedder:
         readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != top}
         read(top, self.backbone.states(ids, lengths, self._run_config, betas, placeholders, readers, prefix))
         return torch.stack([pooled[one] for one in readouts], 1)
+
+
+def _refuse_training(model: PreTrainedModel) -> None:
+    if model.training:
+        raise InputError("the model is in training mode, so dropout would change its states: call model.eval()")
 
 
 def _refuse_string(texts: Iterable[Any]) -> None:

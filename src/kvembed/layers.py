@@ -28,6 +28,8 @@ from .models import cache_folder, label, load
 from .prompts import Prompter
 from .writing import SELF_WRITTEN, own_texts, texts_digest
 
+_LEAST_POINTS = 20  # that TwoNN can say anything of
+
 __all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "shipped_profiles", "twonn", "window"]
 
 logger = logging.getLogger(__name__)
@@ -88,8 +90,8 @@ def twonn(states: NDArray[Any]) -> float:
         InputError: fewer than 20 distinct points, or values that are not finite.
     """
     points = torch.from_numpy(np.unique(states.astype(np.float64), axis=0))
-    if len(points) < 20:
-        raise InputError(f"intrinsic dimension needs at least 20 distinct texts, not {len(points)}")
+    if len(points) < _LEAST_POINTS:
+        raise InputError(f"intrinsic dimension needs at least {_LEAST_POINTS} distinct texts, not {len(points)}")
     if not torch.isfinite(points).all():
         raise InputError("the model's states are not finite (try another dtype)")
     nearest = []
@@ -116,9 +118,13 @@ def window(curve: Sequence[float], attention_layers: Sequence[int]) -> tuple[int
         attention_layers: layers that can be re-routed, ascending.
     """
     depth = len(curve)
-    allowed = [layer for layer in attention_layers if layer >= 0.2 * depth] or list(attention_layers)
+    allowed = _allowed(depth, attention_layers)
     best = min(allowed, key=lambda layer: curve[layer])
     return tuple(layer for layer in attention_layers if best <= layer <= best + int(0.1 * depth))
+
+
+def _allowed(depth: int, attention_layers: Sequence[int]) -> list[int]:
+    return [layer for layer in attention_layers if layer >= 0.2 * depth] or list(attention_layers)
 
 
 def id_curve(
@@ -133,6 +139,9 @@ def id_curve(
 ) -> tuple[float, ...]:
     """Intrinsic dimension of the last token's states at each decoder layer's output, without re-routing.
 
+    A layer that may not be chosen gets 0 if it has too few distinct states: in a model that begins with short
+    convolutions, the last token's are those of the template's end, whatever the text.
+
     Holds one state a text and layer, (L, N, D) float32, and never the states of other tokens.
 
     Args:
@@ -145,6 +154,7 @@ def id_curve(
     Raises:
         InputError: as in `twonn`.
     """
+    backbone.check_readable()
     texts = list(dict.fromkeys(texts))  # the same text in another batch differs in the last bit, and TwoNN would see it
     prompts = prompter(texts, template, min(max_tokens, backbone.max_tokens or max_tokens))
     states = np.empty((len(backbone.layers), len(texts), backbone.dim), np.float32)
@@ -156,7 +166,11 @@ def id_curve(
             readers = {layer: partial(_keep_last, states[layer], batch, real) for layer in range(len(states))}
             backbone.states(ids, real, plain, readers=readers)
             bar.update(len(batch))
-    return tuple(twonn(layer) for layer in states)
+    allowed = _allowed(len(states), backbone.attention_layers)
+    return tuple(
+        twonn(points) if layer in allowed or len(np.unique(points, axis=0)) >= _LEAST_POINTS else 0.0
+        for layer, points in enumerate(states)
+    )
 
 
 def _keep_last(states: NDArray[np.float32], batch: list[int], lengths: Tensor, output: Tensor) -> None:

@@ -32,7 +32,7 @@ def token_weights(lengths: Tensor, spans: Tensor, width: int, pooling: Pooling, 
     if mean_tokens == "content":
         content = (position >= spans[:, :1]) & (position < spans[:, 1:])
         chosen = torch.where(content.any(1, keepdim=True), content, real)
-    weights = chosen * (position + 1.0 if pooling == "weighted-mean" else torch.ones_like(last))
+    weights = chosen * ((position + 1).float() if pooling == "weighted-mean" else torch.ones_like(last))
     weights = weights / weights.sum(1, keepdim=True)
     return (last + weights) / 2 if pooling == "hybrid" else weights
 

@@ -103,14 +103,15 @@ class Beginnings:
         forward: Callable[[Sequence[Prompt], Prefix], Tensor],
     ) -> Tensor:
         """Rows (B,R,D) of prompts that begin with `ids`, as `forward` gives them for what comes after a `Prefix`."""
-        probe = Prompt("", (*ids, ids[-1]), ((0, 0),) * (len(ids) + 1), (len(ids), len(ids) + 1))
+        probe = Prompt("", ids[-1:], ((0, 0),), (0, 1))
+        rest = [*(without(prompt, len(ids)) for prompt in prompts), probe]
         if kept := self._kept.get((ids, where)):
             prefix, expected = kept
-            rows = forward([*prompts, probe], prefix)
+            rows = forward(rest, prefix)
             if _same(rows[-1], expected, where):
                 return rows[:-1]
         prefix = self._compute(ids)
-        rows = forward([*prompts, probe], prefix)
+        rows = forward(rest, prefix)
         self._keep(ids, where, (prefix, rows[-1]))
         return rows[:-1]
 

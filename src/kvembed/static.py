@@ -40,17 +40,17 @@ class StaticVectors:
     def __init__(self, embedding: Callable[[Tensor], Tensor], vocabulary: int, device: torch.device) -> None:
         self._embedding, self._device = embedding, device
         ranks = torch.arange(min(vocabulary, RANKS), device=device)
-        share = 1 / (ranks + OFFSET)
+        share = 1 / (ranks + OFFSET).float()
         share = share / share.sum()
         rows = embedding(ranks).float()
         self._mean = share @ rows  # (D,)
         centred = (rows - self._mean) * share.sqrt()[:, None]
         covariance = centred.T @ centred
         floor = covariance.diagonal().mean().clip(1e-20)
-        covariance = (1 - SHRINK) * covariance + SHRINK * floor * torch.eye(len(covariance), device=device)
+        covariance = (1 - SHRINK) * covariance + SHRINK * floor * torch.eye(len(covariance)).to(covariance)
         # Any W with W W^T = C^(-1) gives the same cosines; this one costs least.
         lower = torch.linalg.cholesky(covariance)
-        self._whiten = torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=device), upper=False).T
+        self._whiten = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False).T
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -58,11 +58,11 @@ class StaticVectors:
         counts = [Counter(text) for text in texts]
         found = sorted(set().union(*counts))
         column = {token: index for index, token in enumerate(found)}
-        weights = torch.zeros(len(texts), len(found))
+        weights = torch.zeros(len(texts), len(found), dtype=torch.float32)
         for row, count in zip(weights, counts, strict=True):
-            row[[column[token] for token in count]] = 1 + torch.tensor([*count.values()]).log()
+            row[[column[token] for token in count]] = 1 + torch.tensor([*count.values()], dtype=torch.float32).log()
         ids = torch.tensor(found, dtype=torch.long)
-        weights *= 1 + (ids / OFFSET).log1p()
+        weights *= 1 + (ids.float() / OFFSET).log1p()
         ids, weights = ids.to(self._device), weights.to(self._device)
         vectors = (self._embedding(ids).float() - self._mean) @ self._whiten
         return weights @ torch.nn.functional.normalize(vectors, dim=-1)
