@@ -83,7 +83,7 @@ def test_text_and_hybrid(index):
     assert {hit.id for hit in index.search(f"{word}s xyzzy", mode="text")} == having  # by its stem
     vector = [hit.id for hit in index.search(word, mode="vector", top=100)]
     hybrid = index.search(word, mode="hybrid", top=100)
-    words = [hit.id for hit in index.search(word, mode="text", top=100)]
+    words = [hit.id for hit in index.search(word, mode="text", top=2**40)]
     fused = {key: sum(1 / (61 + ids.index(key)) for ids in (vector, words) if key in ids) for key in vector}
     assert [hit.score for hit in hybrid] == pytest.approx(sorted(fused.values(), reverse=True))
     assert all(hit.score == pytest.approx(fused[hit.id]) for hit in hybrid)

@@ -465,7 +465,7 @@ class Backbone:
                         unsure.add(layer)
             return stock_attention(module, query, key, *args, **kwargs)
 
-        ids = torch.full((1, 16), 16, device=self.device)
+        ids = torch.full((1, 16), 16 % self._vocabulary, device=self.device)
         with torch.inference_mode(), self._keeping_rotations(rotations), attending(self.decoder, look):
             self.decoder(input_ids=ids, use_cache=False)
         return rotary, unsure

@@ -299,4 +299,5 @@ class Index:
             raise InputError(f"top must be a whole number from 1, not {top!r}")
         vectors: Any = [None] * len(queries) if mode == "text" else self.embedder.encode_query(queries)
         table = self.table  # one version for both searches of a hybrid one, or a document could be in it twice
+        top = min(top, table.count_rows() + 1)  # LanceDB counts in 32 bits
         return [find(table, *one, top, mode, where) for one in zip(queries, vectors, strict=True)]

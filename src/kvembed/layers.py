@@ -28,11 +28,11 @@ from .models import cache_folder, label, load
 from .prompts import Prompter
 from .writing import SELF_WRITTEN, own_texts, texts_digest
 
-_LEAST_POINTS = 20  # that TwoNN can say anything of
-
 __all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "shipped_profiles", "twonn", "window"]
 
 logger = logging.getLogger(__name__)
+
+_LEAST_POINTS = 20  # that TwoNN can say anything of
 
 
 @dataclasses.dataclass(frozen=True)

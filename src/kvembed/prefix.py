@@ -62,8 +62,8 @@ class Beginnings:
     """Beginnings as they were computed, kept for the texts to come.
 
     A model's weights and adapters are their owner's, and may change between calls. So a probe goes with every batch, a
-    text of one token, whose read-outs must come out as they did when the beginning was computed; or else it is computed
-    again.
+    text of one token, whose read-outs must come out as they did when the beginning was computed, but for half a percent
+    (in half precision 5); or else it is computed again.
 
     Args:
         compute: a forward of token ids.
