@@ -30,7 +30,6 @@ from .errors import InputError
 from .files import check_writable, needed, whole_file, why
 from .methods import METHODS, preset
 from .process import keep_for_the_next_batch
-from .tasks import load_tasks, sample
 from .texts import read_rows, read_texts, stream_texts
 from .vectors import check_output, write_vectors
 
@@ -237,7 +236,7 @@ def index_command(
         from .index import Index
         from .saved import usual_method
 
-        there = not refit and Index.exists(db) and Index.open(db).has_table
+        there = not refit and Index.is_filled(db)
         if there:
             index = Index.open(db, model=model, batch_tokens=batch_tokens)
             chosen = None if layers is None else parse_layers(layers)
@@ -246,9 +245,8 @@ def index_command(
         else:
             Index.check_folder(db)
         corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=there, progress=True)
-        if not there and not corpus.documents:
-            raise InputError(f"{', '.join(corpus.roots)}: no documents in {'them' if corpus.roots[1:] else 'it'}")
         if not there:
+            corpus.check_not_empty()
             name = model or "smollm2"
             method = method or usual_method(name)
             is_fitted = method is not None and preset(method).transform != "none" and fitted is None
@@ -479,6 +477,8 @@ def evaluate(
 ) -> None:
     """Score a method on local tasks (STS, pairs, classification, clustering, reranking, retrieval) or on MTEB's."""
     with one_line_errors():
+        from .tasks import load_tasks, sample
+
         if (data is None) == (not mteb):
             raise InputError("say what to score on: --data FOLDER, or --mteb TASK")
         if data is None and (tasks or results or vectors or reference or suite != "mini" or precision != "float32"):

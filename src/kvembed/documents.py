@@ -176,6 +176,11 @@ class Corpus:
                         del left[document.id]  # a line that repeats itself may hold it again, at the same place
                         yield document
 
+    def check_not_empty(self) -> None:
+        """Raises `InputError` if there are no documents."""
+        if not self.documents:
+            raise InputError(f"{', '.join(self.roots)}: no documents in {'them' if self.roots[1:] else 'it'}")
+
     def holds(self, file: str) -> bool:
         """Whether a path is one of the corpus's, or in a folder of it."""
         return any(file == root or file.startswith(root.rstrip(os.sep) + os.sep) for root in self.roots)

@@ -57,6 +57,11 @@ class Index:
         return (Path(folder) / INDEX_FILE).is_file()
 
     @classmethod
+    def is_filled(cls, folder: str | os.PathLike[str]) -> bool:
+        """Whether a folder holds an index into which something has been written; one without may be replaced."""
+        return cls.exists(folder) and cls.open(folder).has_table
+
+    @classmethod
     def open(
         cls, folder: str | os.PathLike[str], *, model: str | None = None, batch_tokens: int | None = None
     ) -> Index:
@@ -109,7 +114,7 @@ class Index:
         name = os.path.abspath(os.path.expanduser(model)) if os.path.exists(os.path.expanduser(model)) else model
         index = cls(path, name, identity(embedder))
         index.__dict__["embedder"] = embedder
-        if not refit and cls.exists(path) and cls.open(path).has_table:
+        if not refit and cls.is_filled(path):
             if told := difference(cls.open(path).made_with, index.made_with):
                 raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
             return index
@@ -117,7 +122,7 @@ class Index:
             try:
                 if embedder.transform is not None:
                     embedder.transform.save(index.transform_file)
-                if not cls.exists(path) or not cls.open(path).has_table:
+                if not cls.is_filled(path):
                     index.take_over()
             except OSError as error:
                 raise InputError(f"{path}: {why(error)}") from None

@@ -87,8 +87,8 @@ class _Writer:
     def run(self, language: str | None, progress: bool) -> Indexed:
         corpus, index = self._corpus, self._index
         self._check_refit()
-        if not corpus.documents and not index.has_table:
-            raise InputError(f"{', '.join(corpus.roots)}: no documents in {'them' if corpus.roots[1:] else 'it'}")
+        if not index.has_table:
+            corpus.check_not_empty()
         index.drop_others()
         self._table, self._kinds = self._opened(language)
         there = self._there()
