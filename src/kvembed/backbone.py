@@ -249,12 +249,12 @@ class Backbone:
         layers: list[tuple[Tensor, Tensor]] = []
 
         def keep(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
             if reason := unfit(module, query, key, kwargs):
                 self._refuse(reason)
             layers.append((key[0], value[0]))
-            return stock_attention(module, query, key, value, *args, **kwargs)
+            return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
         with torch.autocast(self.device.type, enabled=False), attending(self.decoder, keep):
             self.decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
