@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 @functools.cache
 def load(model: str) -> Embedder:
     """One copy of the model: Chroma makes a function anew whenever it looks at a collection's configuration."""
-    return Embedder.from_pretrained(model)
+    return Embedder.from_pretrained(model, method="auto")
 
 
 @register_embedding_function

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 @functools.cache
 def load(model: str) -> Embedder:
     """One copy of the model for both components, which hold its name only and so can be written to YAML."""
-    return Embedder.from_pretrained(model)
+    return Embedder.from_pretrained(model, method="auto")
 
 
 @component

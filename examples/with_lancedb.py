@@ -23,7 +23,7 @@ def store_notices(folder: str | Path, embedder: Embedder) -> Table:
 
 def main(model: str = "smollm2") -> None:
     """Ask the first query."""
-    embedder = Embedder.from_pretrained(model)
+    embedder = Embedder.from_pretrained(model, method="auto")
     query = (HERE / "queries.txt").read_text().splitlines()[0]
     with tempfile.TemporaryDirectory() as folder:
         table = store_notices(folder, embedder)

@@ -32,7 +32,7 @@ class KvembedEmbeddings(Embeddings):
 
 def store_notices(model: str) -> InMemoryVectorStore:
     """Embed the notices and keep them in memory; every store of LangChain takes the same `Embeddings`."""
-    store = InMemoryVectorStore(KvembedEmbeddings(Embedder.from_pretrained(model)))
+    store = InMemoryVectorStore(KvembedEmbeddings(Embedder.from_pretrained(model, method="auto")))
     store.add_texts((HERE / "notices.txt").read_text().splitlines())
     return store
 

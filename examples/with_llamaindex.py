@@ -46,7 +46,7 @@ class KvembedEmbedding(BaseEmbedding):
 def index_notices(model: str) -> VectorStoreIndex:
     """Embed the notices, one node each. Metadata of a node would be embedded with it, unless it is excluded there."""
     nodes = [TextNode(text=notice) for notice in (HERE / "notices.txt").read_text().splitlines()]
-    embedder = Embedder.from_pretrained(model)
+    embedder = Embedder.from_pretrained(model, method="auto")
     return VectorStoreIndex(nodes, embed_model=KvembedEmbedding(embedder, model))
 
 

@@ -147,6 +147,7 @@ class Runner:
             with open(target, "w") as file:
                 file.write(done.stdout)
             return done.exit_code, done.output, done.stdout
+        line = line.replace(ADDRESS, self.url or ADDRESS)
         ran = subprocess.run(["bash", "-c", line], input=given, capture_output=True, text=True, check=False)
         return ran.returncode, ran.stdout + ran.stderr, ran.stdout
 

@@ -57,6 +57,27 @@ def test_embed_composes_with_pipes(run, folder):
     assert result.stderr == ""
 
 
+def test_embed_keeps_ids(run, folder, tmp_path):
+    (tmp_path / "a.csv").write_text("text;key\none;a1\n")
+    (tmp_path / "b.csv").write_text("key,text\nb1,two\n")
+    done = run("embed", tmp_path / "a.csv", tmp_path / "b.csv", "--id-field", "key", "--model", folder)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["id"] for row in rows] == ["a1", "b1"]
+    vectors = np.array([row["embedding"] for row in rows], np.float32)
+    assert np.array_equal(vectors, Embedder.from_pretrained(folder).encode(["one", "two"]))
+    refused = run("embed", tmp_path / "a.csv", "--id-field", "key", "-o", tmp_path / "out.npy", "--model", folder)
+    assert "has no place for ids" in refused.stderr
+
+
+def test_a_text_that_is_the_name_of_a_file_is_told(run, folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("one\n")
+    for command in (("similarity", tmp_path / "notes.txt", "two"), ("explain", tmp_path / "notes.txt")):
+        done = run(*command, "--model", folder)
+        assert done.exit_code == 0
+        assert "there is a file of this name" in done.stderr
+    assert run("similarity", "one", "two", "--model", folder).stderr == ""
+
+
 def test_embed_in_fewer_bits(run, folder, tmp_path):
     whole = Embedder.from_pretrained(folder).encode(["one", "two"])
     result = run("embed", "--model", folder, "--precision", "int8", stdin="one\ntwo\n")

@@ -220,6 +220,27 @@ def test_explain(embedder):
     assert json.loads(json.dumps(explanation.to_dict()))["config"] == embedder.config.to_dict()
 
 
+def test_a_character_of_several_tokens_is_shown_once(embedder):
+    explanation = embedder.explain("漢字 über 🙂b")
+    assert "".join(explanation.tokens[1:]) == explanation.prompt
+    assert "" in explanation.tokens
+
+
+def test_repr_says_what_it_is(embedder):
+    assert repr(embedder) == f"Embedder(llama, method='kv', config={embedder.config.hash()}, dim=48, dtype=float32)"
+
+
+def test_prompts_are_reported_as_they_are_done(embedder):
+    done = []
+    embedder.replace(max_tokens=60).encode_prompts(embedder.prompts(NOTICES), report=done.append)
+    assert sum(done) == len(NOTICES)
+    few = Embedder.from_model(embedder.model, embedder.tokenizer, method="meta-eol", layers=(), batch_tokens=200)
+    done.clear()
+    few.encode_prompts(few.prompts(NOTICES[:3]), report=done.append)
+    assert len(done) > 1
+    assert sum(done) == 3 * len(few.config.templates("document"))
+
+
 def test_save_then_load_gives_the_same_vectors(embedder, tmp_path):
     folder = tmp_path / "a" / "saved"
     embedder.save_pretrained(folder)

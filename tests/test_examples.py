@@ -26,13 +26,13 @@ def embedder(llama, tokenizer):
     return Embedder.from_model(llama, tokenizer, method="kv", layers=[1, 2])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def expected(folder):
     """What the examples load: the folder's model in the dtype that suits the machine."""
-    return Embedder.from_pretrained(folder)
+    return Embedder.from_pretrained(folder, method="auto")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def documents(expected):
     return expected.encode_document(NOTICES)
 

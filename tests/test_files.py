@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvembed import Encoded, InputError
-from kvembed.files import needed
-from kvembed.texts import read_texts, stream_texts
+from kvembed.files import needed, whole_file
+from kvembed.texts import read_lines, read_texts, stream_rows
 from kvembed.vectors import check_output, write_vectors
 
 TEXTS = ["plain", 'quotes "and", commas', "émoji 🙂", "", "line\u2028separator"]
@@ -139,11 +139,74 @@ def test_no_pieces_are_an_error_and_no_file(tmp_path):
 def test_texts_are_counted_and_then_streamed(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.jsonl").write_text('"three"\n')
-    texts, count = stream_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"])
-    assert (count, list(texts)) == (3, ["one", "two", "three"])
+    rows, count = stream_rows([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+    assert (count, [row.text for row in rows]) == (3, ["one", "two", "three"])
     (tmp_path / "b.jsonl").write_text('"three"\n4\n')
     with pytest.raises(InputError, match="line 2: no text"):  # before anything is embedded
-        stream_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+        stream_rows([tmp_path / "a.txt", tmp_path / "b.jsonl"])
+
+
+def test_blank_texts_are_told(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("one\n\n \ntwo\n")
+    assert len(list(stream_rows([tmp_path / "a.txt"])[0])) == 4
+    assert "2 of 4 texts are blank" in caplog.text
+
+
+def test_ids_stand_beside_the_vectors(tmp_path, encoded):
+    ids = ["a", "\u00fc", *"cdefg"]
+    halves = [Encoded(*(part[some] for part in vars(encoded).values())) for some in (slice(3), slice(3, None))]
+    for suffix in (".jsonl", ".parquet"):
+        write_vectors(halves, tmp_path / f"out{suffix}", iter(ids))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == ids
+    assert "index" not in rows[0]
+    with pytest.raises(InputError, match=r"\.npy has no place for ids"):
+        write_vectors(halves, tmp_path / "out.npy", iter(ids))
+    with pytest.raises(InputError, match="strings here and whole numbers there"):
+        write_vectors(halves, tmp_path / "mixed.parquet", iter([*ids[:3], 4, 5, 6, 7]))
+    assert not (tmp_path / "mixed.parquet").exists()
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_header_says_the_delimiter(tmp_path, delimiter):
+    rows = [["id", "text"], ["1", "one, two; three"], ["2", "a\tb"]]
+    path = tmp_path / ("x.tsv" if delimiter == "\t" else "x.csv")
+    path.write_text("".join(delimiter.join(f'"{cell}"' for cell in row) + "\n" for row in rows))
+    assert read_texts([path]) == ["one, two; three", "a\tb"]
+    assert [row.id for row in stream_rows([path], id_field="id")[0]] == ["1", "2"]
+    with pytest.raises(InputError, match=r"no column 'body'.*--field"):
+        read_texts([path], "body")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.json", "JSON is read line by line"),
+        ("x.md", "`kvembed index` takes documents"),
+        ("x.jsonl.gz", "is packed; unpack it first"),
+        ("x.PDF", "has to be taken out first"),
+    ],
+)
+def test_what_does_not_hold_a_text_a_line_is_refused(tmp_path, name, message):
+    (tmp_path / name).write_text("some text\n")
+    with pytest.raises(InputError, match=message):
+        read_texts([tmp_path / name])
+    if name == "x.md":
+        assert [row.text for row in read_lines(tmp_path / name)] == ["some text"]
+    else:
+        with pytest.raises(InputError, match=message):
+            next(read_lines(tmp_path / name))
+
+
+def test_a_file_keeps_its_permissions_and_a_link_its_place(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "real").chmod(0o640)
+    (tmp_path / "link").symlink_to("real")
+    with whole_file(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
@@ -152,7 +215,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, encoded, 
     path.write_text("old")
     name = {".npy": "_write_npy", ".jsonl": "_write_jsonl", ".parquet": "_write_parquet"}[suffix]
 
-    def fail(pieces, file):
+    def fail(pieces, file, *_):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 

@@ -630,7 +630,7 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_gone(embedder, tmp_path, mo
     for name in ("a.txt", "b.txt"):
         (folder / name).write_text(f"The notice of {name}.\n")
     index, _ = made(embedder, tmp_path, folder)
-    read = documents.read_rows
+    read = documents.read_lines
 
     def failing(path, *args, **options):
         if path.name == "b.txt":
@@ -640,7 +640,7 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_gone(embedder, tmp_path, mo
                 raise InputError(f"{path}: permission denied") from None
         yield from read(path, *args, **options)
 
-    monkeypatch.setattr(documents, "read_rows", failing)
+    monkeypatch.setattr(documents, "read_lines", failing)
     with pytest.raises(InputError, match=r"b\.txt: permission denied"):
         index.update(Corpus([folder]))
     assert len(index) == 2

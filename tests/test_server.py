@@ -322,6 +322,12 @@ def test_hostile_requests_get_a_4xx_in_openais_format_and_stall_nobody(server, l
     assert not [line for line in log if SECRET in line or "a" * 40 in line or json.loads(line)["level"] == "error"]
 
 
+def test_a_request_of_another_content_type_is_told_so(server):
+    status, _, content = call(server, {"model": "tiny", "input": "a"}, headers={"Content-Type": "text/plain"})
+    assert status == 400
+    assert "the header Content-Type: application/json" in error_of(content)["message"]
+
+
 def exchange(server, *parts, pause=0.0):
     """What comes back for raw bytes."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
@@ -565,6 +571,8 @@ def test_the_command_finishes_what_it_took_when_told_to_stop(folder, embedder, n
 
 
 def test_the_command_says_in_one_line_what_is_wrong(folder, tmp_path, monkeypatch):
+    """And before a model is loaded, where it can."""
+    folder = tmp_path / "no-model"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for arguments, message in [

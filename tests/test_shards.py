@@ -109,7 +109,7 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path, change):
         ("x.jsonl", '{"text": "a"}\n\n{"text": ', None, r"x\.jsonl, line 3: not JSON"),
         ("x.jsonl", '{"text": "a"}\n{"text": 5}', None, r"x\.jsonl, line 2: no text in field 'text'; it has text"),
         ("x.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', None, r"x\.jsonl, line 2 holds a lone surrogate \(U\+D800\)"),
-        ("x.jsonl", '{"text": "a", "id": "\\ud800"}', "id", r"x\.jsonl, line 1 holds a lone surrogate \(U\+D800\)"),
+        ("x.jsonl", '{"text": "a", "id": "\\ud800"}', "id", r"x\.jsonl, line 1: the id in 'id' holds a lone surrogate"),
         ("x.jsonl", '{"text": "a"}', "id", r"x\.jsonl, line 1: no field 'id'; it has text \(choose with --id-field\)"),
         ("x.jsonl", '"a"', "id", r"x\.jsonl, line 1: no field 'id'"),
         ("x.jsonl", '{"text": "a", "id": 1.5}', "id", r"x\.jsonl, line 1: the id in 'id' is neither"),
@@ -144,7 +144,7 @@ def test_folders_that_cannot_be(tmp_path):
     source.mkdir()
     with pytest.raises(InputError, match=r"gone: no such file or folder"):
         find_inputs(tmp_path / "gone")
-    with pytest.raises(InputError, match=r"in: no \.parquet, \.jsonl, \.csv files in this folder"):
+    with pytest.raises(InputError, match=r"in: no \.jsonl, \.ndjson, \.csv, \.tsv, \.parquet files in this folder"):
         check_folders(source, out)
     write(source / "a.jsonl", ["a"])
     check_folders(source, out)

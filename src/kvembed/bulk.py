@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -76,7 +77,7 @@ class Summary:
     max_tokens: int
 
 
-Report = Callable[[int, int], None]  # rows and tokens done since the last call
+Report = Callable[[float, float], None]  # rows and tokens done since the last call
 Engine = Callable[[Job, Embedder, Sequence[Shard], Report], Iterator[Written]]
 
 
@@ -97,8 +98,8 @@ def bulk(
 
     Args:
         embedder: the model and its config.
-        source: a `.parquet`, `.jsonl` or `.csv` file, any other file with one text a line, or a folder (and folders in
-            it) of the first three.
+        source: a `.parquet`, `.jsonl`, `.ndjson`, `.csv` or `.tsv` file, any other with one text a line, or a folder
+            (and folders in it) of all but the last kind.
         out: a new or empty folder, or one with the same job.
         model: the model's name, for the manifest.
         field: the key or column that holds the text.
@@ -181,13 +182,14 @@ class ShardMaker:
         for block in blocks(self._reader.read(shard), lambda row: len(row.text)):
             try:
                 prompts = self._embedder.prompts([row.text for row in block], role=self._job.role)
-                part = self._embedder.encode_prompts(prompts, role=self._job.role)
+                tokens = sum(prompt.tokens for one in prompts for prompt in one)
+                each = functools.partial(_share, report, len(prompts), tokens, len(prompts) * len(prompts[0]))
+                part = self._embedder.encode_prompts(prompts, role=self._job.role, report=each)
             except InputError as error:
                 first = shard.first_row + len(ids)
                 raise InputError(f"in the {len(block)} rows from row {first} on: {error}") from None
             parts.append(part)
             ids += [row.id for row in block]
-            report(len(block), int(part.token_counts.sum()))
         names = (field.name for field in dataclasses.fields(Encoded))
         encoded = Encoded(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
         path = self._job.out / shard.name
@@ -197,6 +199,11 @@ class ShardMaker:
             return Written(shard.index, int(encoded.token_counts.sum()), encoded.truncated, sha256_of(path))
         except OSError as error:
             raise InputError(f"{path}: {why(error)}") from None
+
+
+def _share(report: Report, rows: int, tokens: int, prompts: int, done: int) -> None:
+    """Of a block's rows and tokens, what falls to `done` of its prompts."""
+    report(rows * done / prompts, tokens * done / prompts)
 
 
 def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) -> None:
@@ -303,12 +310,12 @@ def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _bar(total: int, done: int, progress: bool) -> Iterator[Report]:
     """Rows done, rows and tokens a second, and the time left, of what this run does."""
-    started, tokens = time.monotonic(), 0
+    started, tokens = time.monotonic(), 0.0
     with tqdm(
         total=total, initial=done, desc="bulk", unit="row", unit_scale=True, disable=None if progress else True
     ) as bar:
 
-        def report(rows: int, more: int) -> None:
+        def report(rows: float, more: float) -> None:
             nonlocal tokens
             tokens += more
             bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-3):,.0f} tok/s", refresh=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 
 from .config import parse_layers
 from .console import (
+    hint_at_files,
     interrupt_again,
     one_line_errors,
     print_bulk,
@@ -30,7 +32,7 @@ from .errors import InputError
 from .files import check_writable, needed, whole_file, why
 from .methods import METHODS, preset
 from .process import keep_for_the_next_batch
-from .texts import read_rows, read_texts, stream_texts
+from .texts import read_rows, read_texts, stream_rows
 from .vectors import check_output, write_vectors
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Any frozen decoder-only language model as a text-embedding model, with no training.",
@@ -84,12 +87,17 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def embed(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help=".txt (one text a line), .jsonl, .csv or .parquet; none: standard input, one text a line."),
+        typer.Argument(
+            help=".txt (a text a line), .jsonl, .csv, .tsv or .parquet; none: standard input, a text a line."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=".npy, .jsonl or .parquet; none: .jsonl on standard output.")
     ] = None,
     field: Annotated[str, typer.Option("--field", help="Key or column that holds the text.")] = "text",
+    id_field: Annotated[
+        str | None, typer.Option("--id-field", help="Key or column that holds the id. None: row numbers, from 0.")
+    ] = None,
     model: Model = "smollm2",
     method: Method = None,
     layers: Layers = None,
@@ -105,11 +113,16 @@ def embed(
 ) -> None:
     """Embed texts: one unit vector each, in order."""
     with one_line_errors():
-        check_output(output)
+        check_output(output, with_ids=id_field is not None)
         for file in files or []:
             if output and output.exists() and file.exists() and output.samefile(file):
                 raise InputError(f"{output} is an input too; it would be overwritten")
-        texts, count = stream_texts(files or [], field)
+        rows, count = stream_rows(files or [], field, id_field)
+        ids = None
+        if id_field is not None:
+            rows, again = itertools.tee(rows)  # an id waits until its vector is written
+            ids = (row.id for row in again if row.id is not None)
+        texts = (row.text for row in rows)
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         from .quantize import quantize
         from .workers import Recipe, encode_on
@@ -120,14 +133,17 @@ def embed(
             recipe = Recipe.of(embedder, model)
             del embedder  # it may be on one of the devices
             pieces = encode_on(devices.split(","), recipe, texts, role=role, total=count, progress=True)
-        write_vectors((dataclasses.replace(x, vectors=quantize(x.vectors, precision)) for x in pieces), output)
+        small = (dataclasses.replace(x, vectors=quantize(x.vectors, precision)) for x in pieces)
+        write_vectors(small, output, ids)
 
 
 @app.command("bulk")
 def bulk_command(
     source: Annotated[
         Path,
-        typer.Argument(metavar="IN", help=".parquet, .jsonl, .csv, one text a line, or a folder of the first three."),
+        typer.Argument(
+            metavar="IN", help=".parquet, .jsonl, .csv, .tsv, a text a line, or a folder of the first four."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shards: new, empty, or of the same job.")],
     field: Annotated[str, typer.Option("--field", help="Key or column that holds the text.")] = "text",
@@ -157,7 +173,7 @@ def bulk_command(
     batch_tokens: BatchTokens = None,
 ) -> None:
     """Embed millions of texts to Parquet shards; a stopped job, run again, goes on where it was."""
-    with one_line_errors():
+    with one_line_errors("shards that are done are kept, and the same command goes on"):
         if engine == "local" and (address or workers):
             raise InputError("--address and --workers need --engine ray")
         if engine == "ray" and devices:
@@ -198,7 +214,7 @@ def bulk_command(
 def index_command(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH", help="Text, Markdown, .jsonl, .csv or .parquet files, and folders of them."),
+        typer.Argument(metavar="PATH", help="Text, Markdown, .jsonl, .csv, .tsv, .parquet files, and folders of them."),
     ],
     db: Annotated[Path, typer.Option("--db", help="Folder of the index: new, empty, or with an index.")],
     field: Annotated[str, typer.Option("--field", help="Key or column that holds the text.")] = "text",
@@ -231,7 +247,7 @@ def index_command(
     batch_tokens: BatchTokens = None,
 ) -> None:
     """Make documents searchable, or bring an index up to date: what changed is embedded, what is gone is removed."""
-    with one_line_errors():
+    with one_line_errors("what is done is kept, and the same command goes on"):
         from .documents import Corpus
         from .index import Index
         from .saved import usual_method
@@ -300,7 +316,7 @@ def search(
         quiet()
         found = index.search_many(asked, top=top, mode=mode, where=where)
         form: Literal["table", "json", "trec"] = "json" if as_json else "trec" if as_trec else "table"
-        print_hits(list(zip(keys, asked, found, strict=True)), form)
+        print_hits(list(zip(keys, asked, found, strict=True)), mode, form)
 
 
 @app.command()
@@ -324,6 +340,7 @@ def similarity(
 ) -> None:
     """Cosine similarity of every text with every other, or the texts nearest to each query."""
     with one_line_errors():
+        hint_at_files(texts or [], "kvembed similarity < FILE")
         texts = texts or read_texts([])
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         vectors = embedder.encode(texts, role=role)
@@ -404,6 +421,7 @@ def explain(
 ) -> None:
     """What happens to a text: prompt, tokens, layers, and how much each token reads the slot (beta)."""
     with one_line_errors():
+        hint_at_files([text], 'kvembed explain "$(cat FILE)"')
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, fitted=fitted)
         explanation = embedder.explain(text, role=role)
         if as_json:
@@ -430,7 +448,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Fit a method's transform to a model, with no labels: once, in minutes; a stopped run goes on where it was."""
-    with one_line_errors():
+    with one_line_errors("what is done is kept, and the same command goes on"):
         if preset(method).transform == "none":
             others = " and ".join(name for name, config in METHODS.items() if config.transform != "none")
             raise InputError(f"{method} has nothing to fit; {others} have")
@@ -598,10 +616,11 @@ def serve(
     with one_line_errors():
         for module in ("fastapi", "uvicorn", "orjson", "prometheus_client"):
             needed(module, "server")
-        from .server import api_keys, serve
+        from .server import api_keys, check_address, serve
         from .service import Limits
 
         known = api_keys(keys)
+        check_address(host, port)
         embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         limits = Limits(queue_tokens=queue_tokens)
         serve(embedder, name or [_label(model)], host=host, port=port, keys=known, limits=limits)

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from .bulk import Summary
     from .config import EmbedConfig
     from .embedder import Embedder, Explanation
-    from .hits import Hit
+    from .hits import Hit, Mode
     from .indexing import Indexed
     from .results import Result
 
 __all__ = [
+    "hint_at_files",
     "interrupt_again",
     "one_line_errors",
     "print_bulk",
@@ -55,8 +56,11 @@ def interrupt_again(event: Any) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Whatever goes wrong, one line on standard error and a non-zero exit; KVEMBED_DEBUG=1 shows where."""
+def one_line_errors(kept: str = "") -> Iterator[None]:
+    """Whatever goes wrong, one line on standard error and a non-zero exit; KVEMBED_DEBUG=1 shows where.
+
+    `kept` is told after an interrupt: what is left of the work, and how to go on.
+    """
     logger = logging.getLogger("kvembed")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("kvembed: %(message)s"))
@@ -65,7 +69,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        logger.error("interrupted")
+        logger.error(f"interrupted; {kept}" if kept else "interrupted")
         # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the signal
         # whatever the exit code, unless another `exec` has run since.
         exec("")  # noqa: S102
@@ -81,6 +85,15 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     finally:
         logger.handlers, logger.level, logger.propagate = before
+
+
+def hint_at_files(texts: Sequence[str], command: str) -> None:
+    """A text that is the name of a file was perhaps meant as the file."""
+    for text in texts:
+        if len(text) < 256 and os.path.isfile(text):
+            logging.getLogger("kvembed").warning(
+                "%r is taken as a text, though there is a file of this name; it is read by: %s", text, command
+            )
 
 
 def quiet() -> None:
@@ -143,7 +156,7 @@ def print_indexed(done: Indexed, db: Path) -> None:
     """Print what an index holds now, and what was not read."""
     told = [
         f"{done.embedded:,} texts embedded",
-        f"{done.changed:,} documents changed without it" if done.changed else "",
+        f"{done.changed:,} documents updated whose text was known" if done.changed else "",
         f"{done.removed:,} removed" if done.removed else "",
         f"{done.duplicates:,} duplicates kept once" if done.duplicates else "",
         f"{done.empty:,} rows without text left out" if done.empty else "",
@@ -156,8 +169,9 @@ def print_indexed(done: Indexed, db: Path) -> None:
     )
 
 
-def print_hits(found: Sequence[tuple[str, str, list[Hit]]], form: Literal["table", "json", "trec"]) -> None:
+def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Literal["table", "json", "trec"]) -> None:
     """Print what was found for each query (its id and its text): tables, JSON lines, or a run file of TREC."""
+    score = {"vector": "cosine", "text": "BM25", "hybrid": "rank fusion"}[mode]
     for key, query, hits in found:
         if form == "json":
             for hit in hits:
@@ -169,7 +183,7 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], form: Literal["table
                 print_line(f"{key} Q0 {hit.id} {hit.rank} {hit.score:.6f} kvembed")
         elif hits:
             print_table(
-                ["score", "where", f"nearest to: {query}"], [[f"{x.score:.3f}", _where(x), _snippet(x)] for x in hits]
+                [score, "where", f"nearest to: {query}"], [[f"{x.score:.3f}", _where(x), _snippet(x)] for x in hits]
             )
         else:
             print_line(f"nothing found for: {query}")
@@ -264,7 +278,7 @@ def print_explanation(explanation: Explanation) -> None:
     )
     order = sorted(range(len(mean)), key=lambda i: -mean[i])[:8]
     body = [
-        [repr(explanation.tokens[i])[1:-1], f"{mean[i]:.3f}", *(f"{values[i]:.3f}" for values in beta.values())]
+        [repr(explanation.tokens[i])[1:-1] or "…", f"{mean[i]:.3f}", *(f"{values[i]:.3f}" for values in beta.values())]
         for i in order
     ]
     print_table(["token", "mean beta", *(f"layer {layer}" for layer in beta)], body)

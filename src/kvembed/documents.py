@@ -2,7 +2,7 @@
 
 | file                                | document                                           |
 |-------------------------------------|----------------------------------------------------|
-| `.jsonl`, `.csv`, `.parquet`        | a row: its text, and its other fields to filter by |
+| `.jsonl`, `.csv`, `.parquet`, alike | a row: its text, and its other fields to filter by |
 | `.md`, `.markdown`                  | a passage, cut at headings too                     |
 | `.txt`, `.rst`; any other, by name  | a passage                                          |
 """
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .errors import InputError
 from .files import why
 from .passages import passages
-from .texts import check_unicode, read_rows
+from .texts import ROW_ENDINGS, check_unicode, read_lines, read_rows
 from .transform import LEAST_TEXTS
 
 __all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "check_same", "converted", "joint_kind"]
@@ -37,7 +37,7 @@ __all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "check_same", "c
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "kvembed-index.json"  # a folder with it is an index, and passed over
-ROWS, MARKDOWN, TEXT = (".jsonl", ".csv", ".parquet"), (".md", ".markdown"), (".txt", ".rst")
+MARKDOWN, TEXT = (".md", ".markdown"), (".txt", ".rst")
 _SAMPLE = 1000  # texts that a transform is fitted on
 
 Kind = Literal["bool", "int64", "float64", "string"]
@@ -204,7 +204,7 @@ class Corpus:
                     if not _is_unicode(path):
                         logger.warning("passed over, for its name is not UTF-8: %r", path)
                         self.passed_over["name not UTF-8"] += 1
-                    elif os.path.splitext(name)[1].lower() not in (*ROWS, *MARKDOWN, *TEXT):
+                    elif os.path.splitext(name)[1].lower() not in (*ROW_ENDINGS, *MARKDOWN, *TEXT):
                         self.passed_over[os.path.splitext(name)[1] or "without ending"] += 1
                     elif os.path.commonpath([real, os.path.realpath(path)]) != real:
                         self.passed_over["link out of its folder"] += 1
@@ -217,10 +217,10 @@ class Corpus:
         Raises:
             InputError: it can't be read at all. What the index has of it must not be taken for gone.
         """
-        if file in self.roots or file.lower().endswith(ROWS):
+        if file in self.roots or file.lower().endswith(ROW_ENDINGS):
             return True
         try:
-            for _ in read_rows(Path(file)):
+            for _ in read_lines(Path(file)):
                 pass
         except InputError as error:
             if not os.path.exists(file):
@@ -236,22 +236,19 @@ class Corpus:
     def _read(self, file: str, named: dict[str, str]) -> Iterator[Document]:
         """A file's documents."""
         path, number = Path(file), "row" if file.lower().endswith(".parquet") else "line"
-        if not file.lower().endswith(ROWS):
-            lines = ((row.next.line, row.text) for row in read_rows(path))
+        if not file.lower().endswith(ROW_ENDINGS):
+            lines = ((row.next.line, row.text) for row in read_lines(path))
             for line, text in passages(lines, headings=file.lower().endswith(MARKDOWN)):
                 yield Document(_hash([text, []]), text, file, line, {})
             return
-        csv = file.lower().endswith(".csv")
+        csv = file.lower().endswith((".csv", ".tsv"))
         for row in read_rows(path, self._field, self._id_field, others=True):
             place = f"{file}, {number} {row.next.line}"
             check_unicode(row.text, place)
             fields = {_column(name, named, place): _plain(value, csv) for name, value in row.others.items()}
             for name, value in fields.items():
                 check_unicode(f"{name} {value}", place)
-            if row.id is None:
-                key = _hash([row.text, sorted(fields.items())])
-            else:
-                check_unicode(key := str(row.id), place)
+            key = _hash([row.text, sorted(fields.items())]) if row.id is None else str(row.id)
             yield Document(key, row.text, file, row.next.line, fields)
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,8 @@ class Explanation:
 
     Attributes:
         prompt: the rendered prompt.
-        tokens: the piece of the prompt that each token stands for; an added special token by its name.
+        tokens: the piece of the prompt that each token stands for; an added special token by its name. A character of
+            several tokens is the first one's; the others have none.
         token_ids: their ids.
         span: first token of the text's own and one past its last.
         tokens_cut: tokens of the text that were left out.
@@ -277,6 +278,10 @@ class Embedder:
             transform=transform,
         )
 
+    def __repr__(self) -> str:
+        kind = f"{self.backbone.model_type}, method={self.config.method!r}, config={self.config.hash()}"
+        return f"Embedder({kind}, dim={self.dim}, dtype={self.dtype})"
+
     @property
     def dtype(self) -> str:
         """The weights' dtype as `from_pretrained` takes it: float32, bfloat16 or float16."""
@@ -362,7 +367,7 @@ class Embedder:
                     ahead.append(tokenizing.submit(self._prompts, block, role, self.max_tokens, seen))
                     seen += len(block)
                 if ahead and (len(ahead) == 2 or block is None):
-                    read = self._read(ahead.popleft().result(), bar)
+                    read = self._read(ahead.popleft().result(), bar.update)
                     cut += read.truncated
                     yield self._joined(read, role)
         if cut:
@@ -401,9 +406,20 @@ class Embedder:
                     )
         return list(zip(*by_template, strict=True))
 
-    def encode_prompts(self, prompts: Sequence[tuple[Prompt, ...]], *, role: Role = "document") -> Encoded:
-        """The second half of `encode`: what `prompts` gave for the same role, to vectors. Errors as in `encode`."""
-        return self._joined(self._read([list(rendered) for rendered in zip(*prompts, strict=True)] or [[]]), role)
+    def encode_prompts(
+        self,
+        prompts: Sequence[tuple[Prompt, ...]],
+        *,
+        role: Role = "document",
+        report: Callable[[int], Any] | None = None,
+    ) -> Encoded:
+        """The second half of `encode`: what `prompts` gave for the same role, to vectors. Errors as in `encode`.
+
+        `report`, if given, is called after every batch with the number of prompts that are done; a text has one for
+        each template.
+        """
+        by_template = [list(rendered) for rendered in zip(*prompts, strict=True)] or [[]]
+        return self._joined(self._read(by_template, report), role)
 
     def join(self, views: NDArray[np.float32], *, role: Role = "document") -> NDArray[np.float32]:
         """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1."""
@@ -432,7 +448,7 @@ class Embedder:
             bar.total = total
             bar.update(done - bar.n)
 
-        with tqdm(desc="fitting", unit="prompt", disable=None if progress else True) as bar:
+        with tqdm(desc="fitting", unit="prompt", delay=1, disable=None if progress else True) as bar:
             return choose_transform(
                 fingerprint,
                 self.config,
@@ -442,7 +458,7 @@ class Embedder:
                 report=report,
             )
 
-    def _read(self, by_template: Sequence[Sequence[Prompt]], bar: tqdm[Any] | None = None) -> Encoded:
+    def _read(self, by_template: Sequence[Sequence[Prompt]], report: Callable[[int], Any] | None = None) -> Encoded:
         """For each template a prompt for each text -> the texts' views."""
         _refuse_training(self.model)
         whole = [prompt for rendered in by_template for prompt in rendered]
@@ -456,7 +472,7 @@ class Embedder:
         others = [index for index, one in enumerate(readouts) if one.pooling != "static"]
         states = np.zeros((len(whole), len(readouts), self.backbone.dim), np.float32)
         if static:
-            states[:, static] = self._static(whole, None if others else bar)[:, None]
+            states[:, static] = self._static(whole, None if others else report)[:, None]
         if others:
             summed = np.zeros((len(whole), len(others), self.backbone.dim), np.float32)
             packed = len(prompts) > 1 and self.backbone.can_pack
@@ -470,8 +486,8 @@ class Embedder:
                 for batch, rows in run_batches(own, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
                     done = [places[index] for index in batch]
                     np.add.at(summed, owner[done], rows.numpy())
-                    if bar is not None:
-                        bar.update(int(begins[done].sum()))
+                    if report is not None:
+                        report(int(begins[done].sum()))
             states[:, others] = summed / chunks[:, None, None]
         if not np.isfinite(states).all():
             raise KvembedError(
@@ -483,7 +499,7 @@ class Embedder:
         views = states.reshape(*shape, *states.shape[1:]).swapaxes(0, 1)  # (n, templates, read-outs, D)
         return Encoded(views.reshape(shape[1], shape[0] * states.shape[1], states.shape[2]), tokens, cut)
 
-    def _static(self, prompts: Sequence[Prompt], bar: tqdm[Any] | None) -> NDArray[np.float32]:
+    def _static(self, prompts: Sequence[Prompt], report: Callable[[int], Any] | None) -> NDArray[np.float32]:
         """(N,D) of whole texts, not their chunks: there is no limit, and a word that comes again counts less."""
         content = [prompt.content_ids for prompt in prompts]
         vectors = self.backbone.static
@@ -495,8 +511,8 @@ class Embedder:
 
         for batch, rows in run_batches([*map(len, content)], self.batch_tokens, run, packed=True):
             found[batch] = rows.numpy()
-            if bar is not None:
-                bar.update(len(batch))
+            if report is not None:
+                report(len(batch))
         return found
 
     def _run(
@@ -522,10 +538,12 @@ class Embedder:
         if self.config.forward_passes:
             self._forward([prompt], betas=betas)
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
+        ends = [0, *itertools.accumulate((end for _, end in prompt.offsets), max)]
         return Explanation(
             prompt=prompt.text,
             tokens=tuple(
-                prompt.text[a:b] if b > a else name for (a, b), name in zip(prompt.offsets, names, strict=True)
+                prompt.text[max(start, told) : end] if end > start else name
+                for (start, end), told, name in zip(prompt.offsets, ends[:-1], names, strict=True)
             ),
             token_ids=prompt.ids,
             span=prompt.span,

@@ -1,4 +1,4 @@
-"""`kvembed serve`: an embedder behind OpenAI's embeddings API. The command line calls `serve`; tests, `create_app`."""
+"""An embedder behind OpenAI's embeddings API. `kvembed serve` calls `serve`; Ray Serve and tests, `create_app`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .process import leave_computing
 from .quantize import unit
 from .service import Limits, Service
 
-__all__ = ["api_keys", "create_app", "serve", "uvicorn_config"]
+__all__ = ["api_keys", "check_address", "create_app", "serve", "uvicorn_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,11 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
+
+
+def check_address(host: str, port: int) -> None:
+    """Fail before a model is loaded. Raises `InputError` for an address that can't be listened on."""
+    _bound(host, port).close()
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -313,8 +318,10 @@ def _http_error(_: Request, error: Exception) -> Response:
     return ApiError(known.status_code, f"{known.detail}", code=code, headers=known.headers).response()
 
 
-def _invalid(_: Request, error: Exception) -> Response:
+def _invalid(request: Request, error: Exception) -> Response:
     """The first of what is wrong with a request, without what was in it."""
+    if "json" not in request.headers.get("content-type", ""):
+        return ApiError(400, "The request must be JSON, with the header Content-Type: application/json.").response()
     first = cast(RequestValidationError, error).errors()[0]
     parts = first["loc"][1:] if first["type"] != "json_invalid" else ()
     place = [f"{part}".encode("utf-8", "replace").decode() for part in parts]  # a name may hold a lone surrogate

@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .files import needed, sha256_of, why
-from .texts import Mark, Row, check_unicode, read_rows
+from .texts import ROW_ENDINGS, Mark, Row, check_unicode, read_rows
 
 __all__ = [
     "LOCK",
     "MANIFEST",
-    "SUFFIXES",
     "InputFile",
     "Plan",
     "Shard",
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"  # readers of folders of Parquet pass over names that begin with "_" or "."
 LOCK = "_lock"
-SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +120,11 @@ def find_inputs(source: Path) -> tuple[Path, list[str]]:
         raise InputError(f"{source}: no such file or folder")
     inside = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     plain = [path for path in inside if not any(part.startswith((".", "_")) for part in path.parts)]
-    found = [path.as_posix() for path in plain if path.suffix.lower() in SUFFIXES]
+    found = [path.as_posix() for path in plain if path.suffix.lower() in ROW_ENDINGS]
     if not found:
-        raise InputError(f"{source}: no {', '.join(SUFFIXES)} files in this folder")
+        raise InputError(f"{source}: no {', '.join(ROW_ENDINGS)} files in this folder")
     if others := len(plain) - len(found):
-        logger.info("%s: %d files are passed over, being none of %s", source, others, ", ".join(SUFFIXES))
+        logger.info("%s: %d files are passed over, being none of %s", source, others, ", ".join(ROW_ENDINGS))
     return source, found
 
 
@@ -164,9 +162,7 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
                 if total % shard_rows == 0:
                     shards.append(Shard(len(shards), total, shard_rows, number, *mark))
                 total, mark = total + 1, row.next
-                for value in (row.text, row.id):
-                    if isinstance(value, str):
-                        check_unicode(value, _place(path, mark))
+                check_unicode(row.text, _place(path, mark))
                 if id_field is not None:
                     kind = "string" if isinstance(row.id, str) else "int64"
                     if id_type is None:

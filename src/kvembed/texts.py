@@ -1,4 +1,4 @@
-"""Texts in: .txt, .jsonl, .csv, .parquet and standard input, row by row, from any row on."""
+"""Texts in: lines, JSON lines, CSV, Parquet and standard input, row by row, from any row on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import csv
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 from .errors import InputError
 from .files import needed, why
 
-__all__ = ["Mark", "Row", "check_unicode", "read_rows", "read_texts", "stream_texts"]
+__all__ = ["ROW_ENDINGS", "Mark", "Row", "check_unicode", "read_lines", "read_rows", "read_texts", "stream_rows"]
+
+logger = logging.getLogger(__name__)
 
 
 class Mark(NamedTuple):
@@ -41,30 +44,43 @@ def read_texts(paths: Sequence[Path], field: str = "text") -> list[str]:
     """Read texts from files, or from standard input if there are none (or one is `-`).
 
     Args:
-        paths: `.jsonl`, `.csv` and `.parquet` by their endings; anything else is text, one a line.
+        paths: `.jsonl`, `.csv`, `.parquet` and the like by their endings; anything else is text, one a line.
         field: the key or column that holds the text, where there are any.
 
     Raises:
-        InputError: a file that is missing, empty, not UTF-8 or not what its ending says; it names file and line.
+        InputError: a file that is missing, empty, not UTF-8, not what its ending says, or of a kind that does not hold
+            one text a line; it names file and line.
     """
     return [row.text for path in paths or [Path("-")] for row in _some_rows(path, field)]
 
 
-def stream_texts(paths: Sequence[Path], field: str = "text") -> tuple[Iterator[str], int | None]:
-    """As `read_texts`, but one by one, and how many there are; None if one is a pipe, which can be read but once.
+def stream_rows(
+    paths: Sequence[Path], field: str = "text", id_field: str | None = None
+) -> tuple[Iterator[Row], int | None]:
+    """As `read_texts`, but row by row, and how many there are; None if one is a pipe, which can be read but once.
 
-    Files are read twice, the first time to count and check every row before any work is done.
+    Files are read twice, the first time to count and check every row before any work is done. At the end, a warning
+    says how many texts are blank.
     """
     paths = list(paths) or [Path("-")]
     known = not any(str(path) == "-" or path.is_fifo() or path.is_char_device() for path in paths)
-    count = sum(1 for path in paths for _ in _some_rows(path, field)) if known else None
-    return (row.text for path in paths for row in _some_rows(path, field)), count
+    count = sum(1 for path in paths for _ in _some_rows(path, field, id_field)) if known else None
+    return _telling_blank(row for path in paths for row in _some_rows(path, field, id_field)), count
 
 
-def _some_rows(path: Path, field: str) -> Iterator[Row]:
+def _telling_blank(rows: Iterable[Row]) -> Iterator[Row]:
+    count = blank = 0
+    for row in rows:
+        count, blank = count + 1, blank + (not row.text.strip())
+        yield row
+    if blank:
+        logger.warning("%d of %d texts are blank", blank, count)
+
+
+def _some_rows(path: Path, field: str, id_field: str | None = None) -> Iterator[Row]:
     """`read_rows`, but an empty file is an `InputError`."""
     row = None
-    for row in read_rows(path, field):
+    for row in read_rows(path, field, id_field):
         yield row
     if row is None:
         raise InputError(f"{_name(path)}: no texts in it")
@@ -84,14 +100,41 @@ def read_rows(
     Raises:
         InputError: as `read_texts`, when the row is reached; a file without rows is no error here.
     """
-    name = _name(path)
+    kind = path.suffix.lower()
+    if kind in _DOCUMENTS:
+        raise InputError(f"{path}: is read as one text a line only if it is a .txt; `kvembed index` takes documents")
+    _refuse_others(path)
+    with _opened(path) as file:
+        yield from _KINDS.get(kind, _text_rows)(file, _name(path), field, id_field, start, others)
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """The lines of a document, whatever its ending. Errors as in `read_rows`."""
+    _refuse_others(path)
+    with _opened(path) as file:
+        yield from _text_rows(file, _name(path), "", None, _START, False)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     if str(path) == "-" and sys.stdin is None:
         raise InputError("standard input is closed")
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
-            yield from _KINDS.get(path.suffix.lower(), _text_rows)(file, name, field, id_field, start, others)
+            yield file
     except OSError as error:
-        raise InputError(f"{name}: {why(error)}") from None
+        raise InputError(f"{_name(path)}: {why(error)}") from None
+
+
+def _refuse_others(path: Path) -> None:
+    """Lines of these are no texts. Raises `InputError`, with what to do."""
+    kind = path.suffix.lower()
+    if kind == ".json":
+        raise InputError(f"{path}: JSON is read line by line, one object or string each, from a .jsonl file")
+    if kind in _PACKED:
+        raise InputError(f"{path}: is packed; unpack it first")
+    if kind in _FORMATTED:
+        raise InputError(f"{path}: its text has to be taken out first, into a file of one of the kinds that are read")
 
 
 def _name(path: Path) -> str:
@@ -113,7 +156,7 @@ class _Lines:
             text = raw.decode("utf-8" if self._offset else "utf-8-sig")
         except UnicodeDecodeError as error:
             place = f"{self._name}, line {self._line + 1}"
-            raise InputError(f"{place}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
+            raise InputError(f"{place}: not UTF-8 text (byte 0x{raw[error.start]:02x}); iconv can convert it") from None
         self._offset += len(raw)
         self._line += 1
         return text
@@ -162,7 +205,7 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
     csv.field_size_limit(2**31 - 1)
     lines = _Lines((piece for line in file for piece in line.splitlines(keepends=True)), name, Mark())
     try:
-        columns = next(csv.reader(lines, strict=True), [])
+        columns, delimiter = _header(lines, field)
         if not columns:
             return
         text_at = _column(columns, field, name, "--field")
@@ -173,7 +216,7 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
         if start.offset:
             file.seek(start.offset)
             lines = _Lines((piece for line in file for piece in line.splitlines(keepends=True)), name, start)
-        for row in csv.reader(lines, strict=True):
+        for row in csv.reader(lines, delimiter=delimiter, strict=True):
             if not row:
                 continue
             if len(row) <= max(text_at, id_at or 0):
@@ -183,6 +226,33 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
             yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark, more)
     except csv.Error as error:
         raise InputError(f"{name}, line {lines.mark.line}: not CSV ({error})") from None
+
+
+def _header(lines: Iterator[str], field: str) -> tuple[list[str], str]:
+    """The columns, and the delimiter: the first of `,` `;` and tab by which `field` is one of them.
+
+    Without such a one, the delimiter that makes most columns. Raises `csv.Error` if none makes any.
+    """
+    read: list[str] = []
+
+    def noted() -> Iterator[str]:
+        for line in lines:
+            read.append(line)
+            yield line
+
+    found: list[tuple[list[str], str]] = []
+    failed: csv.Error | None = None
+    for delimiter in ",;\t":
+        try:
+            columns = next(csv.reader(itertools.chain([*read], noted()), delimiter=delimiter, strict=True), [])
+            if field in columns or not columns:
+                return columns, delimiter
+            found.append((columns, delimiter))
+        except csv.Error as error:
+            failed = failed or error
+    if not found and failed:
+        raise failed
+    return max(found, key=lambda one: len(one[0]))
 
 
 def _parquet_rows(
@@ -220,7 +290,17 @@ def _parquet_rows(
         raise InputError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
 
 
-_KINDS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+_KINDS = {
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+ROW_ENDINGS = tuple(_KINDS)
+_DOCUMENTS = {".md", ".markdown", ".rst"}
+_PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z"}
+_FORMATTED = {".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".xlsx", ".xls", ".html", ".htm", ".xml", ".npy"}
 
 
 def _column(columns: list[str], wanted: str, name: str, option: str = "") -> int:
@@ -244,6 +324,9 @@ def check_unicode(text: str, place: str) -> None:
 
 
 def _id(value: Any, place: str, field: str) -> str | int:
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63):
+    if isinstance(value, str):
+        check_unicode(value, f"{place}: the id in {field!r}")
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return value
     raise InputError(f"{place}: the id in {field!r} is neither a string nor a whole number of 64 bits: {value!r:.60}")

@@ -44,7 +44,7 @@ class Encoded:
         return int((self.tokens_cut > 0).sum())
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path | None, *, with_ids: bool = False) -> None:
     """Fail before the work, not after it. Raises `InputError` for an ending or folder that can't be written."""
     if path is None or str(path) == "-":
         return
@@ -54,27 +54,33 @@ def check_output(path: Path | None) -> None:
         )
     if path.suffix.lower() == ".parquet":
         needed("pyarrow.parquet", "parquet")
+    if path.suffix.lower() == ".npy" and with_ids:
+        raise InputError(f"{path}: .npy has no place for ids; choose .jsonl or .parquet")
     check_writable(path)
 
 
-def write_vectors(pieces: Iterable[Encoded], path: Path | None) -> None:
+def write_vectors(pieces: Iterable[Encoded], path: Path | None, ids: Iterator[str | int] | None = None) -> None:
     """Write vectors in order, as they come; standard output, as .jsonl, if `path` is None or `-`.
 
-    `.npy` holds (n, dim) in the vectors' dtype; `.jsonl` and `.parquet` rows of `index`, `tokens`, `tokens_cut`,
-    `embedding`.
+    `.npy` holds (n, dim) in the vectors' dtype; `.jsonl` and `.parquet` rows of `index` (from 0; or of `id`, if `ids`
+    are given), `tokens`, `tokens_cut`, `embedding`.
 
     Raises:
         InputError: there are none, or the file can't be written; what was there before is still there.
     """
+    name, keys = ("index", itertools.count()) if ids is None else ("id", ids)
     try:
         if path is None or str(path) == "-":
-            _write_jsonl(_some(pieces), sys.stdout.buffer)
+            _write_jsonl(_some(pieces), sys.stdout.buffer, name, keys)
             sys.stdout.flush()
             return
-        check_output(path)
+        check_output(path, with_ids=ids is not None)
         with whole_file(path) as file:
-            write = {".npy": _write_npy, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[path.suffix.lower()]
-            write(_some(pieces), file)
+            if path.suffix.lower() == ".npy":
+                _write_npy(_some(pieces), file)
+            else:
+                write = _write_jsonl if path.suffix.lower() == ".jsonl" else _write_parquet
+                write(_some(pieces), file, name, keys)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -105,16 +111,15 @@ def _write_npy(pieces: Iterator[Encoded], file: BinaryIO) -> None:
     np.lib.format.write_array_header_1_0(file, header | {"shape": (count, piece.vectors.shape[1])})
 
 
-def _write_jsonl(pieces: Iterator[Encoded], file: BinaryIO) -> None:
-    index = itertools.count()
+def _write_jsonl(pieces: Iterator[Encoded], file: BinaryIO, name: str, keys: Iterator[str | int]) -> None:
     for piece in pieces:
         for tokens, cut, vector in zip(
             piece.token_counts.tolist(), piece.tokens_cut.tolist(), piece.vectors, strict=True
         ):
             # float(str(x)) of a float32 keeps 9 digits, enough to read the same float32 back
             numbers = [float(str(x)) for x in vector] if vector.dtype.kind == "f" else vector.tolist()
-            row = {"index": next(index), "tokens": tokens, "tokens_cut": cut, "embedding": numbers}
-            file.write(json.dumps(row).encode() + b"\n")
+            row = {name: next(keys), "tokens": tokens, "tokens_cut": cut, "embedding": numbers}
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def as_table(name: str, keys: Any, encoded: Encoded) -> Any:
@@ -131,15 +136,17 @@ def as_table(name: str, keys: Any, encoded: Encoded) -> Any:
     )
 
 
-def _write_parquet(pieces: Iterator[Encoded], file: BinaryIO) -> None:
+def _write_parquet(pieces: Iterator[Encoded], file: BinaryIO, name: str, keys: Iterator[str | int]) -> None:
     arrow = needed("pyarrow", "parquet")
     parquet = needed("pyarrow.parquet", "parquet")
-    first = 0
     with contextlib.ExitStack() as stack:
-        writer = None
+        writer = kind = None
         for piece in pieces:
-            count = len(piece.vectors)
-            table = as_table("index", arrow.array(range(first, first + count), arrow.int64()), piece)
+            some = list(itertools.islice(keys, len(piece.vectors)))
+            kind = kind or (arrow.string() if isinstance(some[0], str) else arrow.int64())
+            try:
+                table = as_table(name, arrow.array(some, kind), piece)
+            except (TypeError, ValueError):  # pyarrow's errors are these
+                raise InputError("ids are strings here and whole numbers there; Parquet takes one kind") from None
             writer = writer or stack.enter_context(parquet.ParquetWriter(file, table.schema))
             writer.write_table(table)
-            first += count
