@@ -75,7 +75,9 @@ def test_what_is_read_of_a_folder(tmp_path):
     assert names == ["a.MD", "b.txt", "in/c.rst"]
     assert corpus.passed_over == {".html": 1, "without ending": 1, "link out of its folder": 1}
     assert (corpus.files, corpus.duplicates) == (4, 1)  # a link within the folder is the same text
-    assert Corpus([folder / "page.html", folder, folder / "b.txt"]).files == 5
+    assert Corpus([folder / "LICENSE", folder, folder / "b.txt"]).files == 5
+    with pytest.raises(InputError, match=r"page\.html: its text has to be taken out first"):
+        Corpus([folder / "page.html"])
 
 
 def test_fields_and_their_types(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from kvembed import Encoded, InputError
 from kvembed.files import needed, whole_file
-from kvembed.texts import read_lines, read_texts, stream_rows
+from kvembed.texts import read_lines, read_rows, read_texts, stream_rows
 from kvembed.vectors import check_output, write_vectors
 
 TEXTS = ["plain", 'quotes "and", commas', "émoji 🙂", "", "line\u2028separator"]
@@ -53,6 +53,7 @@ def test_several_files_windows_line_ends_and_bom(tmp_path):
 def test_csv_of_old_line_ends(tmp_path):
     (tmp_path / "x.csv").write_bytes(b'id,text\r1,one\r\r2,"two\rlines"\r')
     assert read_texts([tmp_path / "x.csv"]) == ["one", "two\rlines"]
+    assert [row.line for row in read_rows(tmp_path / "x.csv")] == [2, 4]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def _between(page: str, text: str) -> str:
 
 
 def _presets(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
-    """(model, method) -> results of the preset as it is: its config differs from it in layers and max_tokens alone."""
+    """(model, method) -> results of the preset as it is, fitted on self-written text if at all, and of references."""
     groups = {}
     for (model, method, _), rows in by_method(results).items():
         if method in REFERENCES or _is_preset(method, rows[0]):

@@ -27,7 +27,7 @@ from .batching import blocks
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .files import needed, only_writer, sha256_of, whole_file, why
+from .files import needed, only_writer, sha256_of, whole_file, why, write_json
 from .identity import difference, identity, identity_hash
 from .shards import LOCK, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
@@ -301,8 +301,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
     try:
-        with whole_file(out / MANIFEST) as file:
-            file.write((json.dumps(manifest, indent=1) + "\n").encode())
+        write_json(out / MANIFEST, manifest)
     except OSError as error:
         raise InputError(f"{out / MANIFEST}: {why(error)}") from None
 

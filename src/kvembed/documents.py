@@ -237,19 +237,19 @@ class Corpus:
         """A file's documents."""
         path, number = Path(file), "row" if file.lower().endswith(".parquet") else "line"
         if not file.lower().endswith(ROW_ENDINGS):
-            lines = ((row.next.line, row.text) for row in read_lines(path))
+            lines = ((row.line, row.text) for row in read_lines(path))
             for line, text in passages(lines, headings=file.lower().endswith(MARKDOWN)):
                 yield Document(_hash([text, []]), text, file, line, {})
             return
         csv = file.lower().endswith((".csv", ".tsv"))
         for row in read_rows(path, self._field, self._id_field, others=True):
-            place = f"{file}, {number} {row.next.line}"
+            place = f"{file}, {number} {row.line}"
             check_unicode(row.text, place)
             fields = {_column(name, named, place): _plain(value, csv) for name, value in row.others.items()}
             for name, value in fields.items():
                 check_unicode(f"{name} {value}", place)
             key = _hash([row.text, sorted(fields.items())]) if row.id is None else str(row.id)
-            yield Document(key, row.text, file, row.next.line, fields)
+            yield Document(key, row.text, file, row.line, fields)
 
 
 def check_same(key: str, place: Place, known: Place) -> None:

@@ -56,7 +56,7 @@ def evaluate(
     Args:
         subject: what embeds.
         tasks: what to score it on.
-        suite: `"mini"` or `"full"`; part of the result's name.
+        suite: `"mini"`, `"full"` or `"long"`; part of the result's name.
         results: folder of the ledger. None: nothing is written, nothing is skipped.
         vectors: a folder to write each task's vectors to, in the order of its texts, with its gold, for scoring
             elsewhere.

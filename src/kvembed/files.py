@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import json
 import logging
 import os
 import tempfile
@@ -16,7 +17,17 @@ from filelock import FileLock, Timeout
 
 from .errors import InputError
 
-__all__ = ["check_writable", "needed", "only_writer", "sha256_of", "store", "whole_file", "why"]
+__all__ = [
+    "check_writable",
+    "needed",
+    "only_writer",
+    "sha256_of",
+    "store",
+    "usual_mode",
+    "whole_file",
+    "why",
+    "write_json",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +55,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the name without the content
-        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())  # mkstemp's are private
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else usual_mode())  # mkstemp's are private
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
+def usual_mode() -> int:
+    """The permissions of a new file, as the user's umask has them."""
     umask = os.umask(0)
     os.umask(umask)
-    return umask
+    return 0o666 & ~umask
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that people can read, whole or not at all."""
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager

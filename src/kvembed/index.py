@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
-from .files import needed, only_writer, whole_file, why
+from .files import needed, only_writer, why, write_json
 from .hits import Hit, Mode, find
 from .identity import difference, identity, identity_hash
 from .indexing import Indexed, update
@@ -191,8 +191,7 @@ class Index:
         if self.exists(self.folder) and self.current().name == self.name:
             return
         told = {"kvembed": __version__, "model": self.model, "made_with": self.made_with}
-        with whole_file(self.folder / INDEX_FILE) as file:
-            file.write((json.dumps(told, indent=1) + "\n").encode())
+        write_json(self.folder / INDEX_FILE, told)
 
     def drop_others(self) -> None:
         """Remove tables and transforms that are neither this index's nor the folder's present one's."""

@@ -27,7 +27,7 @@ class Result:
     """One model, method and task.
 
     Attributes:
-        suite: `"mini"` or `"full"`.
+        suite: `"mini"`, `"full"` or `"long"`; tools have their own.
         model, method, task: names.
         kind, metric: see `kvembed.tasks`, `kvembed.scoring`.
         score, low, high: in percent; the ends of the 95 % bootstrap interval over items.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import EmbedConfig
 from .errors import InputError
-from .files import whole_file
+from .files import usual_mode, write_json
 from .models import bars_off
 from .transform import Transform
 
@@ -67,18 +67,19 @@ def save_embedder(
             if path.is_dir():
                 shutil.copytree(path, target / path.name, dirs_exist_ok=True)
             else:
+                path.chmod(usual_mode())  # the weights' file is private otherwise
                 os.replace(path, target / path.name)
     if transform is None:
         (target / TRANSFORM_FILE).unlink(missing_ok=True)  # another method's, saved here before
     else:
         transform.save(target / TRANSFORM_FILE)
-    _write_json(target / CONFIG_FILE, config.to_dict())
+    write_json(target / CONFIG_FILE, config.to_dict())
 
 
 def save_st_files(folder: str | os.PathLike[str]) -> None:
     """Write what `SentenceTransformer(folder)` reads first; sentence-transformers itself is not needed for it."""
     for name, content in _ST_FILES.items():
-        _write_json(Path(folder) / name, content)
+        write_json(Path(folder) / name, content)
 
 
 def read_config(path: Path) -> EmbedConfig:
@@ -87,8 +88,3 @@ def read_config(path: Path) -> EmbedConfig:
         return EmbedConfig.from_dict(json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a kvembed config: {error}") from None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with whole_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())

@@ -162,13 +162,13 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
                 if total % shard_rows == 0:
                     shards.append(Shard(len(shards), total, shard_rows, number, *mark))
                 total, mark = total + 1, row.next
-                check_unicode(row.text, _place(path, mark))
+                check_unicode(row.text, _place(path, row))
                 if id_field is not None:
                     kind = "string" if isinstance(row.id, str) else "int64"
                     if id_type is None:
                         id_type = kind
                     elif kind != id_type:
-                        raise InputError(f"{_place(path, mark)}: a {kind} as id; the ids before it are {id_type}")
+                        raise InputError(f"{_place(path, row)}: a {kind} as id; the ids before it are {id_type}")
                 if total % 1000 == 0:
                     bar.update(1000)
             inputs.append(InputFile(name, size, sha256_of(path), first, total - first))
@@ -191,8 +191,8 @@ def _check_size(path: Path, before: int) -> None:
         raise InputError(f"{path} changed while it was read: it had {before:,} bytes, and has {size:,}")
 
 
-def _place(path: Path, mark: Mark) -> str:
-    return f"{path}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {mark.line}"
+def _place(path: Path, row: Row) -> str:
+    return f"{path}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {row.line}"
 
 
 class ShardReader:

@@ -32,11 +32,14 @@ _START = Mark()
 
 
 class Row(NamedTuple):
-    """A text, its id if one was asked for, where the next row starts, and its other fields if they were asked for."""
+    """A text, its id if one was asked for, where the next row starts, the line (in Parquet the row) that it begins in,
+    from 1, and its other fields if they were asked for.
+    """
 
     text: str
     id: str | int | None
     next: Mark
+    line: int
     others: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -173,7 +176,7 @@ def _text_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
         file.seek(start.offset)
     lines = _Lines(file, name, start)
     for line in lines:
-        yield Row(line.removesuffix("\n").removesuffix("\r"), None, lines.mark)
+        yield Row(line.removesuffix("\n").removesuffix("\r"), None, lines.mark, lines.mark.line)
 
 
 def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:
@@ -198,7 +201,7 @@ def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
         more = (
             {key: row[key] for key in row if key not in (field, id_field)} if others and isinstance(row, dict) else {}
         )
-        yield Row(value, row_id, lines.mark, more)
+        yield Row(value, row_id, lines.mark, lines.mark.line, more)
 
 
 def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:
@@ -216,14 +219,16 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
         if start.offset:
             file.seek(start.offset)
             lines = _Lines((piece for line in file for piece in line.splitlines(keepends=True)), name, start)
+        line = lines.mark.line
         for row in csv.reader(lines, delimiter=delimiter, strict=True):
+            first, line = line + 1, lines.mark.line  # a cell may hold line ends
             if not row:
                 continue
             if len(row) <= max(text_at, id_at or 0):
                 lacking = field if len(row) <= text_at else id_field
                 raise InputError(f"{name}, line {lines.mark.line}: no value in column {lacking!r}")
             more = {columns[i]: row[i] for i in rest if i < len(row)}
-            yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark, more)
+            yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark, first, more)
     except csv.Error as error:
         raise InputError(f"{name}, line {lines.mark.line}: not CSV ({error})") from None
 
@@ -283,7 +288,7 @@ def _parquet_rows(
                 if not isinstance(text, str):
                     raise InputError(f"{name}, row {at}: column {field!r} holds {type(text).__name__}, not text")
                 row_id = None if id_field is None else _id(key, f"{name}, row {at}", id_field)
-                yield Row(text, row_id, Mark(at, at), fields)
+                yield Row(text, row_id, Mark(at, at), at, fields)
     except InputError:
         raise
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
