@@ -29,7 +29,7 @@ from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .files import needed, only_writer, sha256_of, whole_file, why, write_json
 from .identity import difference, identity, identity_hash
-from .shards import LOCK, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
+from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 
 __all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "run_here"]
@@ -126,7 +126,7 @@ def bulk(
         "job_hash": told_hash,
         "job": told,
     }
-    with only_writer(out, LOCK):
+    with only_writer(out):
         for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*")):
             stale.unlink(missing_ok=True)  # what a killed run left half-written
         before = _read_manifest(out / MANIFEST)

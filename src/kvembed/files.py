@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from .errors import InputError
 
 __all__ = [
+    "check_folder",
     "check_writable",
     "needed",
     "only_writer",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_LOCK = "_lock"  # readers of folders of Parquet pass over names that begin with "_" or "."
 
 
 def check_writable(path: Path) -> None:
@@ -75,12 +78,29 @@ def write_json(path: Path, content: Any) -> None:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
+def check_folder(folder: Path, what: str, marker: str, ours: tuple[str, ...]) -> None:
+    """Fail before the work. Raises `InputError` if a folder can't become ours.
+
+    Args:
+        folder: may be new, or hold `what`.
+        what: for people.
+        marker: the file that says that the folder is ours.
+        ours: how the names of our other files begin, which a stopped run may have left without the marker.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, not a folder")
+    if folder.is_dir() and not (folder / marker).exists():
+        ours = (_LOCK, f".{marker}", *ours)
+        if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours)):
+            raise InputError(f"{folder} holds no {what} but other files ({others[0]}); give a new or empty folder")
+
+
 @contextlib.contextmanager
-def only_writer(folder: Path, lock: str) -> Iterator[None]:
-    """A folder, made if need be, held by its file `lock`. Raises `InputError` if another process holds it."""
+def only_writer(folder: Path) -> Iterator[None]:
+    """A folder, made if need be, held by a file in it. Raises `InputError` if another process holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / lock)
+        held = FileLock(folder / _LOCK)
         held.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{folder}: another process is writing to it") from None

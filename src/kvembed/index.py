@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
-from .files import needed, only_writer, why, write_json
+from .files import check_folder, needed, only_writer, why, write_json
 from .hits import Hit, Mode, find
 from .identity import difference, identity, identity_hash
 from .indexing import Indexed, update
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from .embedder import Embedder
 
 __all__ = ["Index"]
-
-LOCK = "_lock"
 
 
 class Index:
@@ -118,7 +116,7 @@ class Index:
             if told := difference(cls.open(path).made_with, index.made_with):
                 raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
             return index
-        with only_writer(path, LOCK):
+        with only_writer(path):
             try:
                 if embedder.transform is not None:
                     embedder.transform.save(index.transform_file)
@@ -172,13 +170,7 @@ class Index:
     def check_folder(folder: str | os.PathLike[str]) -> None:
         """Fail before a model is loaded. Raises `InputError` for a folder that can't become an index."""
         needed("lancedb", "search")
-        path = Path(folder)
-        if path.exists() and not path.is_dir():
-            raise InputError(f"{path} is a file, not a folder")
-        if path.is_dir() and not Index.exists(path):
-            ours = (LOCK, "documents-", "transform-", f".{INDEX_FILE}", ".transform-")
-            if others := sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(ours)):
-                raise InputError(f"{path} holds no index but other files ({others[0]}); give a new or empty folder")
+        check_folder(Path(folder), "index", INDEX_FILE, ("documents-", "transform-", ".transform-"))
 
     def current(self) -> Index:
         """What the folder's index is: this one, or the one that it will replace."""
@@ -274,7 +266,7 @@ class Index:
         Raises:
             InputError: nothing to index, another process is writing, a full disk. What is done is kept.
         """
-        with only_writer(self.folder, LOCK):
+        with only_writer(self.folder):
             return update(self, corpus, language=language, progress=progress)
 
     def search(self, query: str, *, top: int = 10, mode: Mode = "hybrid", where: str | None = None) -> list[Hit]:

@@ -11,11 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .errors import InputError
-from .files import needed, sha256_of, why
+from .files import check_folder, needed, sha256_of, why
 from .texts import ROW_ENDINGS, Mark, Row, check_unicode, read_rows
 
 __all__ = [
-    "LOCK",
     "MANIFEST",
     "InputFile",
     "Plan",
@@ -29,7 +28,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST = "_manifest.json"  # readers of folders of Parquet pass over names that begin with "_" or "."
-LOCK = "_lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +130,9 @@ def check_folders(source: Path, out: Path) -> None:
     """Fail before a model is loaded. Raises `InputError` if there is nothing to read, or `out` is not for us."""
     needed("pyarrow.parquet", "parquet")
     find_inputs(source)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, not a folder")
+    check_folder(out, "bulk job", MANIFEST, ())
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{out} is inside {source}: the job would read what it writes")
-    if out.is_dir() and not (out / MANIFEST).exists():
-        ours = (LOCK, f".{MANIFEST}.")
-        if others := sorted(path.name for path in out.iterdir() if not path.name.startswith(ours)):
-            raise InputError(f"{out} holds no bulk job but other files ({others[0]}); give a new or empty folder")
 
 
 def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int, progress: bool = False) -> Plan:
