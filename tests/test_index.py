@@ -284,6 +284,21 @@ def test_another_model_or_config_is_refused(embedder, index, tokenizer, folder, 
     assert moved.search("ferry") == index.search("ferry")
 
 
+def test_a_corpus_that_outgrew_its_fit_is_told_once(llama, tokenizer, tmp_path, caplog):
+    static = Embedder.from_model(llama, tokenizer, method="static")
+    rows = [{"text": f"{notice} {number}"} for number in range(3) for notice in NOTICES]
+    source = jsonl(tmp_path / "in.jsonl", rows[:9])
+    index, _ = made(static, tmp_path, source)
+    jsonl(source, rows[:120])
+    with caplog.at_level("INFO", "kvembed"):
+        index.update(Corpus([source]))
+        assert "120 documents: enough to fit the transform on them too; --refit does" in caplog.text
+        caplog.clear()
+        jsonl(source, rows)
+        index.update(Corpus([source]))
+    assert "--refit" not in caplog.text
+
+
 def test_everything_anew(embedder, tokenizer, tmp_path):
     """The old index is searched until the new one is whole."""
     source = jsonl(tmp_path / "in.jsonl", ROWS)

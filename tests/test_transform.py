@@ -162,12 +162,11 @@ def test_given_texts_have_a_transform_of_their_own(tmp_path):
 
     given_texts = [f"text {number}" for number in range(1500)]
     transform = tuned(read, tmp_path, TWO_VIEWS.replace(query="{text}"), texts=[*given_texts, *given_texts])
-    written = len({*TEXTS} & {*seen})
-    assert written == len(TEXTS) < 500
-    assert len(seen) == len({*seen}) == 1000
+    assert seen[500:] == TEXTS
     info = transform.info
-    assert (info["texts"], info["count"], info["self_written"]) == ("given", 1000, written)
-    assert max(given_texts.index(text) for text in seen[: 1000 - written]) > 1000  # drawn from all
+    assert (info["texts"], info["count"], info["self_written"]) == ("given", 500 + len(TEXTS), len(TEXTS))
+    assert len({*seen[:500]}) == 500
+    assert max(given_texts.index(text) for text in seen[:500]) > 1000  # drawn from all
     with pytest.raises(InputError, match="not 2; give more"):
         tuned(read, tmp_path, texts=["one", "two"])
 
@@ -184,17 +183,55 @@ def test_few_given_texts_are_joined_by_self_written_ones(tmp_path, caplog, token
     transform = tuned(read, tmp_path, config, texts=few)
     assert seen == [*few, *TEXTS[30:]]
     assert (transform.info["count"], transform.info["self_written"]) == (230, 100)
-    written = [f"written {number}" for number in range(1000)]
-    for own, used in (([f"text {number}" for number in range(450)], 450), ([f"a {n}" for n in range(900)], 500)):
-        seen.clear()
-        info = choose_transform("x", config, read, lambda: written, texts=own).info
-        assert (info["count"], info["self_written"]) == (1000, 1000 - used)
-        assert len({*seen} & {*own}) == used
-        assert seen[used:] == written[: 1000 - used]
     seen.clear()
     alone = choose_transform("x", config, read, lambda: write_texts(tiny().model, tokenizer), texts=few[1:])
     assert (seen, alone.info["self_written"]) == (few[1:], 0)
     assert "on 129 given texts alone, which is not as good: LlamaModel can't write" in caplog.text
+
+
+def test_a_weight_is_how_often_a_text_counts():
+    part = views(texts=300)
+    counts = np.random.default_rng(1).integers(1, 4, len(part))
+    weighted = fit({"document": part, "query": part}, [False, True], {}, counts / 7)
+    repeated = np.repeat(part, counts, 0)
+    again = fit({"document": repeated, "query": part}, [False, True], {})
+    plain = fit({"document": part, "query": part}, [False, True], {})
+    every = [unit(transform(part[:9], "query")) for transform in (weighted, again, plain)]
+    cosines = [vectors @ vectors.T for vectors in every]
+    np.testing.assert_allclose(cosines[0], cosines[1], atol=1e-5)
+    assert np.abs(cosines[0] - cosines[2]).max() > 1e-3
+
+
+def test_given_texts_weigh_by_what_they_have_in_common(tmp_path):
+    """And all vectors of either kind then stand apart."""
+
+    def read(texts, role, templates):
+        rows = [np.random.default_rng([*text.encode()]).normal(size=(2, 8)) for text in texts]
+        shift = np.linspace(-apart, apart, 16).reshape(2, 8)
+        return np.stack([row + text.startswith("given") * shift for text, row in zip(texts, rows, strict=True)]).astype(
+            np.float32
+        )
+
+    config = TWO_VIEWS.replace(query="{text}")
+    weights = []
+    for apart in (0.0, 1.0, 3.0):
+        info = tuned(read, tmp_path, config, texts=[f"given {apart} {number}" for number in range(150)]).info
+        weights.append(info["weight_of_given"])
+    assert weights[0] < 0.05 < weights[1] < 0.7 < weights[2] < 1
+
+
+def test_queries_keep_the_mean_of_self_written_texts(tmp_path):
+    def read(texts, role, templates):
+        rows = [
+            np.random.default_rng([*text.encode()]).normal(size=(2, 8)) + text.startswith("given") for text in texts
+        ]
+        return np.stack(rows).astype(np.float32)
+
+    config = TWO_VIEWS.replace(query="{text}")
+    given_texts = [f"given {number}" for number in range(150)]
+    alone, both = tuned(read, tmp_path, config), tuned(read, tmp_path, config, texts=given_texts)
+    torch.testing.assert_close(both.means["query"], alone.means["query"])
+    assert (both.means["document"] - alone.means["document"]).abs().max() > 0.1
 
 
 def test_a_template_that_both_roles_share_is_read_once(tmp_path, monkeypatch):

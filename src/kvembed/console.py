@@ -240,7 +240,7 @@ def _print_readouts(config: EmbedConfig, fitted_on: Mapping[str, Any] | None) ->
     if fitted_on:
         size = f"the best {config.dim} dimensions, " if config.dim else ""
         joined = fitted_on.get("self_written", 0)
-        more = f" and {joined} self-written" if joined else ""
+        more = f" (weight {fitted_on.get('weight_of_given', 1):.2f}) and {joined} self-written" if joined else ""
         print_line(
             f"transform {config.transform}: {size}fitted on {fitted_on['count'] - joined} {fitted_on['texts']} texts "
             f"({fitted_on['texts_sha256'][:8]}){more}; what the read-outs agree on comes first"

@@ -195,8 +195,8 @@ class Embedder:
             revision: of a hub id.
             batch_tokens: tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
             texts: unlabelled texts to choose layers by and to fit a transform on, if the method has one (100 and more;
-                up to 500 are used, and self-written ones fill them up to 1,000). Default: what is stored for this
-                model, or else text that the model writes itself.
+                up to 500 are used for it, beside self-written ones). Default: what is stored for this model, or else
+                text that the model writes itself.
             fitted: a file with a transform (`Transform.save`, `kvembed tune -o`), instead of the stored one.
             compile: `torch.compile` parts of the model: seconds to half a minute more before the first vector, and
                 faster after that (docs/speed.md); for long jobs.

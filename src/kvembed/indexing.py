@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import os
 import time
 from collections import Counter, defaultdict
@@ -18,6 +19,8 @@ from .documents import Corpus, Document, Kind, Place, check_same, converted, joi
 from .errors import InputError
 from .files import needed, why
 from .hits import plain
+from .transform import LEAST_TEXTS
+from .writing import SELF_WRITTEN
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from .index import Index
 
 __all__ = ["Indexed", "update"]
+
+logger = logging.getLogger(__name__)
 
 _COMMIT_SECONDS = 20.0
 _BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 100_000, 1000  # embedded between two looks at the clock
@@ -118,6 +123,11 @@ class _Writer:
             )
         index.take_over()
         index.drop_others()
+        transform = index.embedder.transform
+        if transform and transform.info.get("texts") == SELF_WRITTEN and 0 < len(there) < LEAST_TEXTS <= len(index):
+            logger.info(
+                "%d documents: enough to fit the transform on them too; --refit does, and embeds all anew", len(index)
+            )
         return Indexed(
             documents=len(index),
             embedded=self._embedded,

@@ -55,14 +55,19 @@ class Transform:
         whiten: (V,D,K) float32.
         rotate: (V*K,dim) float32, best direction first.
         info: where it came from: `texts` (`"self-written"` or `"given"`), `texts_sha256`, `count`, of which
-            `self_written` joined given ones; and what it is for: `fingerprint` of the weights and
-            `config_hash`.
+            `self_written` joined given ones, whose weight in all is `weight_of_given`; and what it is for:
+            `fingerprint` of the weights and `config_hash`.
     """
 
     means: dict[str, Tensor]
     whiten: Tensor
     rotate: Tensor
     info: dict[str, Any]
+
+    def common(self, views: NDArray[np.float32]) -> float:
+        """Which part of documents' squared length is their mean: 0 to 1, next to 0 for texts that it was fitted on."""
+        mean = _unit(torch.from_numpy(self(views, "document")).double()).mean(0)
+        return float(mean @ mean)
 
     @property
     def dim(self) -> int:
@@ -124,13 +129,19 @@ class Transform:
         return transform
 
 
-def fit(views: dict[Role, NDArray[np.float32]], inside: Sequence[bool], info: dict[str, Any]) -> Transform:
+def fit(
+    views: dict[Role, NDArray[np.float32]],
+    inside: Sequence[bool],
+    info: dict[str, Any],
+    weights: NDArray[np.float64] | None = None,
+) -> Transform:
     """Fit a transform on unlabelled texts.
 
     Args:
-        views: role -> (N,V,D) raw read-outs of the same texts, as a document and as a query.
+        views: role -> (N,V,D) raw read-outs of texts, as documents and as queries; of queries only the mean is taken.
         inside: for each view, whether it was read below the final norm.
         info: see `Transform`.
+        weights: (N,) of the documents, in means and covariances; only their proportions matter. Default: all alike.
 
     Raises:
         InputError: fewer than `LEAST_TEXTS` different texts, or states that do not tell them apart.
@@ -138,20 +149,27 @@ def fit(views: dict[Role, NDArray[np.float32]], inside: Sequence[bool], info: di
     documents = np.unique(views["document"].reshape(len(views["document"]), -1), axis=0)
     check_count(len(documents))
     units = {role: _unit(torch.from_numpy(part).double()) for role, part in views.items()}
+    count = len(units["document"])
+    weight = torch.ones(count).double()  # (N,)
+    if weights is not None:
+        weight = torch.from_numpy(weights * count / weights.sum())
     means = {role: part.mean(0) for role, part in units.items()}  # (V,D)
+    means["document"] = torch.einsum("n,nvd->vd", weight, units["document"]) / count
     centred = units["document"] - means["document"]  # (N,V,D)
+    root = weight.sqrt()[:, None]
     kept = min(centred.shape[-1], DIRECTIONS)
     whiten = []
     for view, is_inside in zip(centred.unbind(1), inside, strict=True):
-        spread = view.std(0)  # (D,)
+        spread = ((root * view).square().sum(0) / (count - 1)).sqrt()  # (D,)
         if not spread.max() > 1e-7:
             raise InputError("the model's states are the same for all calibration texts")
         spread = spread.clip(1e-6 * spread.max()) if is_inside else torch.ones_like(spread)
-        values, vectors = _spectrum(view / spread, SHRINK_INSIDE if is_inside else SHRINK_TOP)
+        values, vectors = _spectrum(root * view / spread, SHRINK_INSIDE if is_inside else SHRINK_TOP)
         whiten.append(vectors[:, :kept] * values[:kept].rsqrt() / spread[:, None])
     matrix = torch.stack(whiten)  # (V,D,K)
     side_by_side = _unit(torch.einsum("nvd,vdk->nvk", centred, matrix)).flatten(1)  # (N,V*K)
-    values, vectors = _spectrum(side_by_side - side_by_side.mean(0), SHRINK_JOINT)
+    middle = weight @ side_by_side / count
+    values, vectors = _spectrum(root * (side_by_side - middle), SHRINK_JOINT)
     rotate = (vectors * values.sqrt())[:, : centred.shape[-1]]
     return Transform(
         means={role: mean.float() for role, mean in means.items()},
@@ -171,7 +189,7 @@ def check_count(texts: int) -> None:
 
 
 def _spectrum(centred: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, largest first, and eigenvectors (columns) of the shrunk covariance of (N,D)."""
+    """Eigenvalues, largest first, and eigenvectors (columns) of the shrunk covariance of (N,D), its rows weighted."""
     values, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
     values, vectors = values.flip(0).clip(0), vectors.flip(1)
     # The sign of an eigenvector is the solver's whim; ours makes the largest entry positive.

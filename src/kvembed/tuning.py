@@ -19,7 +19,7 @@ from .config import EmbedConfig, Role
 from .errors import InputError
 from .files import whole_file
 from .models import cache_folder
-from .transform import FORMULA, Transform, check_count, fit
+from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
 from .writing import SELF_WRITTEN, texts_digest
 
 __all__ = ["FIT_TOKENS", "UNBOUND", "choose_transform", "fitted_for"]
@@ -34,7 +34,8 @@ UNBOUND: dict[str, Any] = {
     "chunk_tokens": None,
 }  # fields that don't bear on a fit
 _FIT_TEXTS = 1000
-_GIVEN_TEXTS = 500  # of them, where there are self-written ones to go with them
+_GIVEN_TEXTS = 500  # where there are self-written ones to go with them
+_GIVEN_RULE = 1  # counts changes of how they are used: a stored fit of another is not re-used
 _PIECE = 100  # texts that are read at a time, and kept when a run is stopped
 
 
@@ -60,9 +61,11 @@ def choose_transform(
         config: what makes the views. In a template that documents and queries share, each text is read once.
         read: (texts, role, which templates) -> their views (N,V,D), at most `FIT_TOKENS` tokens of each text.
         write: gives texts that the model wrote itself; called if nothing is in the cache.
-        texts: unlabelled texts, of which at most 500 different ones, drawn at random with a fixed seed, are used. They
-            are joined by self-written ones, up to 1,000 together: one kind of text alone says too little of what
-            other texts, queries among them, will be like. From a model that can't write, 1,000 given ones are used.
+        texts: unlabelled texts, of which at most 500 different ones, drawn at random with a fixed seed, are used beside
+            the self-written ones; with a model that can't write, 1,000. The given ones' weight is the part of their
+            vectors that is the same in all of them after a fit without them (`Transform.common`): little in ordinary
+            text, of which self-written text says more; half in another language than the model's. Queries, which given
+            texts are none of, keep the mean of the self-written ones.
         report: called with prompts done and prompts in all.
 
     Raises:
@@ -71,7 +74,7 @@ def choose_transform(
     bound = fitted_for(fingerprint, config)
     source = SELF_WRITTEN if texts is None else "given"
     digest = None if texts is None else texts_digest(texts)
-    rule = [] if texts is None else [_GIVEN_TEXTS]
+    rule = [] if texts is None else [_GIVEN_RULE]
     told = json.dumps([bound, source, digest, FORMULA, *rule], sort_keys=True)
     cached = cache_folder() / "transforms" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
     if cached.exists():
@@ -85,13 +88,13 @@ def choose_transform(
     found = list(dict.fromkeys(write() if texts is None else texts))
     origin: dict[str, Any] = {"texts": source, "texts_sha256": digest or texts_digest(found)}
     check_count(len(found))
-    if len(found) > (_FIT_TEXTS if texts is None else _GIVEN_TEXTS):
-        found = random.Random(0).sample(found, min(len(found), _FIT_TEXTS))
+    joined = [] if texts is None else _joined(write, found)
+    most = _GIVEN_TEXTS if joined else _FIT_TEXTS
+    found = random.Random(0).sample(found, most) if len(found) > most else found
+    first = len(found) if joined else 0  # of the self-written ones
+    found += joined
     if texts is not None:
-        more = _more(write, found)
-        if more:
-            found = found[: _FIT_TEXTS - len(more)] + more
-        origin["self_written"] = len(more)
+        origin["self_written"] = len(joined)
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
@@ -116,10 +119,16 @@ def choose_transform(
     queries = documents.copy()
     if unlike:
         queries[:, unlike] = gather("query", unlike)
-    views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries}
-    views = {role: part.reshape(len(found), -1, part.shape[-1]) for role, part in views.items()}
+    views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries[first:]}
+    views = {role: part.reshape(len(part), -1, part.shape[-1]) for role, part in views.items()}
     inside = [one.is_inside for _, one in config.views]
-    transform = fit(views, inside, bound | origin)
+    weights = None
+    if len(joined) >= LEAST_TEXTS:
+        alone = fit({role: part[-len(joined) :] for role, part in views.items()}, inside, {})
+        share = alone.common(views["document"][:first])
+        weights = np.repeat([share / first, (1 - share) / len(joined)], [first, len(joined)])
+        origin["weight_of_given"] = round(share, 3)
+    transform = fit(views, inside, bound | origin, weights)
     try:
         transform.save(cached)
     except OSError as error:
@@ -129,13 +138,14 @@ def choose_transform(
     return transform
 
 
-def _more(write: Callable[[], list[str]], found: Sequence[str]) -> list[str]:
+def _joined(write: Callable[[], list[str]], found: Sequence[str]) -> list[str]:
     """Self-written texts to go with given ones; none, with a warning, from a model that can't write."""
     try:
         known = {*found}
-        return [text for text in write() if text not in known][: _FIT_TEXTS - min(len(found), _GIVEN_TEXTS)]
+        return [text for text in write() if text not in known]
     except InputError as error:
-        logger.warning("fitting on %d given texts alone, which is not as good: %s", len(found), error)
+        count = min(len(found), _FIT_TEXTS)
+        logger.warning("fitting on %d given texts alone, which is not as good: %s", count, error)
         return []
 
 
