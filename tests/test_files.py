@@ -72,6 +72,7 @@ def test_csv_of_old_line_ends(tmp_path):
         ("x.csv", b"text,text\na,b\n", r"x\.csv: column 'text' is there more than once"),
         ("x.csv", b"id,text\n1\n", r"x\.csv, line 2: no value in column 'text'"),
         ("x.csv", b'text\n"open\n', r"x\.csv, line \d: not CSV"),
+        ("x.csv", b"id,text\n1,a,\n2,Hello, world\n", r"x\.csv, line 3: 3 values for 2 columns; .* in quotes"),
         ("x.parquet", b"PAR1 not really", r"x\.parquet: not Parquet"),
         ("x.parquet", b"", r"x\.parquet: not Parquet"),
     ],

@@ -227,6 +227,11 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
             if len(row) <= max(text_at, id_at or 0):
                 lacking = field if len(row) <= text_at else id_field
                 raise InputError(f"{name}, line {lines.mark.line}: no value in column {lacking!r}")
+            if any(row[len(columns) :]):
+                raise InputError(
+                    f"{name}, line {first}: {len(row)} values for {len(columns)} columns; text with a delimiter in it "
+                    "must stand in quotes"
+                )
             more = {columns[i]: row[i] for i in rest if i < len(row)}
             yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark, first, more)
     except csv.Error as error:
