@@ -203,8 +203,6 @@ def test_a_weight_is_how_often_a_text_counts():
 
 
 def test_given_texts_weigh_by_what_they_have_in_common(tmp_path):
-    """And all vectors of either kind then stand apart."""
-
     def read(texts, role, templates):
         rows = [np.random.default_rng([*text.encode()]).normal(size=(2, 8)) for text in texts]
         shift = np.linspace(-apart, apart, 16).reshape(2, 8)

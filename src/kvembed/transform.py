@@ -153,8 +153,10 @@ def fit(
     weight = torch.ones(count).double()  # (N,)
     if weights is not None:
         weight = torch.from_numpy(weights * count / weights.sum())
-    means = {role: part.mean(0) for role, part in units.items()}  # (V,D)
-    means["document"] = torch.einsum("n,nvd->vd", weight, units["document"]) / count
+    means = {
+        "document": torch.einsum("n,nvd->vd", weight, units["document"]) / count,
+        "query": units["query"].mean(0),
+    }  # (V,D)
     centred = units["document"] - means["document"]  # (N,V,D)
     root = weight.sqrt()[:, None]
     kept = min(centred.shape[-1], DIRECTIONS)
