@@ -77,7 +77,7 @@ def test_the_manifest_says_what_is_where(embedder, source, whole):
     manifest = json.loads((whole / "_manifest.json").read_text())
     job, shards = manifest["job"], manifest["shards"]
     assert manifest["finished"] is True
-    assert job["weights"] == embedder.fingerprint()
+    assert job["fingerprint"] == embedder.fingerprint()
     assert job["config"] == json.loads(json.dumps(embedder.config.to_dict()))
     assert (job["config_hash"], job["dim"], job["shard_rows"]) == (embedder.config.hash(), 48, 4)
     assert [file["rows"] for file in job["inputs"]] == [[0, 12], [12, 13], [13, 40]]
@@ -160,7 +160,7 @@ def test_another_job_is_refused(embedder, source, whole, tmp_path, llama, tokeni
 
     refused("bias 1.0, not 2.0", embedder.replace(bias=2.0))
     refused(r"layers \[1, 2\], not \[1\]", embedder.replace(layers=[1]))
-    refused("weights .*, not .*", Embedder.from_model(tiny(seed=1), tokenizer, layers=[1, 2], max_tokens=40))
+    refused("fingerprint .*, not .*", Embedder.from_model(tiny(seed=1), tokenizer, layers=[1, 2], max_tokens=40))
     refused("batch_tokens 2048, not 100", Embedder(llama, tokenizer, embedder.config, batch_tokens=100))
     refused("shard_rows 4, not 9", shard_rows=9)
     refused('role "document", not "query"', role="query")

@@ -272,13 +272,13 @@ def test_another_model_or_config_is_refused(embedder, index, tokenizer, folder, 
         (embedder.replace(bias=2.0), "bias 1.0, not 2.0"),
         (embedder.replace(layers=[1]), r"layers \[1, 2\], not \[1\]"),
         (embedder.replace(max_tokens=40), "max_tokens null, not 40"),
-        (Embedder.from_model(tiny(seed=1), tokenizer, layers=[1, 2]), 'weights "[0-9a-f]+", not "[0-9a-f]+"'),
+        (Embedder.from_model(tiny(seed=1), tokenizer, layers=[1, 2]), 'fingerprint "[0-9a-f]+", not "[0-9a-f]+"'),
     ]:
         with pytest.raises(InputError, match=f"db was made with {message}; --refit embeds"):
             Index.create(index.folder, other)
     tiny(seed=1).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"was made with other weights than those of .*other"):
+    with pytest.raises(InputError, match=r"was made with other weights, or another tokenizer, than those of .*other$"):
         Index.open(index.folder, model=str(tmp_path / "other")).search("x")
     moved = Index.open(index.folder, model=str(folder))
     assert moved.search("ferry") == index.search("ferry")
@@ -342,7 +342,7 @@ def test_what_is_no_index(embedder, index, tmp_path):
         Index.create(tmp_path, embedder)
     path = index.folder / "kvembed-index.json"
     told = json.loads(path.read_text())
-    hostile = told | {"made_with": told["made_with"] | {"weights": "../../../outside"}}
+    hostile = told | {"made_with": told["made_with"] | {"fingerprint": "../../../outside"}}
     for broken in (
         "",
         "[]",

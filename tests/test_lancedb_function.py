@@ -36,5 +36,5 @@ def test_a_table_embeds_what_is_added_and_asked(embedder, folder, tokenizer, tmp
     assert [row["text"] for row in found] == [NOTICES[i] for i in best[:3]]
     model = tiny(seed=3)
     model.save_pretrained(folder)
-    with pytest.raises(InputError, match="the table was made with other weights, or another config"):
+    with pytest.raises(InputError, match="the table was made with another model, or another config"):
         lancedb.connect(tmp_path / "db").open_table("notes").search("the ferry").to_list()

@@ -12,8 +12,18 @@ from conftest import NOTICES, tiny
 
 from kvembed import Embedder, InputError, models
 from kvembed.backbone import Backbone
+from kvembed.fingerprint import fingerprint
 from kvembed.layers import Profile, choose_layers, id_curve, twonn, window
 from kvembed.prompts import Prompter
+from kvembed.writing import own_texts
+
+
+def chosen(backbone, tokenizer, template, **options):
+    prompter = Prompter(tokenizer)
+    told = fingerprint(backbone, prompter)
+    return choose_layers(
+        told, backbone, prompter, template, lambda: own_texts(backbone.model, tokenizer, told), **options
+    )
 
 
 def cloud(dimension, ambient, count=400, seed=0):
@@ -75,14 +85,14 @@ def test_the_curve_is_that_of_the_last_tokens_states(llama, tokenizer):
 def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypatch):
     backbone = Backbone(tiny(seed=5))
     monkeypatch.setattr("kvembed.writing._COUNT", 40)
-    first = choose_layers(backbone, tokenizer, "In: {text}", model="tiny")
+    first = chosen(backbone, tokenizer, "In: {text}", model="tiny")
     stored = list((models.cache_folder() / "profiles").iterdir())
     assert [Profile.from_json(path.read_text()) for path in stored] == [first]
     assert (first.texts, first.count, len(first.curve), first.fingerprint) == (
         "self-written",
         40,
         5,
-        backbone.fingerprint(),
+        fingerprint(backbone, Prompter(tokenizer)),
     )
     assert first.layers == window(first.curve, first.attention_layers)
     (written,) = (models.cache_folder() / "texts").iterdir()
@@ -90,17 +100,17 @@ def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypa
     assert len(set(texts)) == 40
 
     monkeypatch.setattr("kvembed.layers.id_curve", lambda *_, **__: pytest.fail("worked out twice"))
-    assert choose_layers(backbone, tokenizer, "In: {text}") == first
+    assert chosen(backbone, tokenizer, "In: {text}") == first
     with pytest.raises(pytest.fail.Exception):
-        choose_layers(backbone, tokenizer, "Other: {text}")  # the last token's states depend on the template
+        chosen(backbone, tokenizer, "Other: {text}")  # the last token's states depend on the template
 
 
 def test_given_texts_have_a_profile_of_their_own(tokenizer, llama):
-    given = choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES)
-    fewer = choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES[:30])
+    given = chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES)
+    fewer = chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES[:30])
     assert (given.texts, given.count, fewer.count) == ("given", len(NOTICES), 30)
     assert given.texts_sha256 != fewer.texts_sha256
-    assert choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES) == given
+    assert chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES) == given
 
 
 def test_self_written_text_is_the_same_for_the_same_seed_and_leaves_the_generator_alone(tokenizer, llama):
@@ -134,17 +144,17 @@ def test_the_choice_never_depends_on_the_texts_embedded(tokenizer, llama):
 
 
 def test_a_damaged_profile_is_made_anew(tokenizer, llama, caplog):
-    first = choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES)
+    first = chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES)
     (path,) = (models.cache_folder() / "profiles").iterdir()
     path.write_text('{"model": "half a fi')
-    assert choose_layers(Backbone(llama), tokenizer, "{text}", texts=NOTICES) == first
+    assert chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES) == first
     assert "ignoring the damaged profile" in caplog.text
     assert Profile.from_json(path.read_text()) == first
 
 
 def test_too_few_texts(tokenizer, llama):
     with pytest.raises(InputError, match="at least 20 distinct texts"):
-        choose_layers(Backbone(llama), tokenizer, "{text}", texts=["same"] * 100)
+        chosen(Backbone(llama), tokenizer, "{text}", texts=["same"] * 100)
 
 
 def test_shipped_profiles_are_well_formed():

@@ -83,7 +83,7 @@ def test_alone_and_with_a_2000_token_mate(smollm2):
 
 
 def test_the_shipped_profile_is_found(smollm2, monkeypatch):
-    monkeypatch.setattr("kvembed.layers.own_texts", lambda *_, **__: pytest.fail("the profile was not found"))
+    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: pytest.fail("the profile was not found"))
     assert Embedder.from_model(*smollm2).config.layers == (6, 7, 8, 9)
     assert Embedder.from_pretrained("smollm2", dtype="bfloat16").config.layers == (6, 7, 8, 9)
 
@@ -171,7 +171,7 @@ def test_one_sentence_from_the_command_line_costs_little_more_than_the_model_its
 )
 def test_exact_from_1_to_2000_tokens_in_one_call(name, layers, window, backbone_file, monkeypatch):
     source = name if name == "smollm2" else backbone_file(name)
-    monkeypatch.setattr("kvembed.layers.own_texts", lambda *_, **__: pytest.fail("the profile was not found"))
+    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: pytest.fail("the profile was not found"))
     embedder = Embedder.from_pretrained(source, method="kv", dtype="float32", batch_tokens=100_000)
     assert embedder.config.layers == layers
     assert getattr(embedder.model.config, "sliding_window", None) == window

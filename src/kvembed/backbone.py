@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import threading
 from collections import defaultdict
@@ -176,7 +175,8 @@ class Backbone:
                 "one table of the width of its states"
             )
         weight = embedding.weight
-        few = [] if weight.is_meta else _few(weight).tolist()
+        step = max(1, weight.numel() // 64) | 1  # odd, or else it might fall on one column
+        few = [] if weight.is_meta else weight.flatten()[::step].tolist()
         known = self._static
         if known is None or known[0] != (weight.device, few):  # the model may have been moved, or an adapter merged
             known = (weight.device, few), StaticVectors(embedding, embedding.num_embeddings, self.device)
@@ -500,32 +500,6 @@ class Backbone:
             for part in layer.children():
                 if attention.isdisjoint(part.modules()):
                     part.compile(dynamic=True)
-
-    def fingerprint(self) -> str:
-        """16 hex digits that tell weights apart: a few values of every tensor, in bfloat16, with names and shapes.
-
-        The same whether the weights were loaded as float32 or bfloat16, and on any device; float16 rounds otherwise.
-
-        Raises:
-            InputError: weights that are offloaded can't be read.
-        """
-        digest = hashlib.sha256(self.model_type.encode())
-        for name, tensor in self.decoder.named_parameters():
-            if tensor.is_meta:
-                raise InputError(
-                    "the model's weights are offloaded, so nothing can be chosen or fitted for them: give layers=..., "
-                    "and no method with a transform"
-                )
-            few = _few(tensor)
-            few = few.to(torch.bfloat16) if few.is_floating_point() else few.to(torch.int64)
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + few.float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def _few(tensor: Tensor) -> Tensor:
-    """Some 64 of its values, which tell weights apart."""
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // 64)]
 
 
 def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

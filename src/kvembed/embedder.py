@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -24,6 +25,7 @@ from .backbone import Backbone
 from .batching import blocks, characters, run_batches
 from .config import EmbedConfig, Readout, Role
 from .errors import InputError, KvembedError
+from .fingerprint import fingerprint
 from .layers import choose_layers
 from .methods import preset
 from .pooling import pool
@@ -119,11 +121,20 @@ class Embedder:
         self.tokenizer = tokenizer
         self.backbone = Backbone(model)
         self._beginnings = Beginnings(self.backbone.prefix)
+        limit = None
+        if config.forward_passes:
+            limit = self.backbone.max_tokens
+            if limit is None and tokenizer.model_max_length < 1e9:  # 1e30 stands for "not known"
+                limit = tokenizer.model_max_length
+        self._limit = limit or UNLIMITED
+        self._prompter = Prompter(tokenizer, self._limit)
         if config.layers is None:
             profile = choose_layers(
+                self.fingerprint(),
                 self.backbone,
-                tokenizer,
+                self._prompter,
                 config.templates("document")[0],
+                lambda: self._own_texts(progress),
                 texts=texts,
                 model=name,
                 revision=revision,
@@ -143,16 +154,9 @@ class Embedder:
                 for part in config.more_readouts
             ),
         )
-        limit = None
-        if config.forward_passes:
-            limit = self.backbone.max_tokens
-            if limit is None and tokenizer.model_max_length < 1e9:  # 1e30 stands for "not known"
-                limit = tokenizer.model_max_length
         if config.max_tokens and limit and config.max_tokens > limit and not config.chunk_tokens:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
         self.max_tokens = config.max_tokens or limit or UNLIMITED
-        self._limit = limit or UNLIMITED
-        self._prompter = Prompter(tokenizer, self._limit)
         self._shared: dict[str, int] = {}  # template -> tokens of its beginning that texts share
         self._batch_tokens = batch_tokens
         self._texts = texts
@@ -431,10 +435,9 @@ class Embedder:
 
     def _fitted(self, transform: Transform | None, progress: bool) -> Transform:
         """`transform` itself, or else the stored one, or one fitted now. Raises `InputError` if it is not for this."""
-        fingerprint = self.fingerprint()
         check_texts(self._texts or ())
         if transform is not None:
-            if transform.is_for(fitted_for(fingerprint, self.config)):
+            if transform.is_for(fitted_for(self.fingerprint(), self.config)):
                 return transform
             raise InputError("the transform was fitted for another model, or for another config")
 
@@ -450,13 +453,16 @@ class Embedder:
 
         with tqdm(desc="fitting", unit="prompt", delay=1, disable=None if progress else True) as bar:
             return choose_transform(
-                fingerprint,
+                self.fingerprint(),
                 self.config,
                 read,
-                lambda: own_texts(self.model, self.tokenizer, fingerprint, progress=progress),
+                lambda: self._own_texts(progress),
                 texts=self._texts,
                 report=report,
             )
+
+    def _own_texts(self, progress: bool) -> list[str]:
+        return own_texts(self.model, self.tokenizer, self.fingerprint(), progress=progress)
 
     def _read(self, by_template: Sequence[Sequence[Prompt]], report: Callable[[int], Any] | None = None) -> Encoded:
         """For each template a prompt for each text -> the texts' views."""
@@ -555,8 +561,15 @@ class Embedder:
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell the model's weights apart, the same for float32 and bfloat16."""
-        return self.backbone.fingerprint()
+        """16 hex digits that tell models apart, as they were when this was first asked of the embedder.
+
+        By weights, positions and tokenizer; the same for float32 and bfloat16, on any device.
+        """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.backbone, self._prompter)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save to a folder that `from_pretrained` and `SentenceTransformer` open (docs/integrations.md).

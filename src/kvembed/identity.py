@@ -15,7 +15,7 @@ __all__ = ["difference", "identity", "identity_hash"]
 def identity(embedder: Embedder) -> dict[str, Any]:
     """Everything that decides an embedder's vectors, in plain JSON types."""
     return {
-        "weights": embedder.fingerprint(),
+        "fingerprint": embedder.fingerprint(),
         "dtype": embedder.dtype,
         "config": embedder.config.to_dict(),
         "max_tokens": embedder.max_tokens,

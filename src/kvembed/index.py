@@ -200,11 +200,10 @@ class Index:
         """The model and config that made the index, loaded when first needed.
 
         Raises:
-            InputError: the model has other weights, or the transform is not the one that the index was made with.
+            InputError: the model or its tokenizer is another, or the transform, than what the index was made with.
             ModelNotFound: the model is not where it was.
         """
         from . import models
-        from .backbone import Backbone
         from .embedder import Embedder
         from .transform import Transform
 
@@ -213,12 +212,16 @@ class Index:
             model, tokenizer = models.load(self.model, dtype=told["dtype"])
         except ModelNotFound as error:
             raise ModelNotFound(f"{error} (--model says where the index's model is now)") from None
-        if Backbone(model).fingerprint() != told["weights"]:
-            raise InputError(f"{self.folder} was made with other weights than those of {self.model}")
         transform = None
         if told["transform"] is not None:
             transform = Transform.load(self.transform_file)
-        embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
+        another = f"{self.folder} was made with other weights, or another tokenizer, than those of {self.model}"
+        try:
+            embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
+        except InputError as error:  # what was right for the model that made the index
+            raise InputError(f"{another}: {error}") from None
+        if embedder.fingerprint() != told["fingerprint"]:
+            raise InputError(another)
         if apart := difference(told, identity(embedder)):
             raise InputError(f"{self.folder} was made with {apart}")
         return embedder

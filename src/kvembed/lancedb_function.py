@@ -10,7 +10,7 @@
         vector: Vector(kvembed.ndims()) = kvembed.VectorField()
 
 LanceDB stores the arguments of `create` with the table, and with them what the vectors depend on besides: the same name
-with other weights, another config or another transform is refused when the table is used again.
+with another model, another config or another transform is refused when the table is used again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class KvembedFunction(TextEmbeddingFunction):
             self.name, method=self.method, dtype=self.dtype, fitted=self.fitted, **self.options
         )
         if self.made_with not in (None, identity_hash(identity(embedder))):
-            raise InputError(f"the table was made with other weights, or another config, than {self.name} has now")
+            raise InputError(f"the table was made with another model, or another config, than {self.name} has now")
         return embedder
 
     def ndims(self) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from .backbone import Backbone
 from .batching import token_batches
 from .config import EmbedConfig
 from .errors import InputError
 from .files import store
+from .fingerprint import fingerprint as fingerprint_of
 from .models import cache_folder, label, load
 from .prompts import Prompter
 from .writing import SELF_WRITTEN, own_texts, texts_digest
@@ -41,7 +41,7 @@ class Profile:
 
     Attributes:
         model: name it was loaded by, and `revision` if it has one; for people.
-        fingerprint: of the weights (`Backbone.fingerprint`); what a profile is found by.
+        fingerprint: of the model (`kvembed.fingerprint`); what a profile is found by.
         template: the document template the texts were put in.
         texts: where they came from: `"self-written"` or `"given"`.
         texts_sha256: of the texts, joined by newlines.
@@ -180,9 +180,11 @@ def _keep_last(states: NDArray[np.float32], batch: list[int], lengths: Tensor, o
 
 
 def choose_layers(
+    fingerprint: str,
     backbone: Backbone,
-    tokenizer: PreTrainedTokenizerBase,
+    prompter: Prompter,
     template: str,
+    write: Callable[[], list[str]],
     *,
     texts: Sequence[str] | None = None,
     model: str = "",
@@ -192,17 +194,18 @@ def choose_layers(
     """The layers for this model: from a shipped or cached profile, or worked out now and cached.
 
     Args:
+        fingerprint: of the model.
         backbone: the model.
-        tokenizer: its own.
+        prompter: of its tokenizer.
         template: the document template in use; the last token's states depend on it.
-        texts: calibration texts. None: about 1,000 short ones that the model writes itself.
+        write: gives texts that the model wrote itself; called if there are no others and nothing is stored.
+        texts: calibration texts.
         model, revision: names to write into the profile.
         progress: show bars on a terminal.
 
     Raises:
         InputError: too few distinct texts, or a model that can't write any.
     """
-    fingerprint = backbone.fingerprint()
     source, digest = (SELF_WRITTEN, None) if texts is None else ("given", texts_digest(texts))
 
     def fits(profile: Profile) -> bool:
@@ -218,8 +221,8 @@ def choose_layers(
             return profile
     logger.info("choosing layers for %s by intrinsic dimension, once", model or backbone.model_type)
     if texts is None:
-        texts = own_texts(backbone.model, tokenizer, fingerprint, progress=progress)
-    curve = id_curve(backbone, Prompter(tokenizer), texts, template, progress=progress)
+        texts = write()
+    curve = id_curve(backbone, prompter, texts, template, progress=progress)
     profile = Profile(
         model=model or backbone.model_type,
         revision=revision,
@@ -247,7 +250,13 @@ def profile_of(
 ) -> Profile:
     """`choose_layers` for a model by name (see `kvembed.models.load`)."""
     model, tokenizer = load(name, dtype=dtype, device=device)
-    return choose_layers(Backbone(model), tokenizer, template, texts=texts, model=label(name), progress=progress)
+    backbone, prompter = Backbone(model), Prompter(tokenizer)
+    told = fingerprint_of(backbone, prompter)
+
+    def write() -> list[str]:
+        return own_texts(model, tokenizer, told, progress=progress)
+
+    return choose_layers(told, backbone, prompter, template, write, texts=texts, model=label(name), progress=progress)
 
 
 def shipped_profiles() -> list[Profile]:

@@ -26,7 +26,7 @@ class MtebEncoder:
 
     Args:
         embedder: ours.
-        name: the model's name in MTEB's results, which go by it, the weights' fingerprint and the config's hash.
+        name: the model's name in MTEB's results, which go by it, the model's fingerprint and the config's hash.
 
     Attributes:
         mteb_model_meta: mteb's `ModelMeta`.

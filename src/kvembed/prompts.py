@@ -74,6 +74,10 @@ class Prompter:
         tokenizer: a fast tokenizer (one that gives character offsets); it stays as it is.
         limit: the most tokens that the model takes, shared ones included; no chunk is longer.
 
+    Attributes:
+        size: how many tokens the tokenizer has.
+        marks: its ids of beginning and end (BOS, EOS); None for one that it does not have.
+
     Raises:
         UnsupportedModel: the tokenizer gives no offsets.
     """
@@ -94,8 +98,9 @@ class Prompter:
             named.discard(tokenizer.pad_token_id)  # may be an ordinary piece that was set for padding's sake
         self._special = named | {index for index, token in added.items() if token.special}
         self._unknown = tokenizer.unk_token_id
-        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self._start = next((token for token in starts if token is not None), None)
+        self.size = len(tokenizer)
+        self.marks: tuple[int | None, int | None] = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._start = next((token for token in self.marks if token is not None), None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

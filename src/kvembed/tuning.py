@@ -40,7 +40,7 @@ _PIECE = 100  # texts that are read at a time, and kept when a run is stopped
 
 
 def fitted_for(fingerprint: str, config: EmbedConfig) -> dict[str, str]:
-    """What a transform is bound to: the weights, and all of a config that bears on the views it was fitted on."""
+    """What a transform is bound to: the model, and all of a config that bears on the views it was fitted on."""
     views = config.replace(**UNBOUND)
     return {"fingerprint": fingerprint, "config_hash": views.hash()}
 
@@ -57,7 +57,7 @@ def choose_transform(
     """From the cache or the package, or else fitted now and cached. A run that is stopped keeps what it has read.
 
     Args:
-        fingerprint: of the model's weights.
+        fingerprint: of the model.
         config: what makes the views. In a template that documents and queries share, each text is read once.
         read: (texts, role, which templates) -> their views (N,V,D), at most `FIT_TOKENS` tokens of each text.
         write: gives texts that the model wrote itself; called if nothing is in the cache.

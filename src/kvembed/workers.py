@@ -67,13 +67,13 @@ class Recipe:
         )
 
     def load(self, device: str = "auto") -> Embedder:
-        """The same embedder. Raises `InputError` if the weights are others here."""
+        """The same embedder. Raises `InputError` if the model or its tokenizer is another here."""
         model, tokenizer = load(self.name, dtype=self.dtype, device=device, revision=self.revision)
         embedder = Embedder(
             model, tokenizer, self.config, batch_tokens=self.batch_tokens, transform=self.transform, name=self.name
         )
         if embedder.fingerprint() != self.fingerprint:
-            raise InputError(f"{self.name} has other weights on a worker than where the job was started")
+            raise InputError(f"{self.name} is another model on a worker, or has another tokenizer, than at the start")
         return embedder
 
 

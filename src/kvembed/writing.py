@@ -34,7 +34,7 @@ def own_texts(
 
     Args:
         model, tokenizer, progress: as in `write_texts`.
-        fingerprint: of the model's weights.
+        fingerprint: of the model.
 
     Raises:
         InputError: as in `write_texts`.

@@ -1,0 +1,67 @@
+# ruff: noqa: RUF001 (letters of many scripts)
+"""Fingerprint: tells models apart, so that nothing that was made with one is taken for another's."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .backbone import Backbone
+from .errors import InputError
+from .prompts import UNLIMITED, Prompter
+
+__all__ = ["fingerprint"]
+
+# Cased, accented and composed letters, white space, digits, code, scripts: a rule changed for any shows in the ids.
+_PROBE = (
+    "The QUICK brown fox's naïve re\u0301sume\u0301 of 1,234.56 USD\u00a0\u2014 isn't it?\n\n\tdef f(x): return x ** 2 "
+    "# TODO\r\n  Größe, façade, İstanbul; Привет, мир! Γειά σου 你好世界 こんにちは 안녕하세요 مرحبا שלום नमस्ते "
+    "ﬁne ① Ａ \u200b👩\u200d🔬 unbelievably antidisestablishmentarianism zzxqj https://example.org/a_b?c=d&e=%20"
+)
+_PIECE = 2**20  # values that are rounded at a time
+
+
+def fingerprint(backbone: Backbone, prompter: Prompter) -> str:
+    """16 hex digits that tell models apart: by every weight, how positions rotate, and the tokenizer.
+
+    Weights are taken in bfloat16, and each row by the sum of its bits as 64-bit integers, which has no rounding: so it
+    is the same whether they were loaded as float32 or bfloat16, and on any device; float16 rounds otherwise. The
+    tokenizer is known by its size, its marks of beginning and end, and the ids that it makes of a text of many scripts.
+    A billion weights in memory take about half a second in float32, and a fifth of it in bfloat16.
+
+    Raises:
+        InputError: weights that are offloaded can't be read.
+    """
+    digest = hashlib.sha256(backbone.model_type.encode())
+    told = dict(backbone.decoder.named_parameters())
+    rotations = {name: tensor for name, tensor in backbone.decoder.named_buffers() if name.endswith("inv_freq")}
+    for name in rotations:
+        if (first := name.removesuffix("inv_freq") + "original_inv_freq") in rotations:
+            told[first] = rotations[first]  # the other may change with a long text
+        else:
+            told[name] = rotations[name]
+    for name, tensor in told.items():
+        if tensor.is_meta:
+            raise InputError(
+                "the model's weights are offloaded, so nothing can be chosen or fitted for them: give layers=..., "
+                "and no method with a transform"
+            )
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + _sums(tensor).numpy().tobytes())
+    (probe,) = prompter([_PROBE], "{text}", UNLIMITED)
+    digest.update(repr((prompter.size, prompter.marks, probe.ids)).encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.inference_mode()
+def _sums(tensor: Tensor) -> Tensor:
+    """(rows,) int64 of a matrix, (1,) of a vector: sums, modulo 2**64, of its bits, four values to a number."""
+    rows = tensor.detach().reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
+    kind = torch.bfloat16 if rows.is_floating_point() else torch.int16
+    found = []
+    for piece in torch.split(rows, max(1, _PIECE // max(1, rows.shape[1]))):
+        words = pad(piece.to(kind), (0, -piece.shape[1] % 4)).contiguous().view(torch.int64)
+        found.append(words.sum(1).cpu())
+    return torch.cat(found)

@@ -1,0 +1,84 @@
+"""Whatever changes a model's vectors or a text's ids changes the fingerprint; dtypes and long texts don't."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny
+from tokenizers import normalizers
+
+from kvembed import Embedder, InputError
+from kvembed.backbone import Backbone
+from kvembed.fingerprint import fingerprint
+from kvembed.prompts import Prompter
+
+
+@pytest.fixture
+def told(tokenizer):
+    return lambda model, tokenizer=tokenizer: fingerprint(Backbone(model), Prompter(tokenizer))
+
+
+def test_it_knows_weights_and_not_dtypes(llama, told):
+    assert told(llama) == told(copy.deepcopy(llama).to(torch.bfloat16))
+    assert told(llama) != told(copy.deepcopy(llama).to(torch.float16))
+    assert told(llama) != told(tiny(seed=1))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (17, 3), (-1, -1)])
+@pytest.mark.parametrize(
+    "name", ["embed_tokens.weight", "layers.3.mlp.up_proj.weight", "layers.4.self_attn.q_proj.weight"]
+)
+def test_it_knows_every_value(llama, told, name, place):
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        other.model.get_parameter(name)[place] += 0.1
+    assert told(other) != told(llama)
+
+
+def test_it_knows_a_vectors_values_and_the_order_of_rows(llama, told):
+    other, turned = copy.deepcopy(llama), copy.deepcopy(llama)
+    with torch.no_grad():
+        other.model.norm.weight[5] += 0.1
+        turned.model.embed_tokens.weight.copy_(turned.model.embed_tokens.weight.flip(0))
+    assert len({told(llama), told(other), told(turned)}) == 3
+
+
+def test_it_knows_how_positions_rotate_but_not_that_a_long_text_came(tokenizer, llama, told):
+    assert told(tiny(rope_parameters={"rope_type": "default", "rope_theta": 5000.0})) != told(llama)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    model = tiny(rope_parameters=dynamic, max_position_embeddings=16)
+    before = told(model)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    with torch.inference_mode():
+        model(torch.arange(60)[None])
+    assert not torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert told(model) == before
+
+
+def test_it_knows_the_tokenizer(tokenizer, llama, told):
+    lower, more, ended, padded = (copy.deepcopy(tokenizer) for _ in range(4))
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    more.add_tokens(["<extra>"])
+    ended.eos_token = "<|im_end|>"
+    padded.pad_token = "</s>"
+    padded(["a", "b c d"], padding=True, truncation=True, max_length=2)
+    assert len({told(llama, one) for one in (tokenizer, lower, more, ended)}) == 4
+    assert told(llama, padded) == told(llama)
+
+
+def test_weights_that_are_not_there_are_refused(tokenizer):
+    backbone = Backbone(tiny())
+    backbone.layers[3].mlp.to("meta")
+    with pytest.raises(InputError, match="weights are offloaded"):
+        fingerprint(backbone, Prompter(tokenizer))
+
+
+def test_an_embedder_knows_itself_as_it_was(tokenizer):
+    model = tiny()
+    embedder = Embedder.from_model(model, tokenizer, layers=[1, 2])
+    before = embedder.fingerprint()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9, 9] += 1
+    assert embedder.fingerprint() == before != embedder.replace(bias=2.0).fingerprint()
