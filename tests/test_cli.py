@@ -342,6 +342,19 @@ def test_vectors_of_several_limits_are_refused(run, tokenizer, tmp_path):
             ["--mteb", "Banking77Classification", "--reference", "tf-idf"],
             "--task, --suite, --results, --vectors, --reference and --precision are for --data",
         ),
+        (
+            ["--data", ".", "--reference", "tf-idf", "--layers", ""],
+            "--reference stands instead of a method: it takes no --method, --layers, --bias, --dtype, --dim, --fitted, "
+            "--max-tokens, --batch-tokens",
+        ),
+        (
+            ["--data", ".", "--reference", "tf-idf", "--name", "mine"],
+            "--reference tf-idf has no model: it takes no --model and no --name",
+        ),
+        (
+            ["--data", ".", "--reference", "sentence-transformer", "--model", "smollm2"],
+            "--reference sentence-transformer needs its --model; smollm2 is none",
+        ),
     ],
 )
 def test_eval_says_what_is_wrong(run, folder, args, message):

@@ -129,11 +129,13 @@ def test_places_that_can_not_be_written_to(subject, tmp_path, monkeypatch, caplo
         run(subject, STS)
 
 
-def test_other_data_or_another_config_is_another_result(subject, llama, tokenizer, tmp_path):
+def test_another_config_is_another_result_and_other_data_is_refused(subject, llama, tokenizer, tmp_path):
     (first,) = run(subject, STS, results=tmp_path)
-    (second,) = run(subject, dataclasses.replace(STS, gold=STS.gold[::-1]), results=tmp_path)
-    assert first.data != second.data
-    assert read_results(tmp_path) == [second]
+    turned, calls = dataclasses.replace(STS, gold=STS.gold[::-1]), []
+    with pytest.raises(InputError, match=r"sts.json is of another task of this name, with other texts or gold: move"):
+        run(recording(subject, calls), RETRIEVAL, turned, results=tmp_path)
+    assert calls == []
+    assert read_results(tmp_path) == [first]
     other = embedder_subject(Embedder.from_model(llama, tokenizer, method="mean", max_tokens=13), "tiny")
     run(other, STS, results=tmp_path)
     assert len(read_results(tmp_path)) == 2

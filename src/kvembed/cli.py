@@ -494,7 +494,8 @@ def evaluate(
     batch_tokens: BatchTokens = None,
 ) -> None:
     """Score a method on local tasks (STS, pairs, classification, clustering, reranking, retrieval) or on MTEB's."""
-    with one_line_errors():
+    with one_line_errors("" if data is None else "vectors that are stored are kept, and the same command goes on"):
+        from . import models
         from .tasks import load_tasks, sample
 
         if (data is None) == (not mteb):
@@ -511,6 +512,17 @@ def evaluate(
             else:
                 print_table(["task", "score"], [[task, f"{value:.2f}"] for task, value in scores.items()])
             return
+        if reference and (
+            dtype != "auto" or any(x is not None for x in (method, layers, bias, dim, fitted, max_tokens, batch_tokens))
+        ):
+            raise InputError(
+                "--reference stands instead of a method: it takes no --method, --layers, --bias, --dtype, --dim, "
+                "--fitted, --max-tokens, --batch-tokens"
+            )
+        if reference == "tf-idf" and (name is not None or model != "smollm2"):
+            raise InputError("--reference tf-idf has no model: it takes no --model and no --name")
+        if reference == "sentence-transformer" and model in models.BUNDLED:
+            raise InputError(f"--reference sentence-transformer needs its --model; {model} is none")
         found = sample(load_tasks(data, tasks or ()), suite)
         from .evaluate import evaluate as run
         from .subjects import (
@@ -521,11 +533,6 @@ def evaluate(
             tfidf_subject,
         )
 
-        if reference and (method or layers or bias is not None or max_tokens or dim or fitted):
-            raise InputError(
-                "--reference stands instead of a method: it takes no --method, --layers, --bias, --max-tokens, --dim, "
-                "--fitted"
-            )
         if reference:
             subjects = [tfidf_subject() if reference == "tf-idf" else sentence_transformer_subject(model, name)]
         else:

@@ -35,7 +35,7 @@ __all__ = ["evaluate", "hardware"]
 
 logger = logging.getLogger(__name__)
 
-# Characters embedded between two commits: what a stop can lose, half a minute on two cores.
+# Characters that the model reads between two commits, over all passes: what a stop can lose, a minute on two cores.
 _CHUNK = 100_000
 
 
@@ -63,7 +63,8 @@ def evaluate(
         progress: show a bar with the time left on a terminal.
 
     Raises:
-        InputError: a folder can't be written to, or a name can't be a folder's.
+        InputError: a folder can't be written to, or holds a result for other data under the same names; or a name
+            can't be a folder's.
 
     Yields:
         A result for each task.
@@ -73,8 +74,8 @@ def evaluate(
         _check_folder(folder)
     for task in tasks:
         path = None if results is None else result_path(results, suite, subject.model, _label(subject), task.name)
-        known = _known(path, subject, task) if path and vectors is None else None
-        if known:
+        known = _known(path, subject, task) if path else None
+        if known and vectors is None:
             yield known
         else:
             todo.append((task, path))
@@ -103,10 +104,15 @@ def _check_folder(folder: Path) -> None:
 
 
 def _known(path: Path, subject: Subject, task: Task) -> Result | None:
+    """What was run before. Raises `InputError` if that is of other data, which must not be lost for this."""
     if not path.is_file():
         return None
     known = Result.from_json(path)
-    return known if (known.identity, known.data) == (subject.identity, task.digest()) else None
+    if known.data != task.digest():
+        raise InputError(
+            f"{path} is of another task of this name, with other texts or gold: move it, or give another folder"
+        )
+    return known if known.identity == subject.identity else None
 
 
 def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any], vectors: Path | None) -> Result:
@@ -177,6 +183,16 @@ class _Store:
     def close(self) -> None:
         self._base.close()
 
+    def chunks(self, texts: Sequence[str]) -> Iterator[list[str]]:
+        """Similar lengths together, so that little is padded; the longest first, so that the time left is not too low.
+
+        All of a task's texts, also those that are stored: in half precision a vector depends a little on its batch
+        mates, and these should not depend on what was run before.
+        """
+        ordered = sorted(dict.fromkeys(texts), key=len, reverse=True)
+        most = _CHUNK // max(1, self._subject.passes)
+        return blocks(ordered, len, most_items=len(ordered), most_characters=most)
+
     def lacks(self, texts: Sequence[str], role: Role) -> bool:
         """Whether any of them is not stored."""
         return any(self._row("1", _key(text, role)) is None for text in texts)
@@ -188,7 +204,7 @@ class _Store:
             encoded = self._subject.encode(texts, role)
             bar.update(_cost(texts))
             return encoded, time.perf_counter() - start
-        for chunk in _chunks(texts):
+        for chunk in self.chunks(texts):
             if not self.lacks(chunk, role):
                 continue
             start = time.perf_counter()
@@ -226,16 +242,6 @@ def _opened(path: str) -> sqlite3.Connection:
     return base
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Similar lengths together, so that little is padded; the longest first, so that the time left is not too low.
-
-    All of a task's texts, also those that are stored: in half precision a vector depends a little on its batch mates,
-    and these should not depend on what was run before.
-    """
-    ordered = sorted(dict.fromkeys(texts), key=len, reverse=True)
-    return blocks(ordered, len, most_items=len(ordered), most_characters=_CHUNK)
-
-
 def _cost(texts: Sequence[str]) -> int:
     """Characters, with a constant for what templates add and a bound for what cutting takes."""
     return sum(40 + min(len(text), 16_384) for text in texts)
@@ -246,7 +252,7 @@ def _bar(store: _Store, tasks: Sequence[Task], progress: bool) -> Iterator[tqdm[
     waiting: dict[tuple[Role, str], int] = {}
     for task in tasks:
         for role, texts in _inputs(task).items():
-            for chunk in _chunks(texts):
+            for chunk in store.chunks(texts):
                 if store.lacks(chunk, role):
                     waiting |= {(role, text): _cost([text]) for text in chunk}
     with tqdm(
