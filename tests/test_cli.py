@@ -148,6 +148,7 @@ def test_parse_layers():
     ("args", "message"),
     [
         (("--bias", "nan"), "bias must be a finite number, not nan"),
+        (("--method", "mean", "--bias", "2"), "--bias is the slot's, and method mean re-routes nothing"),
         (("--layers", "9"), "layer 9 is out of range: llama has layers 0 to 4"),
         (("--layers", "9-6"), "--layers takes 6-9 or 4,5,10 or none or all or auto, not '9-6'"),
         (("--layers", "-1"), "--layers takes"),

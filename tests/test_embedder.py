@@ -272,8 +272,27 @@ def test_states_that_are_not_finite_are_an_error_not_a_vector(tokenizer):
     model = tiny()
     with torch.no_grad():
         model.model.norm.weight[0] = float("inf")
-    with pytest.raises(KvembedError, match="not finite"):
+    with pytest.raises(KvembedError, match="not finite in float32; its weights may be damaged"):
         Embedder.from_model(model, tokenizer, layers=[1]).encode("a")
+    with pytest.raises(KvembedError, match="not finite in float16; try dtype=bfloat16 or float32"):
+        Embedder.from_model(model.half(), tokenizer, layers=[1]).encode("a")
+
+
+@pytest.mark.parametrize("method", ["mean", "static"])
+def test_a_token_that_the_model_does_not_embed_is_told(llama, tokenizer, method):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["ferryboat"])
+    embedder = Embedder.from_model(llama, larger, method=method, texts=MANY)
+    assert embedder.encode("a ferry").shape == (48,)
+    with pytest.raises(InputError, match="the tokenizer gives token 400, but the model embeds only 400"):
+        embedder.encode(["a ferry", "a ferryboat"])
+
+
+def test_where_there_is_no_slot_it_has_no_position(tokenizer):
+    model = tiny("gpt2", n_embd=48, n_layer=5, n_head=4)
+    options = {"method": "bidirectional", "slot_position": "first"}
+    vectors = Embedder.from_model(model, tokenizer, **options).encode(NOTICES[:3])
+    assert np.array_equal(vectors, Embedder.from_model(model, tokenizer, method="bidirectional").encode(NOTICES[:3]))
 
 
 def test_the_model_is_given_back_as_it_was(tokenizer):

@@ -40,6 +40,14 @@ def test_binary_is_the_signs_and_cosine_is_hamming(count, dim, seed):
     np.testing.assert_allclose(back @ back.T, 1 - 2 * hamming / dim, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+def test_one_vector_is_as_a_row_of_many(precision):
+    rows = np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32)
+    codes = quantize(rows, precision)
+    assert np.array_equal(quantize(rows[1], precision), codes[1])
+    assert np.array_equal(dequantize(codes[1], precision, 20), dequantize(codes, precision, 20)[1])
+
+
 def test_zeros_and_other_words():
     for precision in ("float32", "int8"):
         assert not quantize(np.zeros((2, 3), np.float32), precision).any()

@@ -349,7 +349,7 @@ def test_saving_and_fitted_files(auto, tmp_path, llama, tokenizer, monkeypatch):
     )
     np.testing.assert_allclose(given_file.encode(NOTICES), auto.encode(NOTICES), atol=1e-6)
     for options, message in (
-        ({"method": "auto", "pooling": "mean"}, "fitted for another model, or for another config"),
+        ({"method": "auto", "pooling": "mean"}, "fitted for another config"),
         ({"method": "kv", "layers": (1,)}, "method kv has no transform"),
         ({"fitted": tmp_path / "no.safetensors"}, "no such file"),
         ({"fitted": tmp_path / "saved" / "kvembed.json"}, "is not a transform"),
@@ -380,8 +380,30 @@ def test_the_results_of_a_fitted_method_say_what_it_was_fitted_on(auto, llama, t
     json.dumps(subject.config)
 
 
-def test_a_saved_fit_stays_where_nothing_it_depends_on_is_changed(auto, tmp_path):
+def test_a_saved_fit_stays_where_nothing_it_depends_on_is_changed(auto, tmp_path, caplog):
     auto.save_pretrained(tmp_path / "saved")
-    for options in ({"bias": 1.0}, {"layers": []}, {"pooling": "last"}):
+    for options in ({"bias": 2.0}, {"layers": []}, {"pooling": "last"}, {"method": "auto", "dim": 5}):
         again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32", **options)
         assert again.transform.digest() == auto.transform.digest(), options
+    assert again.replace(slot_self=False, max_tokens=90).transform is again.transform
+    assert caplog.text == ""
+
+
+def test_a_fit_that_can_not_be_made_again_is_not_left_in_silence(auto, tmp_path, caplog):
+    auto.save_pretrained(tmp_path / "saved")
+    again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32")
+    assert again.replace(pooling="mean").transform.info["texts"] == "self-written"
+    assert caplog.text.count("was fitted on given texts, which are not at hand") == 1
+    Embedder.from_pretrained(tmp_path / "saved", dtype="float32", pooling="mean")
+    assert caplog.text.count("was fitted on given texts, which are not at hand") == 2
+    caplog.clear()
+    assert auto.replace(pooling="mean").transform.info["texts"] == "given"
+    assert Embedder.from_pretrained(tmp_path / "saved", method="mean").transform is None
+    assert again.replace(transform="none", more_readouts=()).transform is None
+    assert "not at hand" not in caplog.text
+
+
+def test_replace_is_no_other_method(auto):
+    with pytest.raises(InputError, match="a method is many"):
+        auto.replace(method="kv")
+    assert auto.replace(method="auto").config == auto.config

@@ -472,7 +472,7 @@ class Backbone:
 
     def _turned(self, config: EmbedConfig) -> frozenset[int]:
         """Layers whose slot is to be turned back to position 0; refused where that would not be exact."""
-        if config.slot_position == "last":
+        if config.slot_position == "last" or config.attention != "reroute":
             return frozenset()
         rotary, unsure = self._rotary
         layers = {*self.changed_layers(config)}

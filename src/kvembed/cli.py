@@ -692,7 +692,7 @@ def _embedder(
     from .embedder import Embedder
     from .saved import usual_method
 
-    return Embedder.from_pretrained(
+    embedder = Embedder.from_pretrained(
         model,
         method=method or usual_method(model),
         dtype=dtype,
@@ -702,6 +702,9 @@ def _embedder(
         progress=True,
         **options,
     )
+    if bias is not None and not (embedder.config.layers and embedder.config.attention == "reroute"):
+        raise InputError(f"--bias is the slot's, and method {embedder.config.method} re-routes nothing")
+    return embedder
 
 
 def _label(model: str) -> str:

@@ -34,9 +34,9 @@ from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
 from .saved import CONFIG_FILE, TRANSFORM_FILE, read_config, save_embedder, save_st_files
 from .transform import Transform
-from .tuning import FIT_TOKENS, UNBOUND, choose_transform, fitted_for
+from .tuning import FIT_TOKENS, choose_transform, fitted_for
 from .vectors import Encoded
-from .writing import own_texts
+from .writing import SELF_WRITTEN, own_texts
 
 __all__ = ["Embedder", "Explanation"]
 
@@ -213,19 +213,20 @@ class Embedder:
             InputError: bad option.
         """
         source = os.fspath(name)
-        saved = Path(source).expanduser() / CONFIG_FILE
-        if method is None and saved.is_file():
-            as_saved = read_config(saved)
+        folder = Path(source).expanduser()
+        as_saved = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+        if method is None and as_saved is not None:
             config = as_saved.replace(**options)
-            is_own = config.replace(**UNBOUND) == as_saved.replace(**UNBOUND)  # what the saved transform was fitted for
         else:
-            config, is_own = preset(method or "kv", **options), False
+            config = preset(method or "kv", **options)
         transform = None
-        own = saved.with_name(TRANSFORM_FILE)
         if fitted is not None:
             transform = Transform.load(Path(fitted).expanduser())
-        elif is_own and texts is None and own.is_file():
-            transform = Transform.load(own)
+        elif as_saved and config.transform != "none" and texts is None and (folder / TRANSFORM_FILE).is_file():
+            transform = Transform.load(folder / TRANSFORM_FILE)
+            if fitted_for("", config) != fitted_for("", as_saved):
+                _say_left_behind(transform)
+                transform = None
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
         embedder = cls(
             model,
@@ -264,14 +265,23 @@ class Embedder:
     def replace(self, **options: Any) -> Embedder:
         """The same model under another config: some fields of `config` changed. Weights are shared, not copied.
 
-        A transform is kept if the change leaves it valid (`dim`, say), and else fitted anew on the same texts.
+        A transform is kept if the change leaves it valid (`dim`, say), and else fitted anew on the same texts; where
+        these are not at hand (it was loaded), on self-written ones, with a warning.
 
         Raises:
-            InputError: bad option.
+            InputError: bad option; `method`, for which `from_model` starts from the preset.
         """
+        if options.get("method", self.config.method) != self.config.method:
+            raise InputError(
+                "replace changes fields, and a method is many: use from_model(model, tokenizer, method=...)"
+            )
         config = self.config.replace(**options)
         transform = self.transform
-        if transform is not None and not transform.is_for(fitted_for(self.fingerprint(), config)):
+        if transform is not None and config.transform == "none":
+            transform = None
+        elif transform is not None and not transform.is_for(fitted_for(self.fingerprint(), config)):
+            if self._texts is None:
+                _say_left_behind(transform)
             transform = None
         return Embedder(
             self.model,
@@ -439,7 +449,12 @@ class Embedder:
         if transform is not None:
             if transform.is_for(fitted_for(self.fingerprint(), self.config)):
                 return transform
-            raise InputError("the transform was fitted for another model, or for another config")
+            if transform.info.get("fingerprint") == self.fingerprint():
+                raise InputError("the transform was fitted for another config")
+            raise InputError(
+                f"the transform was fitted for another model (this one is in {self.dtype}; in float16, weights count as "
+                "others)"
+            )
 
         def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
             rendered = self._prompts(["a"], role, UNLIMITED)
@@ -468,6 +483,7 @@ class Embedder:
         """For each template a prompt for each text -> the texts' views."""
         _refuse_training(self.model)
         whole = [prompt for rendered in by_template for prompt in rendered]
+        self._check_ids(whole)
         prompts = [chunk for prompt in whole for chunk in prompt.chunks or (prompt,)]
         chunks = np.array([len(prompt.chunks) or 1 for prompt in whole], np.int64)
         owner = np.repeat(np.arange(len(whole)), chunks)
@@ -496,14 +512,21 @@ class Embedder:
                         report(int(begins[done].sum()))
             states[:, others] = summed / chunks[:, None, None]
         if not np.isfinite(states).all():
-            raise KvembedError(
-                f"the model's states are not finite in {self.model.dtype}; try dtype=bfloat16 or float32"
-            )
+            way = "try dtype=bfloat16 or float32" if self.dtype == "float16" else "its weights may be damaged"
+            raise KvembedError(f"the model's states are not finite in {self.dtype}; {way}")
         shape = len(by_template), len(by_template[0])
         tokens = np.array([prompt.tokens for prompt in whole], np.int64).reshape(shape).sum(0)
         cut = np.array([prompt.tokens_cut for prompt in whole], np.int64).reshape(shape).max(0)
         views = states.reshape(*shape, *states.shape[1:]).swapaxes(0, 1)  # (n, templates, read-outs, D)
         return Encoded(views.reshape(shape[1], shape[0] * states.shape[1], states.shape[2]), tokens, cut)
+
+    def _check_ids(self, prompts: Sequence[Prompt]) -> None:
+        """Raises `InputError` for a token that the model has no embedding of, before a device stumbles over it."""
+        rows = getattr(self.backbone.decoder.get_input_embeddings(), "num_embeddings", UNLIMITED)
+        if self._prompter.size > rows:
+            highest = max((max(prompt.ids) for prompt in prompts), default=0)
+            if highest >= rows:
+                raise InputError(f"the tokenizer gives token {highest:,}, but the model embeds only {rows:,}")
 
     def _static(self, prompts: Sequence[Prompt], report: Callable[[int], Any] | None) -> NDArray[np.float32]:
         """(N,D) of whole texts, not their chunks: there is no limit, and a word that comes again counts less."""
@@ -644,6 +667,15 @@ class Embedder:
         readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != top}
         read(top, self.backbone.states(ids, lengths, self._run_config, betas, placeholders, readers, prefix))
         return torch.stack([pooled[one] for one in readouts], 1)
+
+
+def _say_left_behind(transform: Transform) -> None:
+    """A change of config may leave a fit behind that can't be made again."""
+    if transform.info.get("texts") != SELF_WRITTEN:
+        logger.warning(
+            "the transform is not for this config, and was fitted on given texts, which are not at hand: another is "
+            "fitted, on self-written text; texts=... gives them again"
+        )
 
 
 def _refuse_training(model: PreTrainedModel) -> None:

@@ -23,14 +23,14 @@ def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[Any]
     """Round unit vectors to fewer bits.
 
     Args:
-        vectors: (n, dim) float32.
+        vectors: (n, dim) float32, or one of (dim,).
         precision: `"float32"`: as they are, 4 bytes a dimension. `"int8"`: each vector times 127 over its own largest
             entry, rounded, 1 byte; cosine similarity does not ask for a vector's length, so no scale need be kept.
             `"binary"`: the sign of every entry, 8 to a byte, the first in the highest bit, for Hamming distance. Signs
             say little of vectors that all point the same way, as those of most methods do; a transform centres them.
 
     Returns:
-        (n, dim) float32 or int8, or (n, ceil(dim / 8)) uint8.
+        (n, dim) float32 or int8, or (n, ceil(dim / 8)) uint8; likewise of one.
 
     Raises:
         InputError: another precision.
@@ -38,16 +38,16 @@ def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[Any]
     if precision not in get_args(Precision):
         raise InputError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
     if precision == "binary":
-        return np.packbits(vectors > 0, axis=1)
+        return np.packbits(vectors > 0, axis=-1)
     if precision == "int8":
-        largest = np.abs(vectors).max(1, keepdims=True, initial=1e-12)
+        largest = np.abs(vectors).max(-1, keepdims=True, initial=1e-12)
         codes: NDArray[np.int8] = np.rint(vectors * (127 / largest)).astype(np.int8)
         return codes
     return vectors
 
 
 def dequantize(codes: NDArray[Any], precision: Precision, dim: int) -> NDArray[np.float32]:
-    """Unit vectors (n, dim) float32 of what `quantize` gave; bits become 1 and -1, so cosine is Hamming, rescaled."""
+    """Unit vectors (n, dim), or (dim,), float32 of what `quantize` gave; bits become 1 and -1: cosine is Hamming, rescaled."""
     bits = precision == "binary"
-    found = np.unpackbits(codes, axis=1, count=dim).astype(np.float32) * 2 - 1 if bits else codes.astype(np.float32)
+    found = np.unpackbits(codes, axis=-1, count=dim).astype(np.float32) * 2 - 1 if bits else codes.astype(np.float32)
     return unit(found)

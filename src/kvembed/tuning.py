@@ -22,17 +22,14 @@ from .models import cache_folder
 from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
 from .writing import SELF_WRITTEN, texts_digest
 
-__all__ = ["FIT_TOKENS", "UNBOUND", "choose_transform", "fitted_for"]
+__all__ = ["FIT_TOKENS", "choose_transform", "fitted_for"]
 
 logger = logging.getLogger(__name__)
 
 FIT_TOKENS = 256  # of a calibration text, without its template; more would cost time, and say little more
-UNBOUND: dict[str, Any] = {
-    "method": "custom",
-    "dim": None,
-    "max_tokens": None,
-    "chunk_tokens": None,
-}  # fields that don't bear on a fit
+# Fields that don't bear on a fit, and those that bear on nothing where no layer is changed.
+_UNBOUND: dict[str, Any] = {"method": "custom", "dim": None, "max_tokens": None, "chunk_tokens": None}
+_OF_CHANGED_LAYERS = ("attention", "bias", "slot_position", "slot_self")
 _FIT_TEXTS = 1000
 _GIVEN_TEXTS = 500  # where there are self-written ones to go with them
 _GIVEN_RULE = 1  # counts changes of how they are used: a stored fit of another is not re-used
@@ -41,7 +38,12 @@ _PIECE = 100  # texts that are read at a time, and kept when a run is stopped
 
 def fitted_for(fingerprint: str, config: EmbedConfig) -> dict[str, str]:
     """What a transform is bound to: the model, and all of a config that bears on the views it was fitted on."""
-    views = config.replace(**UNBOUND)
+    views = config.replace(**_UNBOUND)
+    if not views.forward_passes:
+        views = views.replace(layers=())  # none is run
+    if not views.layers and views.layers is not None:
+        plain = EmbedConfig()
+        views = views.replace(**{name: getattr(plain, name) for name in _OF_CHANGED_LAYERS})
     return {"fingerprint": fingerprint, "config_hash": views.hash()}
 
 
