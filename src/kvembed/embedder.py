@@ -452,7 +452,7 @@ class Embedder:
             if transform.info.get("fingerprint") == self.fingerprint():
                 raise InputError("the transform was fitted for another config")
             raise InputError(
-                f"the transform was fitted for another model (this one is in {self.dtype}; in float16, weights count as "
+                f"the transform was fitted for another model (this one is in {self.dtype}; in float16, weights are "
                 "others)"
             )
 

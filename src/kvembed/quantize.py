@@ -47,7 +47,7 @@ def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[Any]
 
 
 def dequantize(codes: NDArray[Any], precision: Precision, dim: int) -> NDArray[np.float32]:
-    """Unit vectors (n, dim), or (dim,), float32 of what `quantize` gave; bits become 1 and -1: cosine is Hamming, rescaled."""
+    """Unit vectors float32, (n, dim) or (dim,), of `quantize`d ones; bits are 1 and -1: cosine is Hamming, rescaled."""
     bits = precision == "binary"
     found = np.unpackbits(codes, axis=-1, count=dim).astype(np.float32) * 2 - 1 if bits else codes.astype(np.float32)
     return unit(found)
