@@ -230,12 +230,14 @@ def test_an_id_for_two_rows(embedder, tmp_path):
 
 
 def test_a_column_that_widens(embedder, tmp_path):
-    source = jsonl(tmp_path / "x.jsonl", [{"text": "a", "n": 1, "x": 1}, {"text": "b", "n": 2, "x": None}])
+    source = jsonl(tmp_path / "x.jsonl", [{"text": "a", "n": 1, "x": 1, "y": 2.0}, {"text": "b", "n": 2, "x": None}])
     index, _ = made(embedder, tmp_path, source)
     assert [hit.text for hit in index.search("a", mode="vector", where="n > 1")] == ["b"]
-    other = jsonl(tmp_path / "y.jsonl", [{"text": "c", "n": "three", "x": 0.5}])
+    other = jsonl(tmp_path / "y.jsonl", [{"text": "c", "n": "three", "x": 0.5, "y": "?"}])
     index.update(Corpus([other]), language="German")
     assert [(row["n"], row["x"]) for row in rows_of(index)] == [("1", 1.0), ("2", None), ("three", 0.5)]
+    at_once, _ = made(embedder, tmp_path / "at once", source, other)
+    assert [row["y"] for row in rows_of(index)] == [row["y"] for row in rows_of(at_once)] == ["2.0", None, "?"]
     assert [hit.text for hit in index.search("c", mode="text", where="n = 'three'")] == ["c"]
 
 
@@ -590,6 +592,11 @@ def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
         (("search", "x", "--db", "db", "--json", "--trec"), "--json or --trec, not both"),
         (("search", "x", "--db", "db", "--where", "lang = "), "where 'lang = ': "),
         (("search", " ", "--db", "db"), "the query is empty"),
+        (("search", "--queries", "none.txt", "--db", "db"), "none.txt holds no queries"),
+        (
+            ("search", "--queries", "twice.jsonl", "--id-field", "id", "--trec", "--db", "db"),
+            "twice.jsonl: two queries have the id '7', which a run file can't tell apart",
+        ),
         (("search", "--queries", "gone.txt", "--db", "db"), "gone.txt: no such file or directory"),
         (("search", "x", "--db", "db", "--model", "./gone"), "no such file or folder"),
         (("index", "gone", "--db", "db"), "gone: no such file or folder, and db has nothing from it"),
@@ -602,6 +609,8 @@ def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
 )
 def test_mistakes_are_one_line(folder, notes, args, message):
     (notes / "notes" / "latin.txt").unlink()
+    (notes / "none.txt").write_text("")
+    jsonl(notes / "twice.jsonl", [{"id": 7, "text": "one"}, {"id": 7, "text": "two"}])
     run("index", "notes", "--db", "db", "--model", folder, "--dtype", "float32")
     done = run(*args)
     assert (done.exit_code, done.stdout) == (1, "")
@@ -619,6 +628,42 @@ def test_a_line_that_repeats_itself(embedder, tmp_path):
     index.update(Corpus([path.parent]))
     ids = [row["id"] for row in rows_of(index)]
     assert len(ids) == len({*ids}) == len(Corpus([path.parent]).documents)
+
+
+def test_a_slow_model_commits_as_often_as_a_fast_one(embedder, tmp_path, monkeypatch):
+    """At some 300 characters a second."""
+    from kvembed import indexing
+
+    now, commits, read = 0.0, [], embedder.encode_prompts
+
+    def slowly(prompts, **options):
+        nonlocal now
+        now += sum(len(one.content_ids) for (one,) in prompts) / 75
+        return read(prompts, **options)
+
+    commit = indexing._Writer._commit
+    rows = [{"text": f"{number} {text} " * 9} for number in range(4) for text in NOTICES]
+    index = Index.create(tmp_path / "db", embedder, model="tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing.time, "monotonic", lambda: now)
+        patch.setattr(embedder, "encode_prompts", slowly)
+        patch.setattr(indexing._Writer, "_commit", lambda self: (commits.append(now), commit(self)))
+        index.update(Corpus([jsonl(tmp_path / "a.jsonl", rows)]))
+    gaps = np.diff([0, *commits])
+    assert len(gaps) > 5
+    assert gaps[1:].max() < 1.6 * indexing._COMMIT_SECONDS
+    assert len(index) == len(rows)
+
+
+def test_a_search_in_an_index_without_documents_says_so(folder, notes):
+    options = ("--db", "db", "--model", folder, "--dtype", "float32")
+    (notes / "notes" / "latin.txt").unlink()
+    run("index", "notes", *options)
+    shutil.rmtree(notes / "notes")
+    run("index", "notes", *options)
+    done = run("search", "ferry", "--db", "db")
+    assert (done.exit_code, done.stdout) == (0, "nothing found for: ferry\n")
+    assert done.stderr == "kvembed: db has no documents yet; kvembed index puts them in\n"
 
 
 def test_a_file_of_many_commits_keeps_its_vectors_and_is_all_there(embedder, tmp_path, monkeypatch):

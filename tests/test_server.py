@@ -492,6 +492,7 @@ def test_metrics_and_probes(server):
     assert value("process_resident_memory_bytes") > 1e7
     for path, status in (("/health", "ok"), ("/ready", "ready")):
         assert json.loads(call(server, path=path, method="GET")[2]) == {"status": status}
+        assert call(server, path=path, method="HEAD")[::2] == (200, b"")
 
 
 def test_an_unexpected_error_is_a_500_whose_words_are_not_logged(server, embedder, log, monkeypatch):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -311,10 +313,16 @@ def search(
             raise InputError("--json or --trec, not both")
         index = Index.open(db, model=model)
         rows = [] if queries is None else list(read_rows(queries, field, id_field))
+        if queries is not None and not rows:
+            raise InputError(f"{queries} holds no queries")
         asked = [row.text for row in rows] if question is None else [question]
         keys = ["0"] if question is not None else [str(n if row.id is None else row.id) for n, row in enumerate(rows)]
+        if as_trec and (twice := [key for key, times in Counter(keys).items() if times > 1]):
+            raise InputError(f"{queries}: two queries have the id {twice[0]!r}, which a run file can't tell apart")
         quiet()
         found = index.search_many(asked, top=top, mode=mode, where=where)
+        if not len(index):
+            logging.getLogger("kvembed").warning("%s has no documents yet; kvembed index puts them in", db)
         form: Literal["table", "json", "trec"] = "json" if as_json else "trec" if as_trec else "table"
         print_hits(list(zip(keys, asked, found, strict=True)), mode, form)
 

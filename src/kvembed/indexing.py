@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from .batching import blocks
 from .documents import Corpus, Document, Kind, Place, check_same, converted, joint_kind
 from .errors import InputError
 from .files import needed, why
@@ -33,7 +32,8 @@ __all__ = ["Indexed", "update"]
 logger = logging.getLogger(__name__)
 
 _COMMIT_SECONDS = 20.0
-_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 100_000, 1000  # embedded between two looks at the clock
+_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 100_000, 1000  # embedded, at most, between two looks at the clock
+_FIRST_CHARACTERS = 4_000  # embedded before the pace is known
 _COMMIT_DOCUMENTS = 10_000
 _KEEP = datetime.timedelta(hours=1)  # old versions, for whoever is reading one
 
@@ -88,6 +88,7 @@ class _Writer:
         self._waiting: list[tuple[Document, Any, int]] = []  # document, vector, tokens cut
         self._committed = time.monotonic()
         self._embedded = self._cut = 0
+        self._pace: float = _FIRST_CHARACTERS  # characters that take about half the time between two commits
 
     def run(self, language: str | None, progress: bool) -> Indexed:
         corpus, index = self._corpus, self._index
@@ -107,9 +108,7 @@ class _Writer:
         self._left = Counter(place.file for place in todo.values())
         with tqdm(total=len(todo), desc="indexing", unit="document", disable=None if progress else True) as bar:
             written = 0
-            read = corpus.read(todo)
-            limits = {"most_items": _BLOCK_DOCUMENTS, "most_characters": _BLOCK_CHARACTERS}
-            for block in blocks(read, lambda document: len(document.text), **limits):
+            for block in self._blocks(corpus.read(todo)):
                 self._add(block)
                 written += len(block)
                 bar.update(len(block))
@@ -198,19 +197,20 @@ class _Writer:
         return arrow.schema(own | {name: _arrow_type(arrow, kind) for name, kind in kinds.items()})
 
     def _rewritten(self, table: Table, kinds: dict[str, Kind]) -> Table:
-        """The same table, in one commit, with the columns that hold other types of values now cast to the wider."""
+        """The same table, in one commit, with the columns that hold other types of values now turned to the wider."""
         schema = self._schema(kinds)
-        compute = needed("pyarrow.compute", "search")
+
+        def column(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
+            if field.name not in batch.schema.names:
+                return self._arrow.nulls(len(batch), field.type)
+            if batch[field.name].type == field.type:
+                return batch[field.name]
+            values = batch[field.name].to_pylist()
+            return self._arrow.array([converted(value, kinds[field.name]) for value in values], field.type)
 
         def batches() -> Iterator[pa.RecordBatch]:
             for batch in table.search().to_batches():
-                columns = [
-                    compute.cast(batch[x.name], x.type)
-                    if x.name in batch.schema.names
-                    else self._arrow.nulls(len(batch), x.type)
-                    for x in schema
-                ]
-                yield self._arrow.RecordBatch.from_arrays(columns, schema=schema)
+                yield self._arrow.RecordBatch.from_arrays([column(batch, field) for field in schema], schema=schema)
 
         reader = self._arrow.RecordBatchReader.from_batches(schema, batches())
         made: Table = self._index.connection.create_table(self._index.name, reader, schema=schema, mode="overwrite")
@@ -239,8 +239,22 @@ class _Writer:
             self._texts.update(texts)
         return there
 
+    def _blocks(self, documents: Iterable[Document]) -> Iterator[list[Document]]:
+        """Lists that a model embeds in less time than is between two commits, however slow it is."""
+        block: list[Document] = []
+        size = 0
+        for document in documents:
+            block.append(document)
+            size += len(document.text)
+            if size >= min(self._pace, _BLOCK_CHARACTERS) or len(block) >= _BLOCK_DOCUMENTS:
+                yield block
+                block, size = [], 0
+        if block:
+            yield block
+
     def _add(self, block: list[Document]) -> None:
         """Vectors for documents, those of the table for texts that it has; committed if it is time."""
+        began = time.monotonic()
         vectors = self._stored({x.text_hash for x in block} & self._texts)
         fresh = {x.text_hash: x for x in block if x.text_hash not in vectors}
         embedder = self._index.embedder
@@ -256,7 +270,9 @@ class _Writer:
             self._embedded += len(fresh)
             self._cut += encoded.truncated
         self._waiting += [(x, *vectors[x.text_hash]) for x in block]
-        due = time.monotonic() - self._committed >= _COMMIT_SECONDS
+        now = time.monotonic()
+        self._pace = sum(len(x.text) for x in block) * _COMMIT_SECONDS / 2 / max(now - began, 1e-3)
+        due = now - self._committed >= _COMMIT_SECONDS
         if due or len(self._waiting) >= _COMMIT_DOCUMENTS:
             self._commit()
 

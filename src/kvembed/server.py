@@ -237,7 +237,8 @@ def create_app(
         return embeddings_json(asked.model, vectors, asked.encoding_format, tokens, cut)
 
     def described(name: str) -> dict[str, Any]:
-        told = {"dimensions": embedder.dim, "max_tokens": embedder.max_tokens, "method": embedder.config.method}
+        most = min(embedder.max_tokens, service.limits.queue_tokens)  # static vectors have no limit of their own
+        told = {"dimensions": embedder.dim, "max_tokens": most, "method": embedder.config.method}
         told["config"] = embedder.config.hash()
         return {"id": name, "object": "model", "created": started, "owned_by": "kvembed"} | told
 
@@ -251,10 +252,12 @@ def create_app(
         service.model(name)
         return as_json(described(name))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="Whether the process answers")
     async def health() -> Response:
         return as_json({"status": "ok"})
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", summary="Whether it takes texts", responses={503: {"model": ErrorAnswer}})
     async def ready() -> Response:
         if not service.batcher.running:

@@ -107,7 +107,8 @@ class Service:
             total += sum(prompt.tokens for prompt in prompts)
             if total > self.limits.queue_tokens:
                 most = self.limits.queue_tokens
-                raise _bad_input(f"the request has more than {most:,} tokens in all; split it", too_long=True)
+                way = "; split it" if len(inputs) > 1 else ""
+                raise _bad_input(f"the request has more than {most:,} tokens in all{way}", too_long=True)
             found.append(tuple(prompt.without_text() for prompt in prompts))
         return found
 
