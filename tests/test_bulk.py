@@ -249,6 +249,9 @@ def test_the_documented_commands(folder, tmp_path, monkeypatch):
             ["in.jsonl", "out", "--field", "body"],
             "line 1: no text in field 'body'; it has key, text (choose with --field)",
         ),
+        (["in.jsonl", "out", "--field", "body", "--model", "./gone"], "line 1: no text in field 'body'"),
+        (["gone", "new", "--model", "./gone", "--method", "best"], "gone: no such file or folder"),
+        (["in.jsonl", "new", "--model", "./gone", "--method", "best"], "unknown method 'best'; choose from kv,"),
         (["in.jsonl", "out", "--workers", "2"], "--address and --workers need --engine ray"),
         (["in.jsonl", "out", "--bias", "2"], "out holds another job (bias 1.0, not 2.0); choose another folder"),
     ],
@@ -257,7 +260,7 @@ def test_mistakes_are_one_line(folder, embedder, tmp_path, monkeypatch, args, me
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "in.jsonl", ["a", "b"])
     bulk(embedder, tmp_path / "in.jsonl", tmp_path / "out")
-    done = run(*args, "--model", folder)
+    done = run("--model", folder, *args)
     assert (done.exit_code, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("kvembed: ")

@@ -82,7 +82,7 @@ Engine = Callable[[Job, Embedder, Sequence[Shard], Report], Iterator[Written]]
 
 
 def bulk(
-    embedder: Embedder,
+    embedder: Embedder | Callable[[], Embedder],
     source: Path,
     out: Path,
     *,
@@ -97,7 +97,7 @@ def bulk(
     """Embed all texts of a file or folder; what an earlier, stopped run of the same job has done is kept.
 
     Args:
-        embedder: the model and its config.
+        embedder: the model and its config, or what loads it, called when all inputs have been read and are good.
         source: a `.parquet`, `.jsonl`, `.ndjson`, `.csv` or `.tsv` file, any other with one text a line, or a folder
             (and folders in it) of all but the last kind.
         out: a new or empty folder, or one with the same job.
@@ -117,6 +117,7 @@ def bulk(
         raise InputError(f"shard_rows must be a whole number from 1, not {shard_rows!r}")
     check_folders(source, out)
     plan = make_plan(source, field=field, id_field=id_field, shard_rows=shard_rows, progress=progress)
+    embedder = embedder() if callable(embedder) else embedder
     told = _identity(embedder, plan, role, shard_rows)
     told_hash = identity_hash(told)
     job = Job(plan, out, role, told_hash)

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -125,7 +126,7 @@ def embed(
             rows, again = itertools.tee(rows)  # an id waits until its vector is written
             ids = (row.id for row in again if row.id is not None)
         texts = (row.text for row in rows)
-        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         from .quantize import quantize
         from .workers import Recipe, encode_on
 
@@ -185,7 +186,7 @@ def bulk_command(
         check_folders(source, out)
         if engine == "ray":
             needed("ray.data", "ray")
-        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        load = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         from .bulk import bulk
 
         run = None
@@ -198,7 +199,7 @@ def bulk_command(
 
             run = devices_engine(devices.split(","), model)
         summary = bulk(
-            embedder,
+            load,
             source,
             out,
             model=_label(model),
@@ -269,7 +270,7 @@ def index_command(
             method = method or usual_method(name)
             is_fitted = method is not None and preset(method).transform != "none" and fitted is None
             texts = corpus.calibration() if is_fitted else None
-            embedder = _embedder(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts)
+            embedder = _loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts)()
             index = Index.create(db, embedder, model=name, refit=refit)
         quiet()
         print_indexed(index.update(corpus, language=language, progress=True), db)
@@ -350,7 +351,7 @@ def similarity(
     with one_line_errors():
         hint_at_files(texts or [], "kvembed similarity < FILE")
         texts = texts or read_texts([])
-        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         vectors = embedder.encode(texts, role=role)
         rows = query or texts
         scores = embedder.similarity(embedder.encode_query(query) if query else vectors, vectors).tolist()
@@ -430,7 +431,7 @@ def explain(
     """What happens to a text: prompt, tokens, layers, and how much each token reads the slot (beta)."""
     with one_line_errors():
         hint_at_files([text], 'kvembed explain "$(cat FILE)"')
-        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, fitted=fitted)
+        embedder = _loader(model, method, layers, bias, dtype, max_tokens, fitted=fitted)()
         explanation = embedder.explain(text, role=role)
         if as_json:
             print_json(explanation.to_dict())
@@ -465,7 +466,7 @@ def tune(
                 raise InputError(f"{output}: a transform is a .safetensors file")
             check_writable(output)
         given = None if texts is None else read_texts([texts], field)
-        embedder = _embedder(model, method, layers, bias, dtype, texts=given)
+        embedder = _loader(model, method, layers, bias, dtype, texts=given)()
         if output is not None and embedder.transform is not None:
             embedder.transform.save(output)
         print_tuned(embedder, model, output, as_json=as_json)
@@ -513,7 +514,7 @@ def evaluate(
         if data is None:
             from .mteb_encoder import run_mteb
 
-            embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+            embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
             scores = run_mteb(embedder, name or _label(model), mteb or [], progress=True)
             if as_json:
                 print_json(scores)
@@ -544,7 +545,7 @@ def evaluate(
         if reference:
             subjects = [tfidf_subject() if reference == "tf-idf" else sentence_transformer_subject(model, name)]
         else:
-            embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+            embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
             limited = at_limits(embedder, suite) if max_tokens is None else [embedder]
             subjects = [embedder_subject(one, name or _label(model)) for one in limited]
         if vectors is not None and len(subjects) > 1:
@@ -590,7 +591,7 @@ def report(
         if not scores and not sweep:
             raise InputError(f"{results}: holds no results of mini or full; `kvembed eval --results` writes some")
         listed = read_texts([texts]) if texts else []
-        embedder = _embedder(model, method, layers, bias, dtype, fitted=fitted) if text or listed else None
+        embedder = _loader(model, method, layers, bias, dtype, fitted=fitted)() if text or listed else None
         vectors = embedder.encode(listed) if embedder and listed else None
         page = report_html(
             scores,
@@ -636,7 +637,7 @@ def serve(
 
         known = api_keys(keys)
         check_address(host, port)
-        embedder = _embedder(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         limits = Limits(queue_tokens=queue_tokens)
         serve(embedder, name or [_label(model)], host=host, port=port, keys=known, limits=limits)
 
@@ -679,7 +680,7 @@ def _give_up_output(error: OSError) -> None:
         sys.exit(f"kvembed: standard output: {why(error)}")
 
 
-def _embedder(
+def _loader(
     model: str,
     method: str | None,
     layers: str | None,
@@ -690,29 +691,34 @@ def _embedder(
     dim: int | None = None,
     fitted: Path | None = None,
     texts: list[str] | None = None,
-) -> Embedder:
+) -> Callable[[], Embedder]:
+    """What loads the model; a bad option is told at once, before seconds of imports."""
     options: dict[str, Any] = {"bias": bias, "max_tokens": max_tokens, "dim": dim}
     options = {name: value for name, value in options.items() if value is not None}
     if layers is not None:
         options["layers"] = parse_layers(layers)
-    preset(method or "auto", **options)  # a bad option is told before seconds of imports
-    quiet()
-    from .embedder import Embedder
-    from .saved import usual_method
+    preset(method or "auto", **options)
 
-    embedder = Embedder.from_pretrained(
-        model,
-        method=method or usual_method(model),
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        fitted=fitted,
-        texts=texts,
-        progress=True,
-        **options,
-    )
-    if bias is not None and not (embedder.config.layers and embedder.config.attention == "reroute"):
-        raise InputError(f"--bias is the slot's, and method {embedder.config.method} re-routes nothing")
-    return embedder
+    def load() -> Embedder:
+        quiet()
+        from .embedder import Embedder
+        from .saved import usual_method
+
+        embedder = Embedder.from_pretrained(
+            model,
+            method=method or usual_method(model),
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            fitted=fitted,
+            texts=texts,
+            progress=True,
+            **options,
+        )
+        if bias is not None and not (embedder.config.layers and embedder.config.attention == "reroute"):
+            raise InputError(f"--bias is the slot's, and method {embedder.config.method} re-routes nothing")
+        return embedder
+
+    return load
 
 
 def _label(model: str) -> str:
