@@ -124,7 +124,16 @@ def test_places_that_can_not_be_written_to(subject, tmp_path, monkeypatch, caplo
     assert "a stopped run will start afresh" in caplog.text
     monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path))
     (tmp_path / "embeddings").mkdir()
-    (tmp_path / "embeddings" / f"{subject.identity}.sqlite").write_text("garbage " * 100)
+    stored = tmp_path / "embeddings" / f"{subject.identity}.sqlite"
+    run(subject, STS)
+    caplog.clear()
+    opened = module.sqlite3.connect
+    with monkeypatch.context() as patch:
+        read_only = {str(stored): f"file:{stored}?mode=ro"}
+        patch.setattr(module.sqlite3, "connect", lambda path, **_: opened(read_only.get(path, path), uri=True))
+        assert len(run(subject, STS)) == 1
+    assert "readonly database): a stopped run will start afresh" in caplog.text
+    stored.write_text("garbage " * 100)
     with pytest.raises(InputError, match="file is not a database; delete it"):
         run(subject, STS)
 

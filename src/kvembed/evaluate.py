@@ -239,6 +239,8 @@ def _opened(path: str) -> sqlite3.Connection:
     base.execute(
         "create table if not exists vectors (key blob primary key, vector blob, tokens int, cut int, seconds real)"
     )
+    base.execute("insert or replace into vectors values (x'', x'', 0, 0, 0)")  # or a read-only file is found out late
+    base.rollback()
     return base
 
 
