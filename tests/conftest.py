@@ -146,10 +146,10 @@ def running(app):
     """An application on a free port, in a thread; yields the port."""
     import uvicorn
 
-    from kvembed.server import _bound, uvicorn_config
+    from kvembed.server import listen_at, uvicorn_config
 
     server = uvicorn.Server(uvicorn_config(app))
-    listener = _bound("127.0.0.1", 0)
+    listener = listen_at("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -266,6 +266,11 @@ def test_a_model_in_training_mode_is_refused(tokenizer):
     model.train()
     with pytest.raises(InputError, match=r"call model\.eval"):
         Embedder.from_model(model, tokenizer, layers=[1])
+    embedder = Embedder.from_model(model.eval(), tokenizer, layers=[1])
+    model.train()
+    for call in (embedder.encode, embedder.explain):
+        with pytest.raises(InputError, match=r"call model\.eval"):
+            call("a")
 
 
 def test_states_that_are_not_finite_are_an_error_not_a_vector(tokenizer):
@@ -284,8 +289,9 @@ def test_a_token_that_the_model_does_not_embed_is_told(llama, tokenizer, method)
     larger.add_tokens(["ferryboat"])
     embedder = Embedder.from_model(llama, larger, method=method, texts=MANY)
     assert embedder.encode("a ferry").shape == (48,)
-    with pytest.raises(InputError, match="the tokenizer gives token 400, but the model embeds only 400"):
-        embedder.encode(["a ferry", "a ferryboat"])
+    for call in (embedder.encode, embedder.explain):
+        with pytest.raises(InputError, match="the tokenizer gives token 400, but the model embeds only 400"):
+            call("a ferryboat")
 
 
 def test_where_there_is_no_slot_it_has_no_position(tokenizer):

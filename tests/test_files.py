@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvembed import Encoded, InputError
-from kvembed.files import needed, whole_file
+from kvembed.files import check_writable, needed, whole_file
 from kvembed.texts import read_lines, read_rows, read_texts, stream_rows
 from kvembed.vectors import check_output, write_vectors
 
@@ -48,6 +48,28 @@ def test_several_files_windows_line_ends_and_bom(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     (tmp_path / "b.jsonl").write_text('"three"\n\n{"text": "four"}\n')
     assert read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one", "two", "three", "four"]
+
+
+def test_csv_after_blank_lines(tmp_path):
+    (tmp_path / "x.csv").write_text("\n\nid;text\n1;a\n\n2;b\n")
+    rows = list(read_rows(tmp_path / "x.csv", id_field="id"))
+    assert [(row.text, row.id, row.line) for row in rows] == [("a", "1", 4), ("b", "2", 6)]
+    assert [row.text for row in read_rows(tmp_path / "x.csv", start=rows[0].next)] == ["b"]
+
+
+def test_parquet_columns_of_one_name(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], ["text", "n", "n"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert [row.text for row in read_rows(tmp_path / "x.parquet")] == ["a"]
+    with pytest.raises(InputError, match=r"x\.parquet: column 'n' is there more than once"):
+        list(read_rows(tmp_path / "x.parquet", others=True))
+
+
+def test_a_name_that_is_too_long_is_said(tmp_path):
+    with pytest.raises(InputError, match="x: file name too long"):
+        stream_rows([Path("x" * 300)])
+    with pytest.raises(InputError, match="does not exist"):
+        check_writable(Path("x" * 300) / "y.npy")
 
 
 def test_csv_of_old_line_ends(tmp_path):

@@ -143,10 +143,11 @@ def test_the_choice_never_depends_on_the_texts_embedded(tokenizer, llama):
     np.testing.assert_allclose(embedder.encode("one text"), alone, atol=1e-6)
 
 
-def test_a_damaged_profile_is_made_anew(tokenizer, llama, caplog):
+@pytest.mark.parametrize("damage", ['{"model": "half a fi', "{}", "[1]"])
+def test_a_damaged_profile_is_made_anew(tokenizer, llama, caplog, damage):
     first = chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES)
     (path,) = (models.cache_folder() / "profiles").iterdir()
-    path.write_text('{"model": "half a fi')
+    path.write_text(damage)
     assert chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES) == first
     assert "ignoring the damaged profile" in caplog.text
     assert Profile.from_json(path.read_text()) == first

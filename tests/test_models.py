@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from kvembed import Embedder, InputError, ModelNotFound, models
+from kvembed.saved import usual_method
 
 
 @pytest.fixture
@@ -257,6 +259,20 @@ def test_pulling_takes_other_weights_only_where_there_are_no_safetensors(monkeyp
     (tmp_path / "model.safetensors").touch()
     assert models.pull("some/model") == tmp_path
     assert asked == [True, False, True]
+
+
+def test_a_name_stands_for_what_is_here_but_a_bundled_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / "kvembed.json").write_text("{}")
+    assert models.local_path("smollm2") is None
+    assert models.local_path("./smollm2") == Path("smollm2")
+    assert models.label("smollm2") == "smollm2"
+    assert usual_method("smollm2") == "auto"
+    assert usual_method("./smollm2") is None
+    for odd in ("~nobody-of-this-name/model", "x" * 5000, ""):
+        assert models.local_path(odd) is None
+        assert usual_method(odd) == "auto"
 
 
 def test_a_folder_is_told_by_its_own_name(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from typer.testing import CliRunner
 from kvembed import Embedder, InputError
 from kvembed.cli import app as cli
 from kvembed.gate import JsonLines
-from kvembed.server import _bound, api_keys, create_app
+from kvembed.server import api_keys, create_app, listen_at
 from kvembed.service import Limits
 
 SECRET = "xyzzy plugh"  # stands in every text that must not be logged
@@ -584,7 +584,7 @@ def test_the_command_says_in_one_line_what_is_wrong(folder, tmp_path, monkeypatc
             assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
             assert message in result.stderr
     with pytest.raises(InputError, match=r"can't listen on no\.such\.host\.invalid:80"):
-        _bound("no.such.host.invalid", 80)
+        listen_at("no.such.host.invalid", 80)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = CliRunner().invoke(cli, ["serve", str(folder)])
     assert "this needs uvicorn: pip install 'kvembed[server]'" in result.stderr

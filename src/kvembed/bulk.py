@@ -27,7 +27,7 @@ from .batching import blocks
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .files import needed, only_writer, sha256_of, whole_file, why, write_json
+from .files import naming, needed, only_writer, sha256_of, whole_file, write_json
 from .identity import difference, identity, identity_hash
 from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
@@ -194,12 +194,10 @@ class ShardMaker:
         names = (field.name for field in dataclasses.fields(Encoded))
         encoded = Encoded(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
         path = self._job.out / shard.name
-        try:
+        with naming(path):
             with whole_file(path) as file:
                 _write(file, ids, encoded, self._job, shard)
             return Written(shard.index, int(encoded.token_counts.sum()), encoded.truncated, sha256_of(path))
-        except OSError as error:
-            raise InputError(f"{path}: {why(error)}") from None
 
 
 def _share(report: Report, rows: int, tokens: int, prompts: int, done: int) -> None:
@@ -232,7 +230,7 @@ def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | 
             return Written(shard.index, told["tokens"], told["texts_cut"], sha256 or "")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's errors are ValueErrors and OSErrors
+    except (OSError, ValueError, KeyError, TypeError, needed("pyarrow", "parquet").ArrowException):
         pass
     logger.warning("%s is damaged, and is made again", path)
     return None
@@ -301,10 +299,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    try:
+    with naming(out / MANIFEST):
         write_json(out / MANIFEST, manifest)
-    except OSError as error:
-        raise InputError(f"{out / MANIFEST}: {why(error)}") from None
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from .console import (
     quiet,
 )
 from .errors import InputError
-from .files import check_writable, needed, whole_file, why
+from .files import check_writable, naming, needed, whole_file, why
 from .methods import METHODS, preset
 from .process import keep_for_the_next_batch
 from .texts import read_rows, read_texts, stream_rows
@@ -468,7 +468,8 @@ def tune(
         given = None if texts is None else read_texts([texts], field)
         embedder = _loader(model, method, layers, bias, dtype, texts=given)()
         if output is not None and embedder.transform is not None:
-            embedder.transform.save(output)
+            with naming(output):
+                embedder.transform.save(output)
         print_tuned(embedder, model, output, as_json=as_json)
 
 
@@ -600,7 +601,7 @@ def report(
             similarity=(listed, embedder.similarity(vectors, vectors)) if embedder and vectors is not None else None,
             sweep=sweep,
         )
-        with whole_file(output) as file:
+        with naming(output), whole_file(output) as file:
             file.write(page.encode())
         print_line(str(output))
 
@@ -632,14 +633,14 @@ def serve(
     with one_line_errors():
         for module in ("fastapi", "uvicorn", "orjson", "prometheus_client"):
             needed(module, "server")
-        from .server import api_keys, check_address, serve
+        from .server import api_keys, listen_at, serve
         from .service import Limits
 
         known = api_keys(keys)
-        check_address(host, port)
+        listener = listen_at(host, port)
         embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         limits = Limits(queue_tokens=queue_tokens)
-        serve(embedder, name or [_label(model)], host=host, port=port, keys=known, limits=limits)
+        serve(embedder, name or [_label(model)], listener, keys=known, limits=limits)
 
 
 @app.command()

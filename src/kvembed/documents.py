@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .errors import InputError
 from .files import why
 from .passages import passages
-from .texts import ROW_ENDINGS, check_unicode, read_lines, read_rows
+from .texts import DOCUMENT_ENDINGS, MARKDOWN, ROW_ENDINGS, check_unicode, place_of, read_lines, read_rows
 from .transform import LEAST_TEXTS
 
 __all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "check_same", "converted", "joint_kind"]
@@ -37,7 +37,6 @@ __all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "check_same", "c
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "kvembed-index.json"  # a folder with it is an index, and passed over
-MARKDOWN, TEXT = (".md", ".markdown"), (".txt", ".rst")
 _SAMPLE = 1000  # texts that a transform is fitted on
 
 Kind = Literal["bool", "int64", "float64", "string"]
@@ -49,6 +48,9 @@ class Place(NamedTuple):
     file: str
     line: int
     content: str
+
+    def __str__(self) -> str:
+        return place_of(Path(self.file), self.line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +142,10 @@ class Corpus:
                     if not document.text.strip():
                         self.empty += 1
                         continue
-                    place = document.place
-                    known = self.documents.setdefault(document.id, place)
-                    if known is not place:
-                        check_same(document.id, place, known)
+                    here = document.place
+                    known = self.documents.setdefault(document.id, here)
+                    if known is not here:
+                        check_same(document.id, here, known)
                         self.duplicates += 1
                         continue
                     for name, value in document.fields.items():
@@ -204,7 +206,7 @@ class Corpus:
                     if not _is_unicode(path):
                         logger.warning("passed over, for its name is not UTF-8: %r", path)
                         self.passed_over["name not UTF-8"] += 1
-                    elif os.path.splitext(name)[1].lower() not in (*ROW_ENDINGS, *MARKDOWN, *TEXT):
+                    elif os.path.splitext(name)[1].lower() not in (*ROW_ENDINGS, *DOCUMENT_ENDINGS):
                         self.passed_over[os.path.splitext(name)[1] or "without ending"] += 1
                     elif os.path.commonpath([real, os.path.realpath(path)]) != real:
                         self.passed_over["link out of its folder"] += 1
@@ -217,7 +219,7 @@ class Corpus:
         Raises:
             InputError: it can't be read at all. What the index has of it must not be taken for gone.
         """
-        if file in self.roots or file.lower().endswith(ROW_ENDINGS):
+        if file in self.roots or Path(file).suffix.lower() in ROW_ENDINGS:
             return True
         try:
             for _ in read_lines(Path(file)):
@@ -235,29 +237,29 @@ class Corpus:
 
     def _read(self, file: str, named: dict[str, str]) -> Iterator[Document]:
         """A file's documents."""
-        path, number = Path(file), "row" if file.lower().endswith(".parquet") else "line"
-        if not file.lower().endswith(ROW_ENDINGS):
+        path = Path(file)
+        kind = path.suffix.lower()
+        if kind not in ROW_ENDINGS:
             lines = ((row.line, row.text) for row in read_lines(path))
-            for line, text in passages(lines, headings=file.lower().endswith(MARKDOWN)):
+            for line, text in passages(lines, headings=kind in MARKDOWN):
                 yield Document(_hash([text, []]), text, file, line, {})
             return
-        csv = file.lower().endswith((".csv", ".tsv"))
         for row in read_rows(path, self._field, self._id_field, others=True):
-            place = f"{file}, {number} {row.line}"
-            check_unicode(row.text, place)
-            fields = {_column(name, named, place): _plain(value, csv) for name, value in row.others.items()}
+            at = place_of(path, row.line)
+            check_unicode(row.text, at)
+            fields = {
+                _column(name, named, at): _plain(value, kind in (".csv", ".tsv")) for name, value in row.others.items()
+            }
             for name, value in fields.items():
-                check_unicode(f"{name} {value}", place)
+                check_unicode(f"{name} {value}", at)
             key = _hash([row.text, sorted(fields.items())]) if row.id is None else str(row.id)
             yield Document(key, row.text, file, row.line, fields)
 
 
-def check_same(key: str, place: Place, known: Place) -> None:
+def check_same(key: str, new: Place, known: Place) -> None:
     """Raises `InputError` if an id has other content at another place."""
-    if known.content != place.content:
-        raise InputError(
-            f"{place.file}, line {place.line}: id {key!r} is in {known.file}, line {known.line}, with other content"
-        )
+    if known.content != new.content:
+        raise InputError(f"{new}: id {key!r} is in {known}, with other content")
 
 
 def _is_unicode(path: str) -> bool:

@@ -32,7 +32,7 @@ from .pooling import pool
 from .prefix import Beginnings, Prefix, Where, beginning, can_begin
 from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
-from .saved import CONFIG_FILE, TRANSFORM_FILE, read_config, save_embedder, save_st_files
+from .saved import TRANSFORM_FILE, read_config, save_embedder, save_st_files
 from .transform import Transform
 from .tuning import FIT_TOKENS, choose_transform, fitted_for
 from .vectors import Encoded
@@ -213,8 +213,8 @@ class Embedder:
             InputError: bad option.
         """
         source = os.fspath(name)
-        folder = Path(source).expanduser()
-        as_saved = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+        folder = models.local_path(source)
+        as_saved = None if folder is None else read_config(folder)
         if method is None and as_saved is not None:
             config = as_saved.replace(**options)
         else:
@@ -222,11 +222,8 @@ class Embedder:
         transform = None
         if fitted is not None:
             transform = Transform.load(Path(fitted).expanduser())
-        elif as_saved and config.transform != "none" and texts is None and (folder / TRANSFORM_FILE).is_file():
-            transform = Transform.load(folder / TRANSFORM_FILE)
-            if fitted_for("", config) != fitted_for("", as_saved):
-                _say_left_behind(transform)
-                transform = None
+        elif folder is not None and as_saved is not None and texts is None:
+            transform = _own_transform(folder, as_saved, config)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
         embedder = cls(
             model,
@@ -564,8 +561,11 @@ class Embedder:
         whole = self._prompts([text], role, self.max_tokens)[0][0]
         prompt = (whole.chunks or (whole,))[0]
         betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
+        _refuse_training(self.model)
+        self._check_ids([prompt])
         if self.config.forward_passes:
-            self._forward([prompt], betas=betas)
+            for _ in run_batches([len(prompt.ids)], self.batch_tokens, lambda _: self._forward([prompt], betas=betas)):
+                pass
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
         ends = [0, *itertools.accumulate((end for _, end in prompt.offsets), max)]
         return Explanation(
@@ -667,6 +667,17 @@ class Embedder:
         readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != top}
         read(top, self.backbone.states(ids, lengths, self._run_config, betas, placeholders, readers, prefix))
         return torch.stack([pooled[one] for one in readouts], 1)
+
+
+def _own_transform(folder: Path, as_saved: EmbedConfig, config: EmbedConfig) -> Transform | None:
+    """A saved embedder's transform, if `config` can have it."""
+    if config.transform == "none" or not (folder / TRANSFORM_FILE).is_file():
+        return None
+    transform = Transform.load(folder / TRANSFORM_FILE)
+    if fitted_for("", config) == fitted_for("", as_saved):
+        return transform
+    _say_left_behind(transform)
+    return None
 
 
 def _say_left_behind(transform: Transform) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .batching import blocks
 from .config import Role
 from .errors import InputError
-from .files import whole_file, why
+from .files import naming, whole_file
 from .models import cache_folder
 from .results import Result, result_path
 from .scoring import score
@@ -83,9 +83,10 @@ def evaluate(
         for task, path in todo:
             result = _run(subject, task, suite, store, bar, vectors)
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with whole_file(path) as file:
-                    file.write(result.to_json().encode())
+                with naming(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with whole_file(path) as file:
+                        file.write(result.to_json().encode())
             yield result
 
 
@@ -95,12 +96,10 @@ def _label(subject: Subject) -> str:
 
 def _check_folder(folder: Path) -> None:
     """That results will have a place is better known before hours of embedding."""
-    try:
+    with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise InputError(f"{folder}: {why(error)}") from None
 
 
 def _known(path: Path, subject: Subject, task: Task) -> Result | None:
@@ -126,7 +125,8 @@ def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any]
         if subject.finish is not None:
             encoded[role] = dataclasses.replace(encoded[role], vectors=subject.finish(encoded[role].vectors, role))
     if vectors is not None:
-        _export(vectors / task.name, task, encoded)
+        with naming(vectors / task.name):
+            _export(vectors / task.name, task, encoded)
     documents = encoded["document"].vectors
     queries = encoded["query"].vectors if "query" in encoded else documents[:0]
     scored = score(task, documents, queries)
@@ -167,9 +167,9 @@ class _Store:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        path = ":memory:"
+        self._path = path = ":memory:"
         if subject.fit is None:
-            path = str(cache_folder() / "embeddings" / f"{subject.cached_as or subject.identity}.sqlite")
+            self._path = path = str(cache_folder() / "embeddings" / f"{subject.cached_as or subject.identity}.sqlite")
         try:
             if path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -216,8 +216,11 @@ class _Store:
                 (_key(text, role), vector.astype(np.float32).tobytes(), *numbers)
                 for text, vector, *numbers in zip(chunk, *columns, strict=True)
             ]
-            with self._base:
-                self._base.executemany("insert or replace into vectors values (?, ?, ?, ?, ?)", rows)
+            try:
+                with self._base:
+                    self._base.executemany("insert or replace into vectors values (?, ?, ?, ?, ?)", rows)
+            except sqlite3.Error as error:
+                raise InputError(f"{self._path}: {error}") from None
             bar.update(_cost(chunk))
         found = {key: self._row("vector, tokens, cut, seconds", key) for key in {_key(text, role) for text in texts}}
         stored = [found[_key(text, role)] for text in texts]

@@ -9,17 +9,19 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from .errors import InputError
+from .errors import InputError, KvembedError
 
 __all__ = [
     "check_folder",
     "check_writable",
+    "naming",
     "needed",
     "only_writer",
     "sha256_of",
@@ -32,14 +34,26 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_UMASK = threading.Lock()  # the process has one for all threads
 _LOCK = "_lock"  # readers of folders of Parquet pass over names that begin with "_" or "."
+
+
+@contextlib.contextmanager
+def naming(place: object) -> Iterator[None]:
+    """What goes wrong with a file or folder while this is open, as an `InputError` that names it."""
+    try:
+        yield
+    except (KvembedError, BrokenPipeError):  # a model that is not found is an OSError too, and has its own words
+        raise
+    except OSError as error:
+        raise InputError(f"{place}: {why(error)}") from None
 
 
 def check_writable(path: Path) -> None:
     """Raises `InputError` for a folder, or a file in a folder that does not exist or can't be written to."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raises for a name that is too long
         raise InputError(f"{path}: is a folder")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(f"{path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: the folder {path.parent} can't be written to")
@@ -67,8 +81,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def usual_mode() -> int:
     """The permissions of a new file, as the user's umask has them."""
-    umask = os.umask(0)
-    os.umask(umask)
+    with _UMASK:
+        umask = os.umask(0o077)  # to set it is how to read it; what others make now is private, not open
+        os.umask(umask)
     return 0o666 & ~umask
 
 
@@ -87,9 +102,9 @@ def check_folder(folder: Path, what: str, marker: str, ours: tuple[str, ...]) ->
         marker: the file that says that the folder is ours.
         ours: how the names of our other files begin, which a stopped run may have left without the marker.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{folder} is a file, not a folder")
-    if folder.is_dir() and not (folder / marker).exists():
+    if os.path.isdir(folder) and not os.path.exists(folder / marker):
         ours = (_LOCK, f".{marker}", *ours)
         if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours)):
             raise InputError(f"{folder} holds no {what} but other files ({others[0]}); give a new or empty folder")
@@ -98,14 +113,13 @@ def check_folder(folder: Path, what: str, marker: str, ours: tuple[str, ...]) ->
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """A folder, made if need be, held by a file in it. Raises `InputError` if another process holds it."""
-    try:
+    with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / _LOCK)
-        held.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{folder}: another process is writing to it") from None
-    except OSError as error:
-        raise InputError(f"{folder}: {why(error)}") from None
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{folder}: another process is writing to it") from None
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
-from .files import check_folder, needed, only_writer, why, write_json
+from .files import check_folder, naming, needed, only_writer, why, write_json
 from .hits import Hit, Mode, find
 from .identity import difference, identity, identity_hash
 from .indexing import Indexed, update
@@ -109,21 +109,21 @@ class Index:
         """
         cls.check_folder(folder)
         path = Path(folder)
-        name = os.path.abspath(os.path.expanduser(model)) if os.path.exists(os.path.expanduser(model)) else model
+        from .models import local_path
+
+        local = local_path(model)
+        name = model if local is None else os.path.abspath(local)
         index = cls(path, name, identity(embedder))
         index.__dict__["embedder"] = embedder
         if not refit and cls.is_filled(path):
             if told := difference(cls.open(path).made_with, index.made_with):
                 raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
             return index
-        with only_writer(path):
-            try:
-                if embedder.transform is not None:
-                    embedder.transform.save(index.transform_file)
-                if not cls.is_filled(path):
-                    index.take_over()
-            except OSError as error:
-                raise InputError(f"{path}: {why(error)}") from None
+        with only_writer(path), naming(path):
+            if embedder.transform is not None:
+                embedder.transform.save(index.transform_file)
+            if not cls.is_filled(path):
+                index.take_over()
         return index
 
     @property

@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .documents import Corpus, Document, Kind, Place, check_same, converted, joint_kind
-from .errors import InputError
-from .files import needed, why
+from .errors import InputError, KvembedError
+from .files import naming, needed
 from .hits import plain
 from .transform import LEAST_TEXTS
 from .writing import SELF_WRITTEN
@@ -70,12 +70,11 @@ class Indexed:
 
 def update(index: Index, corpus: Corpus, *, language: str | None, progress: bool) -> Indexed:
     """See `Index.update`; the caller holds the lock."""
-    try:
-        return _Writer(index, corpus).run(language, progress)
-    except OSError as error:
-        raise InputError(f"{index.folder}: {why(error)}") from None
-    except RuntimeError as error:  # LanceDB's, for what goes wrong below it
-        raise InputError(f"{index.folder}: {plain(error)}") from None
+    with naming(index.folder):
+        try:
+            return _Writer(index, corpus).run(language, progress)
+        except RuntimeError as error:  # LanceDB's, for what goes wrong below it
+            raise InputError(f"{index.folder}: {plain(error)}") from None
 
 
 class _Writer:
@@ -122,11 +121,13 @@ class _Writer:
             )
         index.take_over()
         index.drop_others()
-        transform = index.embedder.transform
-        if transform and transform.info.get("texts") == SELF_WRITTEN and 0 < len(there) < LEAST_TEXTS <= len(index):
-            logger.info(
-                "%d documents: enough to fit the transform on them too; --refit does, and embeds all anew", len(index)
-            )
+        if 0 < len(there) < LEAST_TEXTS <= len(index):
+            transform = index.embedder.transform
+            if transform is not None and transform.info.get("texts") == SELF_WRITTEN:
+                logger.info(
+                    "%d documents: enough to fit the transform on them too; --refit does, and embeds all anew",
+                    len(index),
+                )
         return Indexed(
             documents=len(index),
             embedded=self._embedded,
@@ -138,8 +139,8 @@ class _Writer:
             empty=corpus.empty,
             files=corpus.files,
             passed_over=dict(corpus.passed_over),
-            dim=index.embedder.dim,
-            max_tokens=index.embedder.max_tokens,
+            dim=index.made_with["dim"],
+            max_tokens=index.made_with["max_tokens"],
         )
 
     def _is_new(self, key: str, place: Place, known: Place | None) -> bool:
@@ -254,25 +255,24 @@ class _Writer:
 
     def _add(self, block: list[Document]) -> None:
         """Vectors for documents, those of the table for texts that it has; committed if it is time."""
-        began = time.monotonic()
         vectors = self._stored({x.text_hash for x in block} & self._texts)
-        fresh = {x.text_hash: x for x in block if x.text_hash not in vectors}
-        embedder = self._index.embedder
-        try:
-            encoded = embedder.encode_prompts(embedder.prompts([x.text for x in fresh.values()])) if fresh else None
-        except InputError as error:
-            raise InputError(
-                f"in the {len(block)} documents from {block[0].file}, line {block[0].line} on: {error}"
-            ) from None
-        if encoded is not None:
+        if fresh := {x.text_hash: x for x in block if x.text_hash not in vectors}:
+            embedder, texts = self._index.embedder, [x.text for x in fresh.values()]
+            began = time.monotonic()
+            try:
+                encoded = embedder.encode_prompts(embedder.prompts(texts))
+            except InputError as error:
+                raise InputError(f"in the {len(block)} documents from {block[0].place} on: {error}") from None
+            except RuntimeError as error:  # or it would be taken for LanceDB's
+                raise KvembedError(f"the model fails in the documents from {block[0].place} on: {error}") from error
+            spent = max(time.monotonic() - began, 1e-3)
+            self._pace = sum(map(len, texts)) * _COMMIT_SECONDS / 2 / spent
             cut = encoded.tokens_cut.tolist()
             vectors |= dict(zip(fresh, zip(encoded.vectors, cut, strict=True), strict=True))
             self._embedded += len(fresh)
             self._cut += encoded.truncated
         self._waiting += [(x, *vectors[x.text_hash]) for x in block]
-        now = time.monotonic()
-        self._pace = sum(len(x.text) for x in block) * _COMMIT_SECONDS / 2 / max(now - began, 1e-3)
-        due = now - self._committed >= _COMMIT_SECONDS
+        due = time.monotonic() - self._committed >= _COMMIT_SECONDS
         if due or len(self._waiting) >= _COMMIT_DOCUMENTS:
             self._commit()
 

@@ -68,7 +68,7 @@ class Profile:
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
-        """The inverse of `to_json`. Raises `ValueError` or `TypeError` for anything else."""
+        """The inverse of `to_json`. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
         fields: Any = json.loads(text)
         return cls(**fields | {name: tuple(fields[name]) for name in ("curve", "attention_layers", "layers")})
 
@@ -271,6 +271,6 @@ def _read(path: Path) -> list[Profile]:
         return [Profile.from_json(path.read_text())]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("ignoring the damaged profile %s: %s", path, error)
         return []

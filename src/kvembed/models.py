@@ -118,8 +118,14 @@ def pull(name: str, *, revision: str | None = None) -> Path:
 
 def label(name: str) -> str:
     """A model's name for people: a path is told by its last part alone."""
-    path = Path(name).expanduser()
-    return Path(os.path.abspath(path)).name if name not in BUNDLED and path.exists() else name
+    path = local_path(name)
+    return name if path is None else Path(os.path.abspath(path)).name
+
+
+def local_path(name: str) -> Path | None:
+    """The file or folder that a model's name stands for; None for a bundled name, a hub id, or one that is not here."""
+    path = os.path.expanduser(name)  # pathlib's raises for ~nobody, and its exists() for a name that is too long
+    return Path(path) if name and name not in BUNDLED and os.path.exists(path) else None
 
 
 def _local_folder(name: str) -> Path | None:
@@ -129,20 +135,18 @@ def _local_folder(name: str) -> Path | None:
         return _convert_once(f"{name}-{bundled.sha256[:12]}", lambda folder: _download(bundled, folder))
     if not name:
         raise ModelNotFound("the model's name is empty")
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelNotFound(f"{name}: no such file")
-        return _convert_once(f"gguf-{sha256_of(path)[:24]}", lambda folder: path)
+    path = local_path(name)
+    if path is None:
+        if name.lower().endswith(".gguf") or name.count("/") > 1 or name.startswith((".", "/", "~")):
+            raise ModelNotFound(f"{name}: no such file or folder")
+        return None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFound(f"{name}: the folder holds no config.json, so it is not a model")
         return path
-    if path.exists():
-        raise ModelNotFound(f"{name}: neither a folder nor a .gguf file")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ModelNotFound(f"{name!r}: no such file or folder")
-    return None
+    if path.suffix.lower() == ".gguf":
+        return _convert_once(f"gguf-{sha256_of(path)[:24]}", lambda folder: path)
+    raise ModelNotFound(f"{name}: neither a folder nor a .gguf file")
 
 
 def _on_hub(name: str, revision: str | None) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .files import check_writable, needed, whole_file, why
+from .files import check_writable, naming, needed, whole_file
 
 if TYPE_CHECKING:
     from .layers import Profile
@@ -40,9 +40,10 @@ def plot_layers(profile: Profile, path: Path) -> None:
     axes.axvspan(-0.5, 0.2 * depth - 0.5, color="#e8e8e8", lw=0)
     axes.text(0.1 * depth - 0.5, 0.03, "first 20 %\nleft out", ha="center", va="bottom", color="#666666", fontsize=8,
               transform=axes.get_xaxis_transform())  # fmt: skip
-    first, last = profile.layers[0], profile.layers[-1]
-    name = f"re-routed: layer {first}" if first == last else f"re-routed: layers {first} to {last}"
-    axes.axvspan(first - 0.5, last + 0.5, color="#f3b04b", alpha=0.45, lw=0, label=name)
+    named: str | None = f"re-routed: layer{'s' * (len(profile.layers) > 1)} {', '.join(map(str, profile.layers))}"
+    for layer in profile.layers:  # not all between the first and the last have attention
+        axes.axvspan(layer - 0.5, layer + 0.5, color="#f3b04b", alpha=0.45, lw=0, label=named)
+        named = None
     axes.plot(range(depth), profile.curve, color="#1f5fa8", marker="o", ms=3.5, lw=1.5)
     axes.set_xlim(-0.5, depth - 0.5)
     axes.set_ylim(bottom=0)
@@ -53,8 +54,5 @@ def plot_layers(profile: Profile, path: Path) -> None:
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     kind = path.suffix.lower()[1:]
-    try:
-        with whole_file(path) as file:
-            figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    except OSError as error:
-        raise InputError(f"{path}: {why(error)}") from None
+    with naming(path), whole_file(path) as file:
+        figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import EmbedConfig
 from .errors import InputError
-from .files import usual_mode, write_json
-from .models import bars_off
+from .files import naming, usual_mode, write_json
+from .models import bars_off, local_path
 from .transform import Transform
 
 __all__ = ["CONFIG_FILE", "PROMPTS", "TRANSFORM_FILE", "read_config", "save_embedder", "save_st_files", "usual_method"]
@@ -37,7 +37,8 @@ _ST_FILES: dict[str, Any] = {
 
 def usual_method(model: str) -> str | None:
     """The method of the command line and the server where none is named: `auto`, or (None) a saved folder's own."""
-    return None if (Path(model).expanduser() / CONFIG_FILE).is_file() else "auto"
+    folder = local_path(model)
+    return None if folder is not None and (folder / CONFIG_FILE).is_file() else "auto"
 
 
 def save_embedder(
@@ -57,6 +58,17 @@ def save_embedder(
         raise InputError("only a plain transformers model can be saved; with an adapter, call merge_and_unload() first")
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, not a folder")
+    with naming(target):
+        _write(target, model, tokenizer, config, transform)
+
+
+def _write(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EmbedConfig,
+    transform: Transform | None,
+) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
         with bars_off():
@@ -82,9 +94,14 @@ def save_st_files(folder: str | os.PathLike[str]) -> None:
         write_json(Path(folder) / name, content)
 
 
-def read_config(path: Path) -> EmbedConfig:
-    """The config of a saved embedder. Raises `InputError` for anything else."""
+def read_config(folder: Path) -> EmbedConfig | None:
+    """The config of a saved embedder; None if the folder (or file) is none. Raises `InputError` if it is damaged."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return None
     try:
-        return EmbedConfig.from_dict(json.loads(path.read_text()))
+        with naming(path):
+            text = path.read_text()
+        return EmbedConfig.from_dict(json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a kvembed config: {error}") from None

@@ -39,7 +39,7 @@ from .process import leave_computing
 from .quantize import unit
 from .service import Limits, Service
 
-__all__ = ["api_keys", "check_address", "create_app", "serve", "uvicorn_config"]
+__all__ = ["api_keys", "create_app", "listen_at", "serve", "uvicorn_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,8 @@ def api_keys(file: Path | None) -> list[str]:
 def serve(
     embedder: Embedder,
     names: Sequence[str],
+    listener: socket.socket,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
     keys: Sequence[str] = (),
     limits: Limits | None = None,
 ) -> None:
@@ -80,14 +79,10 @@ def serve(
     Args:
         embedder: what makes the vectors.
         names: what the model is called; the first is told to clients.
-        host, port: where to listen; port 0 takes a free one, which the log names.
+        listener: from `listen_at`; the log names its address.
         keys: API keys, see `api_keys`.
         limits: see `Limits`.
-
-    Raises:
-        InputError: the address can't be listened on.
     """
-    listener = _bound(host, port)
     app = create_app(embedder, names, keys=keys, limits=limits)
     leave_computing()  # this thread has loaded the model; the batches have their own
     handler = logging.StreamHandler()
@@ -97,13 +92,18 @@ def serve(
     for each, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
         each.handlers, each.level, each.propagate = [handler], level, False
     # uvicorn hands a signal back when it has finished; by itself, SIGTERM would then end the process at once.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
+    terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    host, port = listener.getsockname()[:2]
     try:
-        told = {"address": address, "model": names[0], "keys": len(keys)}
+        told = {
+            "address": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+            "model": names[0],
+            "keys": len(keys),
+        }
         _Server(uvicorn_config(app), told).run(sockets=[listener])
     finally:
         logger.info("stopped")
+        signal.signal(signal.SIGTERM, terminate)
         for each, handlers, level, propagate in before:
             each.handlers, each.level, each.propagate = handlers, level, propagate
 
@@ -146,13 +146,11 @@ def uvicorn_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
-def check_address(host: str, port: int) -> None:
-    """Fail before a model is loaded. Raises `InputError` for an address that can't be listened on."""
-    _bound(host, port).close()
+def listen_at(host: str, port: int) -> socket.socket:
+    """An address, taken before a model is loaded, but not yet listened at: so long, clients are refused at once.
 
-
-def _bound(host: str, port: int) -> socket.socket:
-    """Taken but not yet listening: until the server is ready, clients are told at once that it is not."""
+    Port 0 takes a free one. Raises `InputError` for an address that can't be listened at.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -281,7 +279,8 @@ def create_app(
         prompts = await service.read(asked.texts, asked.role, False)
         request.state.log |= {"texts": len(prompts), "role": asked.role}
         vectors = await _while_connected(request, service.vectors(prompts, asked.role))
-        explanation = await service.batcher.call(lambda: embedder.explain(asked.texts[0], role=asked.role))
+        explained = service.batcher.call(lambda: embedder.explain(asked.texts[0], role=asked.role))
+        explanation = await _while_connected(request, explained)
         return HTMLResponse(compared(asked.texts, embedder.similarity(vectors, vectors), explanation))
 
     return app

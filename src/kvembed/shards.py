@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .errors import InputError
-from .files import check_folder, needed, sha256_of, why
-from .texts import ROW_ENDINGS, Mark, Row, check_unicode, read_rows
+from .files import check_folder, naming, needed, sha256_of
+from .texts import ROW_ENDINGS, Mark, Row, check_unicode, place_of, read_rows
 
 __all__ = [
     "MANIFEST",
@@ -112,9 +113,9 @@ def find_inputs(source: Path) -> tuple[Path, list[str]]:
     Raises:
         InputError: there are none.
     """
-    if source.is_file():
+    if os.path.isfile(source):  # Path's own raises for a name that is too long
         return source.parent, [source.name]
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise InputError(f"{source}: no such file or folder")
     inside = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     plain = [path for path in inside if not any(part.startswith((".", "_")) for part in path.parts)]
@@ -155,13 +156,13 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
                 if total % shard_rows == 0:
                     shards.append(Shard(len(shards), total, shard_rows, number, *mark))
                 total, mark = total + 1, row.next
-                check_unicode(row.text, _place(path, row))
+                check_unicode(row.text, place_of(path, row.line))
                 if id_field is not None:
                     kind = "string" if isinstance(row.id, str) else "int64"
                     if id_type is None:
                         id_type = kind
                     elif kind != id_type:
-                        raise InputError(f"{_place(path, row)}: a {kind} as id; the ids before it are {id_type}")
+                        raise InputError(f"{place_of(path, row.line)}: a {kind} as id; the ids before it are {id_type}")
                 if total % 1000 == 0:
                     bar.update(1000)
             inputs.append(InputFile(name, size, sha256_of(path), first, total - first))
@@ -173,19 +174,13 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
 
 
 def _size(path: Path) -> int:
-    try:
+    with naming(path):
         return path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: {why(error)}") from None
 
 
 def _check_size(path: Path, before: int) -> None:
     if (size := _size(path)) != before:
         raise InputError(f"{path} changed while it was read: it had {before:,} bytes, and has {size:,}")
-
-
-def _place(path: Path, row: Row) -> str:
-    return f"{path}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {row.line}"
 
 
 class ShardReader:

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import logging
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,19 @@ from typing import Any, BinaryIO, NamedTuple
 from .errors import InputError
 from .files import needed, why
 
-__all__ = ["ROW_ENDINGS", "Mark", "Row", "check_unicode", "read_lines", "read_rows", "read_texts", "stream_rows"]
+__all__ = [
+    "DOCUMENT_ENDINGS",
+    "MARKDOWN",
+    "ROW_ENDINGS",
+    "Mark",
+    "Row",
+    "check_unicode",
+    "place_of",
+    "read_lines",
+    "read_rows",
+    "read_texts",
+    "stream_rows",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +79,18 @@ def stream_rows(
     says how many texts are blank.
     """
     paths = list(paths) or [Path("-")]
-    known = not any(str(path) == "-" or path.is_fifo() or path.is_char_device() for path in paths)
+    known = not any(str(path) == "-" or _is_pipe(path) for path in paths)
     count = sum(1 for path in paths for _ in _some_rows(path, field, id_field)) if known else None
     return _telling_blank(row for path in paths for row in _some_rows(path, field, id_field)), count
+
+
+def _is_pipe(path: Path) -> bool:
+    """Whether it can be read but once."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # is told when it is opened
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
 
 def _telling_blank(rows: Iterable[Row]) -> Iterator[Row]:
@@ -104,7 +126,7 @@ def read_rows(
         InputError: as `read_texts`, when the row is reached; a file without rows is no error here.
     """
     kind = path.suffix.lower()
-    if kind in _DOCUMENTS:
+    if kind in DOCUMENT_ENDINGS and kind != ".txt":
         raise InputError(f"{path}: is read as one text a line only if it is a .txt; `kvembed index` takes documents")
     _refuse_others(path)
     with _opened(path) as file:
@@ -138,6 +160,11 @@ def _refuse_others(path: Path) -> None:
         raise InputError(f"{path}: is packed; unpack it first")
     if kind in _FORMATTED:
         raise InputError(f"{path}: its text has to be taken out first, into a file of one of the kinds that are read")
+
+
+def place_of(path: Path, line: int) -> str:
+    """Where a row is, for people: `Row.line` of a file."""
+    return f"{_name(path)}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {line}"
 
 
 def _name(path: Path) -> str:
@@ -226,7 +253,7 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
                 continue
             if len(row) <= max(text_at, id_at or 0):
                 lacking = field if len(row) <= text_at else id_field
-                raise InputError(f"{name}, line {lines.mark.line}: no value in column {lacking!r}")
+                raise InputError(f"{name}, line {first}: no value in column {lacking!r}")
             if any(row[len(columns) :]):
                 raise InputError(
                     f"{name}, line {first}: {len(row)} values for {len(columns)} columns; text with a delimiter in it "
@@ -254,7 +281,8 @@ def _header(lines: Iterator[str], field: str) -> tuple[list[str], str]:
     failed: csv.Error | None = None
     for delimiter in ",;\t":
         try:
-            columns = next(csv.reader(itertools.chain([*read], noted()), delimiter=delimiter, strict=True), [])
+            rows = csv.reader(itertools.chain([*read], noted()), delimiter=delimiter, strict=True)
+            columns = next(filter(None, rows), [])  # after blank lines
             if field in columns or not columns:
                 return columns, delimiter
             found.append((columns, delimiter))
@@ -281,6 +309,8 @@ def _parquet_rows(
             group, at = group + 1, at + size
         wanted = [field] if id_field in (None, field) else [field, id_field]
         rest = [column for column in columns if others and column not in wanted]
+        for column in rest:
+            _column(columns, column, name)
         groups = list(range(group, table.num_row_groups))
         for batch in table.iter_batches(1024, row_groups=groups, columns=wanted + rest) if groups else ():
             texts = batch.column(field).to_pylist()
@@ -296,7 +326,7 @@ def _parquet_rows(
                 yield Row(text, row_id, Mark(at, at), at, fields)
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
+    except (OSError, ValueError, KeyError, needed("pyarrow", "parquet").ArrowException) as error:
         raise InputError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
 
 
@@ -308,7 +338,8 @@ _KINDS = {
     ".parquet": _parquet_rows,
 }
 ROW_ENDINGS = tuple(_KINDS)
-_DOCUMENTS = {".md", ".markdown", ".rst"}
+MARKDOWN = (".md", ".markdown")
+DOCUMENT_ENDINGS = (*MARKDOWN, ".rst", ".txt")  # of text that is not a row; .txt may be either
 _PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z"}
 _FORMATTED = {".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".xlsx", ".xls", ".html", ".htm", ".xml", ".npy"}
 

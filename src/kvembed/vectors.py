@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import InputError
-from .files import check_writable, needed, whole_file, why
+from .files import check_writable, naming, needed, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ def write_vectors(pieces: Iterable[Encoded], path: Path | None, ids: Iterator[st
         InputError: there are none, or the file can't be written; what was there before is still there.
     """
     name, keys = ("index", itertools.count()) if ids is None else ("id", ids)
-    try:
+    with naming(path or "standard output"):
         if path is None or str(path) == "-":
             _write_jsonl(_some(pieces), sys.stdout.buffer, name, keys)
             sys.stdout.flush()
@@ -81,10 +81,6 @@ def write_vectors(pieces: Iterable[Encoded], path: Path | None, ids: Iterator[st
             else:
                 write = _write_jsonl if path.suffix.lower() == ".jsonl" else _write_parquet
                 write(_some(pieces), file, name, keys)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path or 'standard output'}: {why(error)}") from None
 
 
 def _some(pieces: Iterable[Encoded]) -> Iterator[Encoded]:

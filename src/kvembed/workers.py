@@ -14,9 +14,8 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +26,7 @@ from .config import EmbedConfig, Role
 from .console import quiet
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .models import BUNDLED, load, usable_device
+from .models import load, local_path, usable_device
 from .transform import Transform
 from .vectors import Encoded
 
@@ -55,9 +54,9 @@ class Recipe:
     @classmethod
     def of(cls, embedder: Embedder, name: str, revision: str | None = None) -> Recipe:
         """Of an embedder whose model was loaded by `name`: a bundled name, a hub id, a folder or a `.gguf` file."""
-        local = Path(name).expanduser()
+        local = local_path(name)
         return cls(
-            name=str(local.resolve()) if name not in BUNDLED and local.exists() else name,
+            name=name if local is None else str(local.resolve()),
             revision=revision,
             dtype=embedder.dtype,
             config=embedder.config,
@@ -201,7 +200,8 @@ class _Worker:
     def _start(self) -> None:
         # Not forked: a copy of this process would have its CUDA state and its threads' locks.
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._opened = self._pool.submit(_open, self._recipe, self._device, self._threads)
+        self._process = self._pool.submit(_begin, self._threads)
+        self._pool.submit(_open, self._recipe, self._device)
 
     def submit(self, work: Callable[[Embedder, Any], Any], item: Any) -> Future[Any]:
         try:
@@ -216,34 +216,36 @@ class _Worker:
             raise KvembedError(f"the worker on {self._device} died twice; was it out of memory?")
         self._died = True
         logger.warning("the worker on %s died; its work is done again", self._device)
-        self.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._start()
 
     def stop(self) -> None:
-        """Not asked to finish: what it does now is not wanted any more."""
-        if self._opened.done() and self._opened.exception() is None:
-            with contextlib.suppress(OSError):
-                os.kill(self._opened.result(), signal.SIGTERM)
+        """Not asked to finish: what it does now, be it loading the model, is not wanted any more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(OSError, BrokenProcessPool, CancelledError):
+            os.kill(self._process.result(), signal.SIGTERM)
 
 
 _opened: Embedder | KvembedError | None = None  # a worker process's own
 
 
-def _open(recipe: Recipe, device: str, threads: int) -> int:
+def _begin(threads: int) -> int:
     """The first thing that a worker does; returns its process id."""
-    global _opened
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     quiet()
     torch.set_num_threads(threads)
+    return os.getpid()
+
+
+def _open(recipe: Recipe, device: str) -> None:
+    global _opened
     try:
         _opened = recipe.load(device)
     except KvembedError as error:
         _opened = error
     except Exception as error:  # a device without room for the model, say
         _opened = KvembedError(f"the model can't be loaded on {device}: {type(error).__name__}: {error}")
-    return os.getpid()
 
 
 def _leave_with_parent() -> None:
