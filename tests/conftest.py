@@ -35,7 +35,7 @@ def _own_cache(request, tmp_path, monkeypatch):
     """
     if "real" not in request.keywords:
         monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("kvembed.writing._COUNT", 200)
+        monkeypatch.setattr("kvembed.self_written._COUNT", 200)
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def runner(tmp_path, tiny_folder, real, loaded, monkeypatch):
     (home / "queries.jsonl").write_text("".join(json.dumps({"id": i, "text": NOTICES[i]}) + "\n" for i in range(3)))
     smollm2, embedder = real
     monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "cache"))  # what pages store outlives no test
-    monkeypatch.setattr("kvembed.writing.write_texts", lambda *_, **__: texts)  # a random model's say nothing more
+    monkeypatch.setattr("kvembed.self_written.write_texts", lambda *_, **__: texts)  # a random model's say nothing more
     monkeypatch.setattr(models, "load", loaded)
     monkeypatch.setattr("kvembed.layers.load", loaded)
     names = {"Embedder": Embedder, "embedder": embedder, "model": embedder.model, "tokenizer": embedder.tokenizer}

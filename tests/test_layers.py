@@ -15,7 +15,7 @@ from kvembed.backbone import Backbone
 from kvembed.fingerprint import fingerprint
 from kvembed.layers import Profile, choose_layers, id_curve, twonn, window
 from kvembed.prompts import Prompter
-from kvembed.writing import own_texts
+from kvembed.self_written import own_texts
 
 
 def chosen(backbone, tokenizer, template, **options):
@@ -84,7 +84,7 @@ def test_the_curve_is_that_of_the_last_tokens_states(llama, tokenizer):
 
 def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypatch):
     backbone = Backbone(tiny(seed=5))
-    monkeypatch.setattr("kvembed.writing._COUNT", 40)
+    monkeypatch.setattr("kvembed.self_written._COUNT", 40)
     first = chosen(backbone, tokenizer, "In: {text}", model="tiny")
     stored = list((models.cache_folder() / "profiles").iterdir())
     assert [Profile.from_json(path.read_text()) for path in stored] == [first]
@@ -114,7 +114,7 @@ def test_given_texts_have_a_profile_of_their_own(tokenizer, llama):
 
 
 def test_self_written_text_is_the_same_for_the_same_seed_and_leaves_the_generator_alone(tokenizer, llama):
-    from kvembed.writing import write_texts
+    from kvembed.self_written import write_texts
 
     state = torch.get_rng_state()
     one = write_texts(llama, tokenizer, count=12, seed=3, batch=8)
@@ -183,7 +183,7 @@ def test_calibration_keeps_to_the_models_length(tokenizer):
 
 
 def test_texts_that_cannot_be_stored_or_read_are_no_obstacle(tokenizer, llama, monkeypatch, tmp_path, caplog):
-    from kvembed.writing import write_texts
+    from kvembed.self_written import write_texts
 
     (tmp_path / "file").write_text("")
     texts = write_texts(llama, tokenizer, count=5, batch=10, cache=tmp_path / "file" / "texts.json")
@@ -195,7 +195,7 @@ def test_texts_that_cannot_be_stored_or_read_are_no_obstacle(tokenizer, llama, m
 
 
 def test_the_models_own_generation_settings_do_not_matter(tokenizer):
-    from kvembed.writing import write_texts
+    from kvembed.self_written import write_texts
 
     model = tiny()
     plain = write_texts(model, tokenizer, count=5, batch=10)

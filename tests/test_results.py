@@ -78,11 +78,10 @@ def test_paths_and_groups(tmp_path):
         path = result_path(tmp_path, one.suite, one.model, one.method, one.task)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(one.to_json())
-    groups = by_method(read_results(tmp_path, "mini"))
+    groups = by_method(read_results(tmp_path))
     assert {key[:2]: len(rows) for key, rows in groups.items()} == (
         {("smollm2", "kv"): 2, ("smollm2", "mean"): 1, ("org/name", "kv"): 1}
     )
-    assert read_results(tmp_path, "full") == []
 
 
 @pytest.fixture

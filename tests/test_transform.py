@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvembed import EmbedConfig, Embedder, InputError, Readout
+from kvembed.self_written import write_texts
 from kvembed.transform import LEAST_TEXTS, Transform, fit
 from kvembed.tuning import choose_transform
-from kvembed.writing import write_texts
 
 TEXTS = [f"{one} {number}" for number in range(9) for one in NOTICES][:130]
 INSIDE = (False, True)

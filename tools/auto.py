@@ -25,10 +25,10 @@ from kvembed.config import Precision, Role
 from kvembed.evaluate import evaluate
 from kvembed.quantize import unit
 from kvembed.results import mean
+from kvembed.self_written import own_texts
 from kvembed.subjects import Subject, embedder_subject, marked, quantized_subject
 from kvembed.tasks import MINI_TOKENS, Task, load_tasks, mini, sample
 from kvembed.transform import Transform, fit
-from kvembed.writing import own_texts
 
 Views = dict[Role, NDArray[np.float32]]
 ROLES: tuple[Role, ...] = ("document", "query")

@@ -20,8 +20,8 @@ from speed import speed_page
 from kvembed.config import EmbedConfig
 from kvembed.methods import METHODS
 from kvembed.results import REFERENCES, Estimate, Result, by_method, difference, mean, read_results
+from kvembed.self_written import SELF_WRITTEN
 from kvembed.tasks import MINI_TOKENS
-from kvembed.writing import SELF_WRITTEN
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"

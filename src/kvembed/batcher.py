@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from .batching import computed
+
 __all__ = ["Batcher", "QueueFull"]
 
 Item = TypeVar("Item")
@@ -162,7 +164,7 @@ class Batcher(Generic[Item, Row]):
         alike = [(request, place) for request in same for place in request.waiting]
         for request, place in sorted(alike, key=lambda one: abs(one[0].lengths[one[1]] - wanted)):
             longest, used = max(longest, request.lengths[place]), used + request.lengths[place]
-            if (used if self.packed else (len(batch) + 1) * longest) > self.batch_tokens:
+            if computed(len(batch) + 1, longest, used, packed=self.packed) > self.batch_tokens:
                 break
             batch.append((request, place))
             request.waiting.remove(place)

@@ -10,7 +10,7 @@ import torch
 
 from .errors import OutOfMemory
 
-__all__ = ["blocks", "characters", "run_batches", "token_batches"]
+__all__ = ["blocks", "characters", "computed", "run_batches", "token_batches"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,11 @@ def characters(text: Any) -> int:
     return len(text) if isinstance(text, str) else 0
 
 
+def computed(texts: int, longest: int, tokens: int, *, packed: bool) -> int:
+    """Tokens that a batch computes: packed, those of its texts; padded, as many as the longest for each."""
+    return tokens if packed else texts * longest
+
+
 def token_batches(
     lengths: Sequence[int], batch_tokens: int, border: int | None = None, *, packed: bool = False
 ) -> list[list[int]]:
@@ -66,13 +71,14 @@ def token_batches(
         Lists of indices into `lengths`; every index once, longest texts first, so that memory runs out early or never.
     """
     batches: list[list[int]] = []
-    longest = used = 0
+    longest = used = 0  # tokens of the last batch's longest text, and of all its texts
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         tokens = lengths[index]
         mixed = border is not None and tokens <= border < longest
-        if batches and not mixed and used + (tokens if packed else longest) <= batch_tokens:
+        more = len(batches[-1]) + 1 if batches else 1
+        if batches and not mixed and computed(more, longest, used + tokens, packed=packed) <= batch_tokens:
             batches[-1].append(index)
-            used += tokens if packed else longest
+            used += tokens
         else:
             batches.append([index])
             longest = used = tokens
@@ -117,7 +123,7 @@ def run_batches(
         if rows is None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            used = sum(lengths[i] for i in batch) if packed else longest * len(batch)
+            used = computed(len(batch), longest, sum(lengths[i] for i in batch), packed=packed)
             budget = (used + longest) // 2  # a half, but never less than the longest text
             logger.warning("out of memory: batches cut from %d tokens to %d", used, budget)
             left = [index for waiting in (batch, *todo[::-1]) for index in waiting]

@@ -28,7 +28,7 @@ from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .files import naming, needed, only_writer, sha256_of, whole_file, write_json
-from .identity import difference, identity, identity_hash
+from .identity import first_difference, identity, identity_hash
 from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 
@@ -278,7 +278,7 @@ def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> di
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first thing in which two jobs differ, of their inputs the first that does."""
-    if told := difference(before, {name: value for name, value in now.items() if name not in ("inputs", "rows")}):
+    if told := first_difference(before, {name: value for name, value in now.items() if name not in ("inputs", "rows")}):
         return told
     was = {file["path"]: file for file in before["inputs"]}
     changed = [file["path"] for file in now["inputs"] if file != was.get(file["path"])]

@@ -29,12 +29,11 @@ from .console import (
     print_results,
     print_table,
     print_tuned,
-    quiet,
 )
 from .errors import InputError
 from .files import check_writable, naming, needed, whole_file, why
 from .methods import METHODS, preset
-from .process import keep_for_the_next_batch
+from .process import keep_for_the_next_batch, quiet
 from .texts import read_rows, read_texts, stream_rows
 from .vectors import check_output, write_vectors
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 from .errors import InputError
 
 __all__ = [
-    "Attention",
     "EmbedConfig",
     "MeanTokens",
     "Pooling",
@@ -26,7 +25,7 @@ __all__ = [
 ]
 
 Role = Literal["document", "query"]
-Attention = Literal["reroute", "bidirectional"]
+AttentionChange = Literal["reroute", "bidirectional"]
 Pooling = Literal["last", "mean", "weighted-mean", "hybrid", "static"]
 MeanTokens = Literal["all", "content"]
 SlotPosition = Literal["last", "first"]
@@ -105,7 +104,7 @@ class EmbedConfig:
     document: str | tuple[str, ...] = "{text}"
     query: str | tuple[str, ...] = "{text}"
     layers: tuple[int, ...] | Literal["all"] | None = ()
-    attention: Attention = "reroute"
+    attention: AttentionChange = "reroute"
     bias: float = 1.0
     slot_position: SlotPosition = "last"
     slot_self: bool = True
@@ -236,7 +235,7 @@ def parse_layers(text: str) -> tuple[int, ...] | Literal["all"] | None:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "attention": get_args(Attention),
+    "attention": get_args(AttentionChange),
     "slot_position": get_args(SlotPosition),
     "pooling": get_args(Pooling),
     "mean_tokens": get_args(MeanTokens),

@@ -43,7 +43,6 @@ __all__ = [
     "print_results",
     "print_table",
     "print_tuned",
-    "quiet",
 ]
 
 
@@ -94,13 +93,6 @@ def hint_at_files(texts: Sequence[str], command: str) -> None:
             logging.getLogger("kvembed").warning(
                 "%r is taken as a text, though there is a file of this name; it is read by: %s", text, command
             )
-
-
-def quiet() -> None:
-    """transformers' own warnings are not ours to show."""
-    from transformers.utils import logging as theirs
-
-    theirs.set_verbosity_error()
 
 
 def print_line(text: str) -> None:
@@ -212,7 +204,7 @@ def print_tuned(embedder: Embedder, model: str, output: Path | None, *, as_json:
         views = [{"template": template, **dataclasses.asdict(one)} for template, one in config.views]
         print_json({**transform.info, "dim": transform.dim, "views": views, "output": output and str(output)})
         return
-    from .writing import SELF_WRITTEN
+    from .self_written import SELF_WRITTEN
 
     for template in config.templates("document"):
         print_line(f"template  {template!r}")

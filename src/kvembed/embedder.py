@@ -33,10 +33,10 @@ from .prefix import Beginnings, Prefix, Where, beginning, can_begin
 from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
 from .saved import TRANSFORM_FILE, read_config, save_embedder, save_st_files
+from .self_written import SELF_WRITTEN, own_texts
 from .transform import Transform
 from .tuning import FIT_TOKENS, choose_transform, fitted_for
 from .vectors import Encoded
-from .writing import SELF_WRITTEN, own_texts
 
 __all__ = ["Embedder", "Explanation"]
 

@@ -15,8 +15,10 @@ from .page import STEPS, box, safe
 if TYPE_CHECKING:
     from .embedder import Explanation
 
-__all__ = ["beta_map", "coloured", "cosine_map", "count", "grid", "legend", "number", "panel"]
+__all__ = ["BETA", "beta_map", "coloured", "cosine_map", "count", "grid", "legend", "number", "panel"]
 
+BETA = """Beta: the share of its attention, in percent, that each token gives to the slot, mean over heads. The text's
+own tokens are bold, the template's are not; a dot is a space."""
 _TOKENS = 400  # shown of a text, lest the page grow to megabytes
 
 

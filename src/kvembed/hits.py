@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lancedb.table import Table
     from numpy.typing import NDArray
 
-__all__ = ["Hit", "Mode", "find", "plain"]
+__all__ = ["Hit", "Mode", "find", "lancedb_reason"]
 
 DEPTH = 100  # documents of either ranking that hybrid search puts together
 Mode = Literal["vector", "text", "hybrid"]
@@ -66,7 +66,7 @@ def find(
                 fusion = needed("lancedb.rerankers", "search").RRFReranker()
                 rows, score = fusion.rerank_hybrid(query, rows, matched), "_relevance_score"
     except (ValueError, RuntimeError, OSError) as error:
-        raise InputError(f"{'the index' if where is None else f'where {where!r}'}: {plain(error)}") from None
+        raise InputError(f"{'the index' if where is None else f'where {where!r}'}: {lancedb_reason(error)}") from None
     hits = []
     for rank, row in enumerate(rows.slice(0, top).to_pylist(), 1):
         value = 1 - row[score] if score == "_distance" else row[score]
@@ -76,7 +76,7 @@ def find(
     return hits
 
 
-def plain(error: Exception) -> str:
+def lancedb_reason(error: Exception) -> str:
     """What LanceDB says went wrong, without where in its source."""
     told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split()))
     told = re.sub(r"`(vector|_\w+)`, ", "", told)  # of the columns, those that are for filters

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .embedder import Embedder
 
-__all__ = ["difference", "identity", "identity_hash"]
+__all__ = ["first_difference", "identity", "identity_hash"]
 
 
 def identity(embedder: Embedder) -> dict[str, Any]:
@@ -29,12 +29,12 @@ def identity_hash(told: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first thing in which `before` differs from `now`, as in `bias 1.0, not 2.0`; empty if nothing does."""
     for name, new in now.items():
         old = before.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            if told := difference(old, new):
+            if told := first_difference(old, new):
                 return told
         elif old != new:
             return f"{name} {json.dumps(old):.80}, not {json.dumps(new):.80}"

@@ -22,7 +22,7 @@ from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
 from .files import check_folder, naming, needed, only_writer, why, write_json
 from .hits import Hit, Mode, find
-from .identity import difference, identity, identity_hash
+from .identity import first_difference, identity, identity_hash
 from .indexing import Indexed, update
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Index:
         index = cls(path, name, identity(embedder))
         index.__dict__["embedder"] = embedder
         if not refit and cls.is_filled(path):
-            if told := difference(cls.open(path).made_with, index.made_with):
+            if told := first_difference(cls.open(path).made_with, index.made_with):
                 raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
             return index
         with only_writer(path), naming(path):
@@ -163,7 +163,7 @@ class Index:
         told = {"dtype": dtype or self.made_with["dtype"], "config": config.to_dict()}
         if fitted is not None:
             told["transform"] = Transform.load(fitted).digest()
-        if apart := difference(self.made_with, told):
+        if apart := first_difference(self.made_with, told):
             raise InputError(f"{self.folder} was made with {apart}; --refit embeds everything anew")
 
     @staticmethod
@@ -222,7 +222,7 @@ class Index:
             raise InputError(f"{another}: {error}") from None
         if embedder.fingerprint() != told["fingerprint"]:
             raise InputError(another)
-        if apart := difference(told, identity(embedder)):
+        if apart := first_difference(told, identity(embedder)):
             raise InputError(f"{self.folder} was made with {apart}")
         return embedder
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from .documents import Corpus, Document, Kind, Place, check_same, converted, joint_kind
 from .errors import InputError, KvembedError
 from .files import naming, needed
-from .hits import plain
+from .hits import lancedb_reason
+from .self_written import SELF_WRITTEN
 from .transform import LEAST_TEXTS
-from .writing import SELF_WRITTEN
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,7 +74,7 @@ def update(index: Index, corpus: Corpus, *, language: str | None, progress: bool
         try:
             return _Writer(index, corpus).run(language, progress)
         except RuntimeError as error:  # LanceDB's, for what goes wrong below it
-            raise InputError(f"{index.folder}: {plain(error)}") from None
+            raise InputError(f"{index.folder}: {lancedb_reason(error)}") from None
 
 
 class _Writer:
@@ -227,7 +227,7 @@ class _Writer:
             )
             table.create_index("text", config=words, replace=True)
         except ValueError as error:
-            raise InputError(plain(error)) from None
+            raise InputError(lancedb_reason(error)) from None
 
     def _there(self) -> dict[str, Place]:
         """What the table has: id -> place."""

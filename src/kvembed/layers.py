@@ -26,12 +26,13 @@ from .files import store
 from .fingerprint import fingerprint as fingerprint_of
 from .models import cache_folder, label, load
 from .prompts import Prompter
-from .writing import SELF_WRITTEN, own_texts, texts_digest
+from .self_written import SELF_WRITTEN, own_texts, texts_digest
 
 __all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "shipped_profiles", "twonn", "window"]
 
 logger = logging.getLogger(__name__)
 
+_MOST_TOKENS = 512  # of a calibration text in its template
 _LEAST_POINTS = 20  # that TwoNN can say anything of
 
 
@@ -133,7 +134,6 @@ def id_curve(
     texts: Sequence[str],
     template: str,
     *,
-    max_tokens: int = 512,
     batch_tokens: int = 2048,
     progress: bool = False,
 ) -> tuple[float, ...]:
@@ -148,7 +148,7 @@ def id_curve(
         backbone, prompter: the model and its tokenizer.
         texts: N calibration texts; repeated ones are dropped.
         template: with `{text}`.
-        max_tokens, batch_tokens: as in `Embedder`.
+        batch_tokens: as in `Embedder`.
         progress: show a bar on a terminal.
 
     Raises:
@@ -156,7 +156,7 @@ def id_curve(
     """
     backbone.check_readable()
     texts = list(dict.fromkeys(texts))  # the same text in another batch differs in the last bit, and TwoNN would see it
-    prompts = prompter(texts, template, min(max_tokens, backbone.max_tokens or max_tokens))
+    prompts = prompter(texts, template, min(_MOST_TOKENS, backbone.max_tokens or _MOST_TOKENS))
     states = np.empty((len(backbone.layers), len(texts), backbone.dim), np.float32)
     plain = EmbedConfig()
     lengths = [len(prompt.ids) for prompt in prompts]
@@ -245,11 +245,10 @@ def profile_of(
     *,
     texts: Sequence[str] | None = None,
     dtype: str = "auto",
-    device: str = "auto",
     progress: bool = False,
 ) -> Profile:
     """`choose_layers` for a model by name (see `kvembed.models.load`)."""
-    model, tokenizer = load(name, dtype=dtype, device=device)
+    model, tokenizer = load(name, dtype=dtype)
     backbone, prompter = Backbone(model), Prompter(tokenizer)
     told = fingerprint_of(backbone, prompter)
 

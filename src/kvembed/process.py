@@ -1,4 +1,4 @@
-"""The command line's process: what torch frees stays for the next batch, and idle teams of threads are let go."""
+"""The command line's process: freed memory stays for the next batch, idle threads go, transformers is quiet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 from typing import Any
 
-__all__ = ["keep_for_the_next_batch", "leave_computing"]
+__all__ = ["keep_for_the_next_batch", "leave_computing", "quiet"]
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _OWN_MAPPING = 32 << 20  # bytes; the most that every glibc takes
@@ -43,6 +43,13 @@ def leave_computing() -> None:
     """
     if pause := _loaded("omp_pause_resource_all"):  # OpenMP 5.0, section 3.2.44
         pause(1)  # soft: a team is made again where one is needed
+
+
+def quiet() -> None:
+    """transformers' own warnings are not ours to show."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
 
 
 def _loaded(function: str) -> Any:

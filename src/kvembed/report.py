@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Axis, apart, chart, label_beside, line, linear_axis, log_axis, mark
-from .heatmaps import beta_map, coloured, cosine_map, count, grid, legend, number, panel
+from .heatmaps import BETA, beta_map, coloured, cosine_map, count, grid, legend, number, panel
 from .page import LINES, STEPS, page, safe
 from .results import REFERENCES, Result, mean
 
@@ -57,7 +57,7 @@ def report_html(
         _section("Scores", _SCORES, map(_scores, tables)),
         _section("Quality against cost", _COST, map(_cost_chart, tables)),
         _section("Intrinsic dimension", _CURVES, map(_curve, profiles)),
-        _section("Attention to the slot", _BETA, [beta_map(explanation)] if explanation else []),
+        _section("Attention to the slot", BETA, [beta_map(explanation)] if explanation else []),
         _section("Similarity", _SIMILARITY, [cosine_map(*similarity)] if similarity else []),
         _section("Bias", _BIAS, [_sweep_chart(sweep)]),
     ]
@@ -348,7 +348,5 @@ _COST = """A point a method, with the 95 % interval of its mean; dashed lines ar
 cost stand side by side. Methods without a mean are not drawn."""
 _CURVES = """Of the last token's states, by decoder layer; the chosen layers are shaded. The rule looks for the
 least dimension beyond the first fifth of the layers."""
-_BETA = """Beta: the share of its attention, in percent, that each token gives to the slot, mean over heads. The text's
-own tokens are bold, the template's are not; a dot is a space."""
 _SIMILARITY = """Cosine of each text with each. The colours span the values off the diagonal."""
 _BIAS = """Mean score by the bias of the slot's logit, with 95 % intervals."""

@@ -171,9 +171,8 @@ def result_path(folder: Path, suite: str, model: str, method: str, task: str) ->
     return folder.joinpath(*parts, f"{task}.json")
 
 
-def read_results(folder: Path, suite: str | None = None) -> list[Result]:
+def read_results(folder: Path) -> list[Result]:
     """All results below a folder, sorted by path. Raises `InputError` for a file that is none, or no folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    pattern = f"{suite or '*'}/*/*/*.json"
-    return [Result.from_json(path) for path in sorted(folder.glob(pattern))]
+    return [Result.from_json(path) for path in sorted(folder.glob("*/*/*/*.json"))]

@@ -28,7 +28,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import __version__
 from .batcher import QueueFull
-from .compare import MAX_TEXTS, compare_page, compared
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, OutOfMemory
@@ -37,6 +36,7 @@ from .gate import Gate, JsonLines
 from .openai_api import ApiError, EmbeddingRequest, ErrorAnswer, as_json, embeddings_json
 from .process import leave_computing
 from .quantize import unit
+from .server_page import MAX_TEXTS, compare_page, compared
 from .service import Limits, Service
 
 __all__ = ["api_keys", "create_app", "listen_at", "serve", "uvicorn_config"]

@@ -19,8 +19,8 @@ from .config import EmbedConfig, Role
 from .errors import InputError
 from .files import whole_file
 from .models import cache_folder
+from .self_written import SELF_WRITTEN, texts_digest
 from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
-from .writing import SELF_WRITTEN, texts_digest
 
 __all__ = ["FIT_TOKENS", "choose_transform", "fitted_for"]
 

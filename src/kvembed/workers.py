@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from .batching import blocks, characters
 from .config import EmbedConfig, Role
-from .console import quiet
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .models import load, local_path, usable_device
+from .process import quiet
 from .transform import Transform
 from .vectors import Encoded
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 SELF_WRITTEN = "self-written"  # where texts came from, in profiles and transforms; the other is "given"
 _SEED = 0
 _COUNT = 1000
+_TOKENS = 32  # the longest text
 
 
 def own_texts(
@@ -53,7 +54,6 @@ def write_texts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     count: int = 1000,
-    tokens: int = 32,
     seed: int = 0,
     batch: int = 100,
     cache: Path | None = None,
@@ -65,7 +65,6 @@ def write_texts(
         model: with a language-modelling head.
         tokenizer: has a BOS (or else EOS) token.
         count: how many texts; distinct, each of more than one word.
-        tokens: the longest text, in tokens.
         seed: the same seed on the same machine and dtype gives the same texts; torch's own generator is left as it was.
         batch: texts sampled at once.
         cache: file to keep them in, and to read them from if it is there. Beside it, what a stopped run had written;
@@ -96,7 +95,7 @@ def write_texts(
         top_k=0,
         top_p=1.0,
         temperature=1.0,
-        max_new_tokens=tokens,
+        max_new_tokens=_TOKENS,
         eos_token_id=ends,
         pad_token_id=ends[0],
     )
@@ -109,7 +108,7 @@ def write_texts(
     ):
         torch.manual_seed(seed)
         part = cache.with_suffix(".part") if cache is not None and model.device.type == "cpu" else None
-        asked = f"{count} {tokens} {seed} {batch}"
+        asked = f"{count} {_TOKENS} {seed} {batch}"
         first = _resume(part, asked, texts) if part else 0
         bar.update(min(len(texts), count))
         for turn in range(first, 3 * count // batch + 3):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .embedder import Embedder, Explanation
-from .heatmaps import beta_map, cosine_map
+from .heatmaps import BETA, beta_map, cosine_map
 from .page import page, safe
 from .prompts import UNLIMITED
 
@@ -39,9 +39,7 @@ def compared(texts: Sequence[str], cosines: NDArray[np.float32], explanation: Ex
     """Markup of the similarities of `texts`, and of the first one's attention."""
     return (
         f"<section><h2>Similarity</h2>\n<p>Cosine of each text with each.</p>\n{cosine_map(texts, cosines)}</section>\n"
-        "<section><h2>Attention to the slot, first text</h2>\n<p>Beta: the share of its attention, in percent, that "
-        "each token gives to the slot, mean over heads. The text&rsquo;s own tokens are bold, the template&rsquo;s are "
-        f"not; a dot is a space.</p>\n{beta_map(explanation)}</section>"
+        f"<section><h2>Attention to the slot, first text</h2>\n<p>{safe(BETA)}</p>\n{beta_map(explanation)}</section>"
     )
 
 
