@@ -28,6 +28,7 @@ from kvembed.methods import preset
         ({"query": ()}, r"the query template must hold \{text\}, not \(\)"),
         ({"query": ("{text}", "none")}, r"the query template must hold \{text\}, not"),
         ({"query": 5}, r"the query template must hold \{text\}, not 5"),
+        ({"document": "\ud800{text}"}, r"the document template holds a lone surrogate \(U\+D800\) at character 0"),
         ({"document": "{pst} {text}"}, r"the document template must hold \{pst\} once, before \{text\}, if there are"),
         ({"prepend_layers": (1,)}, r"the document template must hold \{pst\} once"),
         ({"prepend_layers": (0,)}, "prepend_layers must be whole numbers from 1"),

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -81,6 +82,22 @@ def test_bad_texts(embedder):
         next(embedder.encode_stream("ab"))
     with pytest.raises(InputError, match="text 0 is a bytes"):
         embedder.encode([b"a"])
+    table = types.SimpleNamespace(columns=["text"], __iter__=None)
+    for what, name in [
+        (None, "NoneType"),
+        (5, "int"),
+        (np.array("hi"), "ndarray"),
+        ({"a": 1}, "dict"),
+        (table, "Simple"),
+    ]:
+        for function in (
+            embedder.encode,
+            embedder.encode_views,
+            embedder.prompts,
+            lambda x: next(embedder.encode_stream(x)),
+        ):
+            with pytest.raises(InputError, match=f"must be a list of strings, not a {name}"):
+                function(what)
     with pytest.raises(InputError, match="lone surrogate"):
         embedder.encode("\udc00")
 
@@ -271,6 +288,39 @@ def test_a_model_in_training_mode_is_refused(tokenizer):
     for call in (embedder.encode, embedder.explain):
         with pytest.raises(InputError, match=r"call model\.eval"):
             call("a")
+
+
+def test_what_is_no_model_and_no_tokenizer_is_said(llama, tokenizer):
+    for model, other in [("smollm2", tokenizer), (tokenizer, llama), (llama, None), (llama, "smollm2")]:
+        with pytest.raises(InputError, match="not one of transformers"):
+            Embedder.from_model(model, other)
+    for name in (None, llama):
+        with pytest.raises(InputError, match="a model's name or path is needed"):
+            Embedder.from_pretrained(name)
+    for budget in ("12", 1.5, True, 0):
+        with pytest.raises(InputError, match="batch_tokens must be a whole number from 1"):
+            Embedder.from_model(llama, tokenizer, layers=[1], batch_tokens=budget)
+
+
+def test_texts_of_a_fit_may_be_anything_that_gives_texts(llama, tokenizer):
+    fits = [
+        Embedder.from_model(llama, tokenizer, method="static", texts=texts).transform.digest()
+        for texts in (MANY, (text for text in MANY), np.array(MANY), dict.fromkeys(MANY).keys())
+    ]
+    assert len({*fits}) == 1
+    with pytest.raises(InputError, match="100 different texts or more, not 3"):
+        Embedder.from_model(llama, tokenizer, method="static", texts=(text for text in MANY[:3]))
+
+
+def test_its_config_is_changed_by_replace_alone(embedder):
+    with pytest.raises(AttributeError):
+        embedder.config = embedder.config.replace(bias=2.0)
+
+
+def test_similarity_of_unlike_vectors(embedder):
+    vectors = embedder.encode(NOTICES[:2])
+    with pytest.raises(InputError, match="vectors of 48 and of 5 dimensions can't be compared"):
+        embedder.similarity(vectors, vectors[:, :5])
 
 
 def test_states_that_are_not_finite_are_an_error_not_a_vector(tokenizer):

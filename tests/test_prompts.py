@@ -254,6 +254,8 @@ def test_ids_that_are_no_text(tokenizer):
     assert prompter.decode([]) == ""
     for ids, message in [
         ([400], "token 400 is not in the model's vocabulary"),
+        ([1.0], "a text is a string or a list of token ids, and 1.0 is no id"),
+        (["a"], "a text is a string or a list of token ids, and 'a' is no id"),
         ([-1], "token -1 is not"),
         ([2**40], "is not in"),
         ([70, 2], r"token 2 is a special token, <\|im_end\|>"),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from .errors import InputError
+from .texts import check_unicode
 
 __all__ = [
     "EmbedConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "Role",
     "SlotPosition",
     "TransformKind",
+    "is_whole",
     "parse_layers",
 ]
 
@@ -134,7 +136,7 @@ class EmbedConfig:
             raise InputError("a static read-out comes last, in more_readouts, where there are others")
         for name in ("max_tokens", "chunk_tokens", "dim"):
             value = getattr(self, name)
-            if value is not None and not (_is_whole(value) and value > 0):
+            if value is not None and not (is_whole(value) and value > 0):
                 raise InputError(f"{name} must be a whole number from 1, not {value!r}")
             object.__setattr__(self, name, None if value is None else int(value))
         if self.transform == "none" and (self.more_readouts or self.dim):
@@ -149,6 +151,7 @@ class EmbedConfig:
         if not templates or not all(isinstance(template, str) and "{text}" in template for template in templates):
             raise InputError(f"the {role} template must hold {{text}}, not {given!r}")
         for template in templates:
+            check_unicode(template, f"the {role} template")
             before, _, after = template.partition("{text}")
             if "{pst}" in after or before.count("{pst}") != bool(self.prepend_layers):
                 raise InputError(
@@ -253,7 +256,7 @@ def _check_choices(config: object) -> None:
 def _layer(layer: Any, pooling: Pooling) -> int | None:
     if layer is None:
         return None
-    if not _is_whole(layer):
+    if not is_whole(layer):
         raise InputError(f"output_layer must be a whole number, not {layer!r}")
     if pooling == "static":
         raise InputError("a static read-out has no output_layer: no layer is run")
@@ -267,8 +270,8 @@ def _readouts(given: Any) -> tuple[Readout, ...]:
         raise InputError(f"more_readouts must be a list of read-outs, not {given!r}") from None
 
 
-def _is_whole(value: object) -> bool:
-    # Integral, not int: a NumPy integer is one
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, of NumPy or Python; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -278,7 +281,7 @@ def _indices(name: str, value: Any, least: int) -> tuple[int, ...]:
         indices = tuple(value)
     except TypeError:
         indices = (-1,)
-    if isinstance(value, str) or not all(_is_whole(index) and index >= least for index in indices):
+    if isinstance(value, str) or not all(is_whole(index) and index >= least for index in indices):
         raise InputError(f"{name} must be whole numbers from {least}, not {value!r}")
     return tuple(sorted({int(index) for index in indices}))
 

@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import models
 from .backbone import Backbone
 from .batching import blocks, characters, run_batches
-from .config import EmbedConfig, Readout, Role
+from .config import EmbedConfig, Readout, Role, is_whole
 from .errors import InputError, KvembedError
 from .fingerprint import fingerprint
 from .layers import choose_layers
@@ -90,7 +90,6 @@ class Embedder:
     Attributes:
         model: the language model, as it was given.
         tokenizer: its tokenizer, likewise.
-        config: what is done to a text; layers spelled out.
         backbone: the model as kvembed sees it.
         transform: what the config's transform was fitted to, or None if it has none.
         dim: length of a vector.
@@ -112,11 +111,11 @@ class Embedder:
         progress: bool = False,
     ) -> None:
         """Prefer `from_pretrained` or `from_model`, which say what the arguments mean."""
-        if batch_tokens is not None and batch_tokens < 1:
+        if batch_tokens is not None and not (is_whole(batch_tokens) and batch_tokens >= 1):
             raise InputError(f"batch_tokens must be a whole number from 1, not {batch_tokens!r}")
+        _check_loaded(model, tokenizer)
         _refuse_training(model)
-        if texts is not None:
-            _refuse_string(texts)
+        texts = None if texts is None else _listed(texts)
         self.model = model
         self.tokenizer = tokenizer
         self.backbone = Backbone(model)
@@ -147,7 +146,7 @@ class Embedder:
             self.backbone.check_readable()
         if config.prepend_layers and config.prepend_layers[-1] >= depth:
             raise InputError(f"prepend_layers go up to {config.prepend_layers[-1]}; the last layer is {depth - 1}")
-        self.config = config = config.replace(
+        self._config = config = config.replace(
             output_layer=_from_zero(config.output_layer, depth),
             more_readouts=tuple(
                 dataclasses.replace(part, output_layer=_from_zero(part.output_layer, depth))
@@ -212,6 +211,8 @@ class Embedder:
             UnsupportedModel: it can't be re-routed; the message says why.
             InputError: bad option.
         """
+        if not isinstance(name, str | os.PathLike):
+            raise InputError(f"a model's name or path is needed, not a {type(name).__name__}; from_model takes a model")
         source = os.fspath(name)
         folder = models.local_path(source)
         as_saved = None if folder is None else read_config(folder)
@@ -294,6 +295,11 @@ class Embedder:
         return f"Embedder({kind}, dim={self.dim}, dtype={self.dtype})"
 
     @property
+    def config(self) -> EmbedConfig:
+        """What is done to a text, layers spelled out. To change it, `replace`."""
+        return self._config
+
+    @property
     def dtype(self) -> str:
         """The weights' dtype as `from_pretrained` takes it: float32, bfloat16 or float16."""
         return str(self.model.dtype).removeprefix("torch.")
@@ -361,7 +367,7 @@ class Embedder:
         Raises:
             InputError: as `encode`, when the text is reached.
         """
-        _refuse_string(texts)
+        _refuse_what_is_no_list(texts)
         templates = len(self.config.templates(role))
         bar = tqdm(
             total=total and total * templates,
@@ -393,12 +399,17 @@ class Embedder:
         return self._read(self._prompts(_listed(texts), role, self.max_tokens))
 
     def prompts(
-        self, texts: Iterable[str | Sequence[int]], *, role: Role = "document", truncate: bool = True, first: int = 0
+        self,
+        texts: Iterable[str | Sequence[int]],
+        *,
+        role: Role = "document",
+        truncate: bool = True,
+        first: int = 0,
     ) -> list[tuple[Prompt, ...]]:
         """The first half of `encode`: each text tokenised in each template of its role.
 
         Args:
-            texts: strings, or arrays of the tokenizer's ids, which are embedded as the text that they stand for.
+            texts: strings, or lists (arrays, tuples) of the tokenizer's ids, embedded as the text that they stand for.
             role: as in `encode`.
             truncate: cut texts that are too long and count what is lost in `Prompt.tokens_cut`; or else refuse them.
             first: the first text's number, for errors.
@@ -406,7 +417,8 @@ class Embedder:
         Raises:
             InputError: as `encode`; ids that are not text; a text that is too long and must not be cut.
         """
-        whole = [self._prompter.decode(text) if isinstance(text, list | tuple) else text for text in _listed(texts)]
+        ids = (list, tuple, np.ndarray)
+        whole = [self._prompter.decode(text) if isinstance(text, ids) else text for text in _listed(texts)]
         by_template = self._prompts(whole, role, self.max_tokens, first, cut=truncate)
         for template, rendered in zip(self.config.templates(role), by_template, strict=True):
             most = self._most(template, self.max_tokens, self.config.chunk_tokens)
@@ -548,8 +560,14 @@ class Embedder:
         return (self._beginnings.run(shared, where, some, self._forward) if shared else self._forward(some)).cpu()
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1]."""
+        """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1].
+
+        Raises:
+            InputError: rows of unlike lengths.
+        """
         unit_a, unit_b = map(unit, map(np.atleast_2d, (a, b)))
+        if unit_a.shape[1] != unit_b.shape[1]:
+            raise InputError(f"vectors of {unit_a.shape[1]} and of {unit_b.shape[1]} dimensions can't be compared")
         cosine: NDArray[np.float32] = (unit_a @ unit_b.T).clip(-1, 1).astype(np.float32)
         return cosine
 
@@ -694,13 +712,27 @@ def _refuse_training(model: PreTrainedModel) -> None:
         raise InputError("the model is in training mode, so dropout would change its states: call model.eval()")
 
 
-def _refuse_string(texts: Iterable[Any]) -> None:
+def _check_loaded(model: Any, tokenizer: Any) -> None:
+    if not hasattr(model, "get_decoder"):  # a wrapper, such as an adapter, need not be of transformers' classes
+        raise InputError(f"the model is a {type(model).__name__}, not one of transformers; from_pretrained takes names")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"the tokenizer is a {type(tokenizer).__name__}, not one of transformers")
+
+
+def _refuse_what_is_no_list(texts: Any) -> None:
+    """Also what can be gone through, but not text by text: a table gives its columns' names, a dict its keys."""
     if isinstance(texts, str | bytes):
         raise InputError("texts must be a list of strings, not one string")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+        raise InputError(f"texts must be a list of strings, not a {type(texts).__name__}; of a table, give one column")
+    try:
+        iter(texts)
+    except TypeError:
+        raise InputError(f"texts must be a list of strings, not a {type(texts).__name__}") from None
 
 
 def _listed(texts: Iterable[Any]) -> list[Any]:
-    _refuse_string(texts)
+    _refuse_what_is_no_list(texts)
     return list(texts)
 
 

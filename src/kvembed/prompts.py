@@ -6,12 +6,13 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from .config import is_whole
 from .errors import InputError, UnsupportedModel
 from .texts import check_unicode
 
@@ -146,7 +147,7 @@ class Prompter:
         ]
         return found if chunk_tokens is None else [self._chunked(prompt, template, chunk_tokens) for prompt in found]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[Any]) -> str:
         """The text that token ids stand for, so that an array of ids is embedded exactly as its text is.
 
         Special tokens that the tokenizer itself puts around a text (BOS, EOS) are taken off.
@@ -156,6 +157,9 @@ class Prompter:
         """
         before, after = self._around
         own = list(ids)
+        if odd := [token for token in own if not is_whole(token)]:
+            raise InputError(f"a text is a string or a list of token ids, and {odd[0]!r:.60} is no id")
+        own = [int(token) for token in own]
         if before and own[: len(before)] == before:
             own = own[len(before) :]
         if after and own[-len(after) :] == after:

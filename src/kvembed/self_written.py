@@ -88,7 +88,9 @@ def write_texts(
             f"{type(model).__name__} can't write calibration texts itself (no language-modelling head or no BOS "
             "token): give calibration texts, or layers=... and no method with a transform"
         )
-    logger.info("%s writes %s short texts, once; on a CPU that takes minutes", type(model).__name__, f"{count:,}")
+    # Where no bar is shown, minutes without a word would be a riddle.
+    level = logging.INFO if progress else logging.WARNING
+    logger.log(level, "%s writes %s short texts, once; on a CPU that takes minutes", type(model).__name__, f"{count:,}")
     ends = [token for token in {tokenizer.eos_token_id, tokenizer.pad_token_id, start} if token is not None]
     sampling = GenerationConfig(
         do_sample=True,
