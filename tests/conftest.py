@@ -36,6 +36,7 @@ def _own_cache(request, tmp_path, monkeypatch):
     if "real" not in request.keywords:
         monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("kvembed.self_written._COUNT", 200)
+        monkeypatch.setattr("kvembed.tuning._GIVEN_TEXTS", 120)
 
 
 @pytest.fixture(scope="session")

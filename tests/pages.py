@@ -155,7 +155,8 @@ class Runner:
         if expected.strip() and (why := differs(expected, got)):
             raise AssertionError(f"line {block.line}: {what}: {why}\n--- shown\n{expected}\n--- printed\n{got}")
 
-    def serve(self, embedder, names, *, keys, limits, **_):
+    def serve(self, embedder, names, listener, *, keys, limits):
         """In place of `server.serve`: on a free port, in a thread, until the page has ended."""
+        listener.close()
         app = server.create_app(embedder, names, keys=keys, limits=limits)
         self.url = f"http://127.0.0.1:{self.stack.enter_context(running(app))}"

@@ -567,13 +567,13 @@ def test_many_queries(folder, notes, embedder):
 
 
 def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
-    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: MANY)
+    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: MANY[:200])
     jsonl(notes / "many.jsonl", [{"text": f"{i} {text}"} for i in range(3) for text in NOTICES])
     options = ("--model", folder, "--method", "auto", "--dtype", "float32")
     run("index", "many.jsonl", "--db", "db", *options)
     index = Index.open("db")
     info = index.embedder.transform.info
-    assert (info["texts"], info["count"], info["self_written"]) == ("given", 1144, 1000)
+    assert (info["texts"], info["count"], info["self_written"]) == ("given", 320, 200)
     jsonl(notes / "many.jsonl", [{"text": f"{i} {text}"} for i in range(1, 4) for text in NOTICES])
     again = run("index", "many.jsonl", "--db", "db", *options)
     assert "144 documents of 48 dimensions; 1 files read, 48 texts embedded, 48 removed" not in again.stdout

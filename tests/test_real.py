@@ -157,6 +157,8 @@ def test_one_sentence_from_the_command_line_costs_little_more_than_the_model_its
     # machine, and threads that wait for each other take longer on a busy one.
     ours, bare = [], []
     for _ in range(3):
+        if ours and min(ours) <= 1.5 * min(bare):
+            break
         seconds, told = run("-m", "kvembed", "embed")
         assert len(json.loads(told)["embedding"]) == 576
         ours.append(seconds)

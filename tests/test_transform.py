@@ -153,7 +153,8 @@ def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
     assert tuned(read, tmp_path).digest() == first.digest()
 
 
-def test_given_texts_have_a_transform_of_their_own(tmp_path):
+def test_given_texts_have_a_transform_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvembed.tuning._GIVEN_TEXTS", 500)
     seen = []
 
     def read(texts, role, templates):
@@ -171,7 +172,8 @@ def test_given_texts_have_a_transform_of_their_own(tmp_path):
         tuned(read, tmp_path, texts=["one", "two"])
 
 
-def test_few_given_texts_are_joined_by_self_written_ones(tmp_path, caplog, tokenizer):
+def test_few_given_texts_are_joined_by_self_written_ones(tmp_path, caplog, tokenizer, monkeypatch):
+    monkeypatch.setattr("kvembed.tuning._GIVEN_TEXTS", 500)
     seen = []
 
     def read(texts, role, templates):
@@ -274,6 +276,8 @@ def test_a_stopped_writer_goes_on_as_if_it_had_not_been(llama, tokenizer, tmp_pa
 def auto(llama, tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVEMBED_CACHE", str(tmp_path_factory.mktemp("cache")))  # made before a test's own cache is
+        patch.setattr("kvembed.self_written._COUNT", 200)
+        patch.setattr("kvembed.tuning._GIVEN_TEXTS", 120)
         return Embedder.from_model(llama, tokenizer, method="auto", texts=MANY)
 
 
@@ -389,17 +393,18 @@ def test_a_saved_fit_stays_where_nothing_it_depends_on_is_changed(auto, tmp_path
     assert caplog.text == ""
 
 
-def test_a_fit_that_can_not_be_made_again_is_not_left_in_silence(auto, tmp_path, caplog):
-    auto.save_pretrained(tmp_path / "saved")
+def test_a_fit_that_can_not_be_made_again_is_not_left_in_silence(llama, tokenizer, tmp_path, caplog):
+    static, other = Embedder.from_model(llama, tokenizer, method="static", texts=MANY), {"document": "A {text}"}
+    static.save_pretrained(tmp_path / "saved")
     again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32")
-    assert again.replace(pooling="mean").transform.info["texts"] == "self-written"
+    assert again.replace(**other).transform.info["texts"] == "self-written"
     assert caplog.text.count("on given texts, which are not at hand") == 1
-    Embedder.from_pretrained(tmp_path / "saved", dtype="float32", pooling="mean")
+    Embedder.from_pretrained(tmp_path / "saved", dtype="float32", **other)
     assert caplog.text.count("on given texts, which are not at hand") == 2
     caplog.clear()
-    assert auto.replace(pooling="mean").transform.info["texts"] == "given"
+    assert static.replace(**other).transform.info["texts"] == "given"
     assert Embedder.from_pretrained(tmp_path / "saved", method="mean").transform is None
-    assert again.replace(transform="none", more_readouts=()).transform is None
+    assert again.replace(transform="none").transform is None
     assert "not at hand" not in caplog.text
 
 
