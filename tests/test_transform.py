@@ -147,10 +147,9 @@ def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
     assert told == [(100, 260), (130, 260), (230, 260), (260, 260)]
     assert first.info["texts"] == "self-written"
     assert tuned(lambda *_: pytest.fail("it was stored"), tmp_path).digest() == first.digest()
-    kept = list((tmp_path / "cache" / "transforms").iterdir())
-    assert [path.suffix for path in kept] == [".safetensors"]
-    kept[0].write_bytes(b"damaged")
-    assert tuned(read, tmp_path).digest() == first.digest()
+    (stored,) = (tmp_path / "cache" / "transforms").glob("*.safetensors")
+    stored.write_bytes(b"damaged")
+    assert tuned(lambda *_: pytest.fail("it was kept"), tmp_path).digest() == first.digest()
 
 
 def test_given_texts_have_a_transform_of_their_own(tmp_path, monkeypatch):
@@ -185,6 +184,10 @@ def test_few_given_texts_are_joined_by_self_written_ones(tmp_path, caplog, token
     transform = tuned(read, tmp_path, config, texts=few)
     assert seen == [*few, *TEXTS[30:]]
     assert (transform.info["count"], transform.info["self_written"]) == (230, 100)
+    seen.clear()
+    tuned(read, tmp_path, config, texts=few[:-1])
+    assert seen == few[:-1]  # what was read of the self-written ones is kept, and nothing else
+    assert len(list((tmp_path / "cache" / "transforms").glob("*.npy"))) == 1
     seen.clear()
     alone = choose_transform("x", config, read, lambda: write_texts(tiny().model, tokenizer), texts=few[1:])
     assert (seen, alone.info["self_written"]) == (few[1:], 0)

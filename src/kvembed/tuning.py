@@ -58,6 +58,8 @@ def choose_transform(
 ) -> Transform:
     """From the cache or the package, or else fitted now and cached. A run that is stopped keeps what it has read.
 
+    What was read of self-written texts is kept: the next fit on given texts reads those alone.
+
     Args:
         fingerprint: of the model.
         config: what makes the views. In a template that documents and queries share, each text is read once.
@@ -90,45 +92,48 @@ def choose_transform(
     found = list(dict.fromkeys(write() if texts is None else texts))
     origin: dict[str, Any] = {"texts": source, "texts_sha256": digest or texts_digest(found)}
     check_count(len(found))
-    joined = [] if texts is None else _joined(write, found)
-    most = _GIVEN_TEXTS if joined else _FIT_TEXTS
-    found = random.Random(0).sample(found, most) if len(found) > most else found
-    first = len(found) if joined else 0  # of the self-written ones
-    found += joined
+    given, own = ([], found) if texts is None else (found, _joined(write, found))
     if texts is not None:
-        origin["self_written"] = len(joined)
+        most = _GIVEN_TEXTS if own else _FIT_TEXTS
+        given = random.Random(0).sample(given, most) if len(given) > most else given
+        origin["self_written"] = len(own)
+    told = json.dumps([bound, texts_digest(own)], sort_keys=True)
+    views_of_own = cached.with_name(f"views-{hashlib.sha256(told.encode()).hexdigest()[:24]}")
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
-    total = (len(templates) + len(unlike)) * len(found)
-    pieces: list[Path] = []
+    total = (len(templates) + len(unlike)) * (len(given) + len(own))
+    pieces: list[Path] = []  # not wanted any more once the transform is fitted
     done = 0
 
     def gather(role: Role, which: Sequence[int]) -> NDArray[np.float32]:
         """(N, templates, read-outs, D)"""
         nonlocal done
         parts = []
-        for start in range(0, len(found), _PIECE):
-            some = found[start : start + _PIECE]
-            piece = cached.with_suffix(f".{role}-{'-'.join(map(str, which))}-{start}.npy")
-            parts.append(_kept(piece, lambda: read(some, role, which)))  # noqa: B023 (called at once)
-            pieces.append(piece)
-            done += len(some) * len(which)
-            report(done, total)
-        return np.concatenate(parts).reshape(len(found), len(which), len(config.readouts), -1)
+        for all_texts, at in ((given, cached), (own, views_of_own)):
+            for start in range(0, len(all_texts), _PIECE):
+                some = all_texts[start : start + _PIECE]
+                piece = at.with_suffix(f".{role}-{'-'.join(map(str, which))}-{start}.npy")
+                parts.append(_kept(piece, lambda: read(some, role, which)))  # noqa: B023 (called at once)
+                if all_texts is given:
+                    pieces.append(piece)  # the other ones serve every fit
+                done += len(some) * len(which)
+                report(done, total)
+        return np.concatenate(parts).reshape(len(given) + len(own), len(which), len(config.readouts), -1)
 
     documents = gather("document", range(len(templates)))
     queries = documents.copy()
     if unlike:
         queries[:, unlike] = gather("query", unlike)
+    first = len(given) if own else 0
     views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries[first:]}
     views = {role: part.reshape(len(part), -1, part.shape[-1]) for role, part in views.items()}
     inside = [one.is_inside for _, one in config.views]
     weights = None
-    if len(joined) >= LEAST_TEXTS:
-        alone = fit({role: part[-len(joined) :] for role, part in views.items()}, inside, {})
+    if given and len(own) >= LEAST_TEXTS:
+        alone = fit({role: part[-len(own) :] for role, part in views.items()}, inside, {})
         share = alone.common(views["document"][:first])
-        weights = np.repeat([share / first, (1 - share) / len(joined)], [first, len(joined)])
+        weights = np.repeat([share / first, (1 - share) / len(own)], [first, len(own)])
         origin["weight_of_given"] = round(share, 3)
     transform = fit(views, inside, bound | origin, weights)
     try:
