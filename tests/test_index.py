@@ -284,6 +284,14 @@ def test_another_model_or_config_is_refused(embedder, index, tokenizer, folder, 
         Index.open(index.folder, model=str(tmp_path / "other")).search("x")
     moved = Index.open(index.folder, model=str(folder))
     assert moved.search("ferry") == index.search("ferry")
+    file = index.folder / "kvembed-index.json"
+    told = json.loads(file.read_text())
+    told["made_with"]["weights"] = told["made_with"].pop("fingerprint")  # as earlier versions wrote it
+    file.write_text(json.dumps(told))
+    for path in (*index.folder.glob("documents-*"), *index.folder.glob("transform-*")):
+        path.rename(path.with_name(path.name.replace(index.name, Index.open(index.folder).name)))
+    with pytest.raises(InputError, match="was made with other weights, or another tokenizer"):
+        Index.open(index.folder, model=str(folder)).search("x")
 
 
 def test_a_corpus_that_outgrew_its_fit_is_told_once(llama, tokenizer, tmp_path, caplog):

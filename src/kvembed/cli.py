@@ -321,7 +321,7 @@ def search(
             raise InputError(f"{queries}: two queries have the id {twice[0]!r}, which a run file can't tell apart")
         quiet()
         found = index.search_many(asked, top=top, mode=mode, where=where)
-        if not len(index):
+        if not any(found) and not len(index):
             logging.getLogger("kvembed").warning("%s has no documents yet; kvembed index puts them in", db)
         form: Literal["table", "json", "trec"] = "json" if as_json else "trec" if as_trec else "table"
         print_hits(list(zip(keys, asked, found, strict=True)), mode, form)
@@ -504,7 +504,6 @@ def evaluate(
 ) -> None:
     """Score a method on local tasks (STS, pairs, classification, clustering, reranking, retrieval) or on MTEB's."""
     with one_line_errors("" if data is None else "vectors that are stored are kept, and the same command goes on"):
-        from . import models
         from .tasks import load_tasks, sample
 
         if (data is None) == (not mteb):
@@ -530,10 +529,8 @@ def evaluate(
             )
         if reference == "tf-idf" and (name is not None or model != "smollm2"):
             raise InputError("--reference tf-idf has no model: it takes no --model and no --name")
-        if reference == "sentence-transformer" and model in models.BUNDLED:
-            raise InputError(f"--reference sentence-transformer needs its --model; {model} is none")
-        found = sample(load_tasks(data, tasks or ()), suite)
         from .evaluate import evaluate as run
+        from .models import BUNDLED
         from .subjects import (
             at_limits,
             embedder_subject,
@@ -542,6 +539,9 @@ def evaluate(
             tfidf_subject,
         )
 
+        if reference == "sentence-transformer" and model in BUNDLED:
+            raise InputError(f"--reference sentence-transformer needs its --model; {model} is none")
+        found = sample(load_tasks(data, tasks or ()), suite)
         if reference:
             subjects = [tfidf_subject() if reference == "tf-idf" else sentence_transformer_subject(model, name)]
         else:

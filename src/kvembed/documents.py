@@ -206,7 +206,7 @@ class Corpus:
                     if not _is_unicode(path):
                         logger.warning("passed over, for its name is not UTF-8: %r", path)
                         self.passed_over["name not UTF-8"] += 1
-                    elif os.path.splitext(name)[1].lower() not in (*ROW_ENDINGS, *DOCUMENT_ENDINGS):
+                    elif os.path.splitext(name)[1].lower() not in (*ROW_ENDINGS, *DOCUMENT_ENDINGS, ".txt"):
                         self.passed_over[os.path.splitext(name)[1] or "without ending"] += 1
                     elif os.path.commonpath([real, os.path.realpath(path)]) != real:
                         self.passed_over["link out of its folder"] += 1
@@ -244,12 +244,11 @@ class Corpus:
             for line, text in passages(lines, headings=kind in MARKDOWN):
                 yield Document(_hash([text, []]), text, file, line, {})
             return
+        csv = kind in (".csv", ".tsv")
         for row in read_rows(path, self._field, self._id_field, others=True):
             at = place_of(path, row.line)
             check_unicode(row.text, at)
-            fields = {
-                _column(name, named, at): _plain(value, kind in (".csv", ".tsv")) for name, value in row.others.items()
-            }
+            fields = {_column(name, named, at): _plain(value, csv) for name, value in row.others.items()}
             for name, value in fields.items():
                 check_unicode(f"{name} {value}", at)
             key = _hash([row.text, sorted(fields.items())]) if row.id is None else str(row.id)

@@ -167,18 +167,18 @@ class _Store:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._path = path = ":memory:"
-        if subject.fit is None:
-            self._path = path = str(cache_folder() / "embeddings" / f"{subject.cached_as or subject.identity}.sqlite")
+        self._path = cache_folder() / "embeddings" / f"{subject.cached_as or subject.identity}.sqlite"
+        if subject.fit is not None:
+            self._base = _opened(":memory:")
+            return
         try:
-            if path != ":memory:":
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._base = _opened(path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._base = _opened(str(self._path))
         except (OSError, sqlite3.OperationalError) as error:
-            logger.warning("embeddings can't be stored in %s (%s): a stopped run will start afresh", path, error)
+            logger.warning("embeddings can't be stored in %s (%s): a stopped run will start afresh", self._path, error)
             self._base = _opened(":memory:")
         except sqlite3.DatabaseError as error:
-            raise InputError(f"{path}: {error}; delete it") from None
+            raise InputError(f"{self._path}: {error}; delete it") from None
 
     def close(self) -> None:
         self._base.close()

@@ -24,7 +24,7 @@ def identity(embedder: Embedder) -> dict[str, Any]:
     }
 
 
-def identity_hash(told: dict[str, Any]) -> str:
+def identity_hash(told: Any) -> str:
     """16 hex digits of an `identity`, or of anything in plain JSON types."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -107,10 +107,10 @@ class Index:
             InputError: the folder holds something else, or an index with another model or config; another process is
                 writing to it.
         """
-        cls.check_folder(folder)
-        path = Path(folder)
         from .models import local_path
 
+        cls.check_folder(folder)
+        path = Path(folder)
         local = local_path(model)
         name = model if local is None else os.path.abspath(local)
         index = cls(path, name, identity(embedder))
@@ -220,7 +220,7 @@ class Index:
             embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
         except InputError as error:  # what was right for the model that made the index
             raise InputError(f"{another}: {error}") from None
-        if embedder.fingerprint() != told["fingerprint"]:
+        if embedder.fingerprint() != told.get("fingerprint"):  # indexes of earlier versions have none
             raise InputError(another)
         if apart := first_difference(told, identity(embedder)):
             raise InputError(f"{self.folder} was made with {apart}")

@@ -59,39 +59,30 @@ def save_embedder(
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, not a folder")
     with naming(target):
-        _write(target, model, tokenizer, config, transform)
-
-
-def _write(
-    target: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EmbedConfig,
-    transform: Transform | None,
-) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
-        with bars_off():
-            model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        target.mkdir(exist_ok=True)
-        for path in Path(scratch).iterdir():
-            if path.is_dir():
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-            else:
-                path.chmod(usual_mode())  # the weights' file is private otherwise
-                os.replace(path, target / path.name)
-    if transform is None:
-        (target / TRANSFORM_FILE).unlink(missing_ok=True)  # another method's, saved here before
-    else:
-        transform.save(target / TRANSFORM_FILE)
-    write_json(target / CONFIG_FILE, config.to_dict())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
+            with bars_off():
+                model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            target.mkdir(exist_ok=True)
+            for path in Path(scratch).iterdir():
+                if path.is_dir():
+                    shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+                else:
+                    path.chmod(usual_mode())  # the weights' file is private otherwise
+                    os.replace(path, target / path.name)
+        if transform is None:
+            (target / TRANSFORM_FILE).unlink(missing_ok=True)  # another method's, saved here before
+        else:
+            transform.save(target / TRANSFORM_FILE)
+        write_json(target / CONFIG_FILE, config.to_dict())
 
 
 def save_st_files(folder: str | os.PathLike[str]) -> None:
     """Write what `SentenceTransformer(folder)` reads first; sentence-transformers itself is not needed for it."""
-    for name, content in _ST_FILES.items():
-        write_json(Path(folder) / name, content)
+    with naming(folder):
+        for name, content in _ST_FILES.items():
+            write_json(Path(folder) / name, content)
 
 
 def read_config(folder: Path) -> EmbedConfig | None:
@@ -99,9 +90,9 @@ def read_config(folder: Path) -> EmbedConfig | None:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return None
+    with naming(path):
+        content = path.read_bytes()
     try:
-        with naming(path):
-            text = path.read_text()
-        return EmbedConfig.from_dict(json.loads(text))
+        return EmbedConfig.from_dict(json.loads(content))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a kvembed config: {error}") from None

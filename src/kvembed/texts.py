@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import InputError
-from .files import needed, why
+from .files import naming, needed
 
 __all__ = [
     "DOCUMENT_ENDINGS",
@@ -126,7 +126,7 @@ def read_rows(
         InputError: as `read_texts`, when the row is reached; a file without rows is no error here.
     """
     kind = path.suffix.lower()
-    if kind in DOCUMENT_ENDINGS and kind != ".txt":
+    if kind in DOCUMENT_ENDINGS:
         raise InputError(f"{path}: is read as one text a line only if it is a .txt; `kvembed index` takes documents")
     _refuse_others(path)
     with _opened(path) as file:
@@ -144,11 +144,11 @@ def read_lines(path: Path) -> Iterator[Row]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     if str(path) == "-" and sys.stdin is None:
         raise InputError("standard input is closed")
-    try:
-        with contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise InputError(f"{_name(path)}: {why(error)}") from None
+    with (
+        naming(_name(path)),
+        contextlib.nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file,
+    ):
+        yield file
 
 
 def _refuse_others(path: Path) -> None:
@@ -339,7 +339,7 @@ _KINDS = {
 }
 ROW_ENDINGS = tuple(_KINDS)
 MARKDOWN = (".md", ".markdown")
-DOCUMENT_ENDINGS = (*MARKDOWN, ".rst", ".txt")  # of text that is not a row; .txt may be either
+DOCUMENT_ENDINGS = (*MARKDOWN, ".rst")  # whose lines are no texts by themselves; .txt may be either
 _PACKED = {".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z"}
 _FORMATTED = {".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".xlsx", ".xls", ".html", ".htm", ".xml", ".npy"}
 

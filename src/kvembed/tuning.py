@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .config import EmbedConfig, Role
 from .errors import InputError
 from .files import whole_file
+from .identity import identity_hash
 from .models import cache_folder
 from .self_written import SELF_WRITTEN, texts_digest
 from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
@@ -97,8 +98,7 @@ def choose_transform(
         most = _GIVEN_TEXTS if own else _FIT_TEXTS
         given = random.Random(0).sample(given, most) if len(given) > most else given
         origin["self_written"] = len(own)
-    told = json.dumps([bound, texts_digest(own)], sort_keys=True)
-    views_of_own = cached.with_name(f"views-{hashlib.sha256(told.encode()).hexdigest()[:24]}")
+    views_of_own = cached.with_name(f"views-{identity_hash([bound, texts_digest(own)])}")
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
