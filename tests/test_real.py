@@ -18,6 +18,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from kvembed import Embedder, tuning
 from kvembed.evaluate import evaluate
 from kvembed.models import pull
+from kvembed.self_written import own_texts, texts_digest
 from kvembed.subjects import sentence_transformer_subject
 from kvembed.tasks import load_tasks
 
@@ -164,6 +165,17 @@ def test_one_sentence_from_the_command_line_costs_little_more_than_the_model_its
         ours.append(seconds)
         bare.append(run("-c", _BARE, pull("smollm2"))[0])
     assert min(ours) <= 1.5 * min(bare), (ours, bare)
+
+
+def test_what_it_wrote_comes_with_the_package(smollm2, tmp_path, monkeypatch):
+    """So the first corpus is fitted on without minutes of writing, and beside the same texts as the shipped fit."""
+    monkeypatch.setattr("kvembed.self_written.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("kvembed.self_written.write_texts", lambda *_, **__: pytest.fail("texts were written"))
+    embedder = Embedder.from_model(*smollm2, method="auto")
+    texts = own_texts(*smollm2, embedder.fingerprint())
+    assert texts_digest(texts) == embedder.transform.info["texts_sha256"]
+    assert len(set(texts)) == 1000
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -1,21 +1,25 @@
-"""src/kvembed/transforms/: the default model's transforms, so that nobody has to wait for a first vector.
+"""src/kvembed/calibration/ and transforms/: what the default model wrote, and its transforms. Nobody waits for them.
 
     python tools/ship.py [METHOD ...]
 
-Fits them if they are not in the cache (minutes), rounds them to float16 and writes them; one is found by the weights
-and config that it is for. To be run again when `transform.FORMULA`, a method's config or the calibration texts change.
+Takes texts and transforms from the cache, or makes them (minutes), and rounds the latter to float16; they are found by
+the model, and by the config that they are for. To be run again when `transform.FORMULA`, a method's config or the way
+texts are written changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 from kvembed import METHODS, Embedder
+from kvembed.files import store
+from kvembed.self_written import SEED, own_texts
 from kvembed.transform import FORMULA
 
-FOLDER = Path(__file__).parent.parent / "src" / "kvembed" / "transforms"
+FOLDER = Path(__file__).parent.parent / "src" / "kvembed"
 
 
 def main() -> None:
@@ -23,13 +27,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fitted = [name for name, config in METHODS.items() if config.transform != "none"]
     parser.add_argument("methods", nargs="*", choices=[*fitted, []], default=fitted)
-    for method in parser.parse_args().methods:
+    methods = parser.parse_args().methods
+    ship_texts()
+    for method in methods:
         ship(method)
 
 
+def ship_texts() -> None:
+    """Write the texts."""
+    embedder = Embedder.from_pretrained("smollm2", method="mean", dtype="float32")
+    target = FOLDER / "calibration" / f"{embedder.fingerprint()}-{SEED}.json"
+    for old in target.parent.glob("*.json"):
+        old.unlink()  # or else it would be found, and written again
+    texts = own_texts(embedder.model, embedder.tokenizer, embedder.fingerprint(), progress=True)
+    store(target, json.dumps(texts, indent=0, ensure_ascii=False) + "\n", "the texts")
+    print(f"{target.relative_to(FOLDER.parent.parent)}: {len(texts):,} texts")
+
+
 def ship(method: str) -> None:
-    """Write one."""
-    target = FOLDER / f"smollm2-{method}.safetensors"
+    """Write one transform."""
+    target = FOLDER / "transforms" / f"smollm2-{method}.safetensors"
     target.unlink(missing_ok=True)  # or else it would be found, and written again
     transform = Embedder.from_pretrained("smollm2", method=method, dtype="auto", progress=True).transform
     assert transform is not None
@@ -40,7 +57,7 @@ def ship(method: str) -> None:
         rotate=transform.rotate.half(),
         info=transform.info | {"formula": str(FORMULA)},
     ).save(target)
-    print(f"{target.relative_to(FOLDER.parent.parent.parent)}: {target.stat().st_size:,} bytes")
+    print(f"{target.relative_to(FOLDER.parent.parent)}: {target.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

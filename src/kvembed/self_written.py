@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -18,12 +19,12 @@ from .errors import InputError
 from .files import store
 from .models import cache_folder
 
-__all__ = ["SELF_WRITTEN", "own_texts", "texts_digest", "write_texts"]
+__all__ = ["SEED", "SELF_WRITTEN", "own_texts", "texts_digest", "write_texts"]
 
 logger = logging.getLogger(__name__)
 
 SELF_WRITTEN = "self-written"  # where texts came from, in profiles and transforms; the other is "given"
-_SEED = 0
+SEED = 0
 _COUNT = 1000
 _TOKENS = 32  # the longest text
 
@@ -33,6 +34,8 @@ def own_texts(
 ) -> list[str]:
     """About 1,000 short texts that the model wrote itself: from the cache, or written now and kept there.
 
+    The default model's come with the package.
+
     Args:
         model, tokenizer, progress: as in `write_texts`.
         fingerprint: of the model.
@@ -40,8 +43,11 @@ def own_texts(
     Raises:
         InputError: as in `write_texts`.
     """
-    keep = cache_folder() / "texts" / f"{fingerprint}-{_SEED}.json"
-    return write_texts(model, tokenizer, count=_COUNT, seed=_SEED, cache=keep, progress=progress)
+    name = f"{fingerprint}-{SEED}.json"
+    if (shipped := files("kvembed") / "calibration" / name).is_file():
+        return list(json.loads(shipped.read_text(encoding="utf-8")))
+    keep = cache_folder() / "texts" / name
+    return write_texts(model, tokenizer, count=_COUNT, seed=SEED, cache=keep, progress=progress)
 
 
 def texts_digest(texts: Sequence[str]) -> str:
