@@ -29,6 +29,10 @@ class Recorder:
         return [2 * item for item in items]
 
 
+class DeviceLostError(RuntimeError):
+    """All that comes after it fails, too."""
+
+
 def batcher(run, batch_tokens=100, queue_tokens=10_000, packed=False):
     return Batcher(run, batch_tokens=batch_tokens, queue_tokens=queue_tokens, packed=packed)
 
@@ -165,3 +169,29 @@ def test_only_the_request_to_blame_fails():
     first, two, bad, four = asyncio.run(main())
     assert (first, two, four) == ([2], [4, 6], [8, 6])
     assert isinstance(bad, ValueError)
+
+
+def test_a_lost_device_fails_all_that_wait_and_no_more_is_taken():
+    run = Recorder()
+
+    def lost(group, items):
+        run(group, items)
+        raise DeviceLostError("device-side assert")
+
+    async def main():
+        stops = Batcher(
+            lost, batch_tokens=10, queue_tokens=100, is_fatal=lambda error: isinstance(error, DeviceLostError)
+        )
+        async with stops as queue:
+            assert queue.running
+            answers = await asyncio.gather(
+                *(queue.submit(group, [1, 2], [6, 6]) for group in "ab"), return_exceptions=True
+            )
+            await until(lambda: not queue.running)
+            with pytest.raises(DeviceLostError):
+                await queue.submit("a", [1], [1])
+        return answers
+
+    answers = asyncio.run(main())
+    assert [type(answer) for answer in answers] == [DeviceLostError] * 2
+    assert len(run.batches) == 1

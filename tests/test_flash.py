@@ -53,6 +53,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(flash, "_CPU", None)
     monkeypatch.setattr(flash, "has_causal", lambda query: True)
     monkeypatch.setattr(flash, "has_varlen", lambda query: True)
+    monkeypatch.setattr(flash, "serves", lambda device, dtype: True)
     monkeypatch.setattr(varlen, "varlen_attn", counting)
     return seen
 
@@ -62,7 +63,7 @@ def test_stand_in_has_the_kernels_interface():
     assert {name: part.kind for name, part in ours.items()}.items() <= {n: p.kind for n, p in its.items()}.items()
 
 
-@pytest.mark.parametrize("lengths", [(3, 21, 1, 9, 21, 2), (9, 9, 9)], ids=["packed", "padded"])
+@pytest.mark.parametrize("lengths", [(3, 21, 1, 9, 21, 2), (9, 9, 9)], ids=["many lengths", "one"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_the_kernel_for_many_lengths_gives_the_cpus_states(family, config, lengths, monkeypatch):
@@ -75,7 +76,7 @@ def test_the_kernel_for_many_lengths_gives_the_cpus_states(family, config, lengt
     for row, n in enumerate(lengths):
         torch.testing.assert_close(states[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
     assert set(calls) <= {len(lengths)}  # all texts of a batch in one call
-    assert bool(calls) == (len({*lengths}) > 1 or bool(config.layers and config.attention == "reroute"))
+    assert calls  # for texts of one length, too: no other kernel has to be prepared for it
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
@@ -90,6 +91,29 @@ def test_the_kernel_takes_a_common_beginning(family, monkeypatch):
     assert calls
     for row, n in enumerate(sizes.tolist()):
         torch.testing.assert_close(states[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
+
+
+def test_an_accelerator_without_the_kernel_pads(llama, monkeypatch):
+    """There packed texts would take a call for each length."""
+    backbone = Backbone(llama)
+    assert backbone.packs
+    monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+    assert not backbone.packs
+    monkeypatch.setattr(flash, "serves", lambda device, dtype: device.type == "cuda")
+    assert backbone.packs
+
+
+def test_a_trial_that_finds_no_memory_says_nothing_of_the_model(llama, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backbone = Backbone(llama)
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "_states", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            assert backbone.can_pack
+    assert backbone.can_pack
+    assert backbone.can_share
 
 
 def test_without_a_kernel_the_definition_does_it(llama, monkeypatch):

@@ -103,6 +103,20 @@ def test_bfloat16_where_the_processor_multiplies_it(gguf_file, monkeypatch, able
     assert models.load(str(gguf_file), dtype="float32")[0].dtype == torch.float32
 
 
+def test_cuda_without_a_gpu_is_a_cpu(gguf_file, monkeypatch):
+    """torch built for CUDA names it as the accelerator wherever it is installed."""
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else "cuda"
+    )
+    assert models.load(str(gguf_file))[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_old_gpus_do_not_multiply_bfloat16(monkeypatch, able):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able or including_emulation)
+    assert models._multiplies_bfloat16(torch.device("cuda")) == able
+
+
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "header"])
 def test_a_corrupted_gguf_is_one_line_and_leaves_nothing(gguf_file, damage):
     data = gguf_file.read_bytes()

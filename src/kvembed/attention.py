@@ -35,7 +35,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,17 @@ _HARMLESS = frozenset(
     """scaling dropout is_causal sliding_window position_ids output_attentions use_cache cache_position past_key_values
     past_key_value layer_idx output_router_logits return_dict""".split()  # noqa: SIM905 (a list would take 13 lines)
 )
+
+
+class Places(NamedTuple):
+    """Where packed texts lie: each token's text (T,), each text's length and last token (texts,), all int64; and where
+    each starts, and T, as kernels want it: (texts + 1,) int32.
+    """
+
+    text: Tensor
+    lengths: Tensor
+    final: Tensor
+    starts: Tensor
 
 
 @dataclasses.dataclass
@@ -101,7 +112,7 @@ class Reroute:
     packed: tuple[int, ...] = ()
     prefix: Prefix | None = None
     _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
-    _kept_places: dict[torch.device, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    _kept_places: dict[torch.device, Places] = dataclasses.field(default_factory=dict)
     _kept_masks: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict)
     _tiles: dict[bool, Tiles] = dataclasses.field(default_factory=dict)
 
@@ -183,7 +194,7 @@ class Reroute:
     def _causal_with_lse(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Packed texts' attention to their own tokens, (1,Hq,T,D), and its log-sum-exp, (1,Hq,T)."""
         if flash.has_varlen(query):
-            return flash.varlen_with_lse(query, key, value, self._places(key.device)[1] + 1, self.packed[0], scale)
+            return flash.varlen_with_lse(query, key, value, self._places(key.device).starts, self.packed[0], scale)
         outs, lses = [], []
         for _, q, k, v in self._by_length(query, key, value):
             out, lse = flash.causal_with_lse(q, k, v, scale)  # (texts,Hq,n,D), (texts,Hq,n)
@@ -212,27 +223,27 @@ class Reroute:
         if before:
             out = _after(before, out, lse, query, scale)
         if layer in self.layers:
-            text, final = self._places(key.device)  # (T,), (texts,)
-            slots = self._packed_slot_keys(module, layer, key), value[0, :, final].transpose(0, 1)  # (texts,Hkv,D)
-            slot_key, slot_value = (part[text].transpose(0, 1)[None] for part in slots)  # (1,Hkv,T,D)
-            unseen = None if self.slot_self else (torch.zeros_like(final), final)
+            at = self._places(key.device)
+            slots = self._packed_slot_keys(module, layer, key), value[0, :, at.final].transpose(0, 1)  # (texts,Hkv,D)
+            slot_key, slot_value = (part[at.text].transpose(0, 1)[None] for part in slots)  # (1,Hkv,T,D)
+            unseen = None if self.slot_self else (torch.zeros_like(at.final), at.final)
             out, _ = _blend(out, lse, query, slot_key, slot_value, scale, self.bias, unseen)
         return out.transpose(1, 2).contiguous()
 
     def _packed_slot_keys(self, module: nn.Module, layer: int, key: Tensor) -> Tensor:
         """(texts,Hkv,Dk) of key (1,Hkv,T,Dk)."""
-        slot_key = key[0, :, self._places(key.device)[1]].transpose(0, 1)
+        at = self._places(key.device)
+        slot_key = key[0, :, at.final].transpose(0, 1)
         if layer in self.turned:
-            last = torch.tensor(self.packed, device=key.device) - 1
-            slot_key = turn_back(module, layer, slot_key, self.rotations, last)
+            slot_key = turn_back(module, layer, slot_key, self.rotations, at.lengths - 1)
         return slot_key
 
-    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of packed texts: each token's text (T,), and where each text ends (texts,), both int64."""
-        if device not in self._kept_places:
+    def _places(self, device: torch.device) -> Places:
+        if device not in self._kept_places:  # once a forward: a GPU waits for what is copied to it
             lengths = torch.tensor(self.packed, device=device)
             text = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=sum(self.packed))
-            self._kept_places[device] = text, lengths.cumsum(0) - 1
+            starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
+            self._kept_places[device] = Places(text, lengths, starts[1:] - 1, starts.to(torch.int32))
         return self._kept_places[device]
 
     def _attend(
@@ -266,7 +277,7 @@ class Reroute:
             bias = min(max(self.bias, limits.min), limits.max)
             slot_mask = mask.new_full((len(last), mask.shape[1], mask.shape[2]), bias)  # (B, 1 or Hq, n)
             if not self.slot_self:
-                slot_mask[torch.arange(len(last)), :, last] = limits.min
+                slot_mask[torch.arange(len(last), device=last.device), :, last] = limits.min
             form = functools.partial(delegated, module, kwargs) if _changes_logits(kwargs) else prepended
             out, beta = form(query, key, value, slot_key, slot_value, mask, slot_mask, scale, self.betas is not None)
         if self.betas is not None and beta is not None:
@@ -337,7 +348,7 @@ def closed(
         out (B,Hq,n,Dv); beta (B,Hq,n) float32.
     """
     out, lse = flash.causal_with_lse(query, key, value, scale)  # (B,Hq,n,Dv), (B,Hq,n)
-    unseen = None if blind is None else (torch.arange(len(blind)), blind)
+    unseen = None if blind is None else (torch.arange(len(blind), device=blind.device), blind)
     return _blend(out, lse, query, slot_key[:, :, None], slot_value[:, :, None], scale, bias, unseen)
 
 
@@ -454,7 +465,8 @@ def turn_back(
         if rotate is None or rotation is None or rotation[0].shape[-1] != slot_key.shape[-1]:
             raise TypeError("another kind of rotary embedding")
         rows = torch.arange(len(last), device=slot_key.device)
-        cos, sin = (part.expand(len(last), -1, -1)[rows, last][:, None].to(slot_key.dtype) for part in rotation)
+        parts = (part.to(slot_key.device).expand(len(last), -1, -1)[rows, last] for part in rotation)
+        cos, sin = (part[:, None].to(slot_key.dtype) for part in parts)
         turned: Tensor = rotate(slot_key[:, :, None], slot_key[:, :, None], cos, -sin)[0]  # (B,Hkv,1,Dk)
     except (TypeError, ValueError, RuntimeError):
         raise UnsupportedModel(

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import flash
 from .attention import Reroute, attending, stock_attention, turn_back, unfit
+from .batching import is_out_of_memory
 from .config import EmbedConfig
 from .errors import InputError, UnsupportedModel
 from .packing import Packed, pack
@@ -239,7 +241,7 @@ class Backbone:
         if prefix and (betas is not None or config.layers or config.prepend_layers):
             raise ValueError("texts share a beginning only where nothing is changed")
         packed = None
-        if prefix or (betas is None and self._is_worth_packing(lengths, ids.shape[1]) and self.can_pack):
+        if prefix or (betas is None and self._is_worth_packing(lengths, ids.shape[1]) and self.packs):
             packed = pack(ids, lengths)
         return self._states(ids, lengths, config, betas, placeholders, readers or {}, packed, prefix)
 
@@ -264,7 +266,19 @@ class Backbone:
         """Where nearly nothing is padded, one attention for all texts is faster than one for each length."""
         if self.rerouting is not Reroute:
             return False
-        return suits(self.device, self.model.dtype) or int(lengths.sum()) < _FULL * len(lengths) * width
+        device, dtype = self.device, self.model.dtype
+        # The GPU's kernel is as fast for one length, and no other has to be prepared for every new one.
+        at_once = suits(device, dtype) or flash.serves(device, dtype)
+        return at_once or int(lengths.sum()) < _FULL * len(lengths) * width
+
+    @property
+    def packs(self) -> bool:
+        """Whether texts of unlike lengths are packed: where they can be, and attention is quick for many lengths.
+
+        An accelerator without a kernel for that would be called for each length apart; some padding costs it less.
+        """
+        quick = self.device.type == "cpu" or flash.serves(self.device, self.model.dtype)
+        return quick and self.can_pack
 
     def _states(
         self,
@@ -329,7 +343,9 @@ class Backbone:
                 self._states(x, lengths, config, None, None, {}, pack(x, lengths), by_definition=True)
                 for x in (texts, other)
             )
-        except Exception:  # a model's own code may fail in any way
+        except Exception as error:  # a model's own code may fail in any way
+            if is_out_of_memory(error):
+                raise  # that says nothing of the model
             return False
         padded = self._states(texts, lengths, config, None, None, {}, None)
         scale = float(padded.abs().max())
@@ -364,11 +380,13 @@ class Backbone:
         try:
             prefix = self.prefix(beginning.tolist())
             ours = self._states(texts, lengths, config, None, None, {}, pack(texts, lengths), prefix, True)
-        except Exception:  # as above
+        except Exception as error:  # as above
+            if is_out_of_memory(error):
+                raise
             return False
         padded = self._states(whole, lengths + 16, config, None, None, {}, None)[:, 16:]
         alone = self._states(texts, lengths, config, None, None, {}, None)
-        real = torch.arange(8, device=self.device) < lengths[:, None]
+        real = (torch.arange(8, device=self.device) < lengths[:, None]).to(padded.device)
         apart, effect = ((states - padded)[real].float() for states in (ours, alone))
         # Of the largest state's rounding much could hide in the others; of the beginning's own effect, it must not.
         near = float(apart.abs().max()) <= _ROUNDING[padded.dtype] * float(padded.abs().max())

@@ -60,6 +60,7 @@ class Batcher(Generic[Item, Row]):
         batch_tokens: what a batch computes stays within it; a longer item is a batch of its own.
         queue_tokens: how many tokens may wait.
         packed: a batch computes the tokens of its items; else items x longest, as padding is computed too.
+        is_fatal: whether an error of `run` means that every batch to come will fail too. Then no more are taken.
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class Batcher(Generic[Item, Row]):
         batch_tokens: int,
         queue_tokens: int,
         packed: bool = False,
+        is_fatal: Callable[[Exception], bool] = lambda error: False,
     ) -> None:
         self.batch_tokens = batch_tokens
         self.queue_tokens = queue_tokens
         self.packed = packed
-        self._run = run
+        self._run, self._is_fatal = run, is_fatal
+        self._fatal: Exception | None = None
         self._turns: deque[_Request[Item, Row]] = deque()
         self._tokens_per_second = 0.0
         self._arrived = asyncio.Event()
@@ -111,7 +114,10 @@ class Batcher(Generic[Item, Row]):
 
         Raises:
             QueueFull: there is no room for all of them.
+            Exception: what `run` raised for them, or what stopped the batches.
         """
+        if self._fatal:
+            raise self._fatal
         self.check_room(sum(lengths))
         if not items:
             return []
@@ -138,7 +144,7 @@ class Batcher(Generic[Item, Row]):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _work(self) -> None:
-        while True:
+        while self._fatal is None:
             await self._arrived.wait()
             batch = self._take()
             if not batch:
@@ -175,9 +181,13 @@ class Batcher(Generic[Item, Row]):
         try:
             rows = await self.call(lambda: self._run(group, items))
         except Exception as error:
-            if len(batch) > 1:  # one item may be to blame, and the others must not pay for it
+            if self._is_fatal(error):
+                self._fatal = error
+                for request in [*(one[0] for one in batch), *self._turns]:
+                    request.fail(error)
+            elif len(batch) > 1:  # one item may be to blame, and the others must not pay for it
                 for one in batch:
-                    if not one[0].done.done():
+                    if not one[0].done.done():  # nor by what an item before it did to them all
                         await self._answer([one])
             else:
                 batch[0][0].fail(error)

@@ -10,7 +10,16 @@ import torch
 
 from .errors import OutOfMemory
 
-__all__ = ["blocks", "characters", "computed", "run_batches", "token_batches"]
+__all__ = [
+    "blocks",
+    "characters",
+    "computed",
+    "give_memory_back",
+    "is_device_lost",
+    "is_out_of_memory",
+    "run_batches",
+    "token_batches",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +120,7 @@ def run_batches(
         try:
             rows = run(batch)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             longest = max(lengths[i] for i in batch)
             if len(batch) == 1:
@@ -121,8 +130,7 @@ def run_batches(
             rows = None
         # Outside the handler: the traceback would keep the failed batch's tensors alive.
         if rows is None:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_memory_back()
             used = computed(len(batch), longest, sum(lengths[i] for i in batch), packed=packed)
             budget = (used + longest) // 2  # a half, but never less than the longest text
             logger.warning("out of memory: batches cut from %d tokens to %d", used, budget)
@@ -133,6 +141,22 @@ def run_batches(
         yield batch, rows
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU allocator raises a plain RuntimeError with this text.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less at a time may help."""
+    # The allocators of CPUs and Macs raise plain RuntimeErrors, CUDA itself and its libraries errors of their own.
+    told = str(error)
+    signs = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in told for sign in signs)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether the accelerator will fail in all that this process asks of it from now on."""
+    # Before torch 2.8 the class is missing, and such an error is a RuntimeError like others.
+    kind = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, kind) and not is_out_of_memory(error)
+
+
+def give_memory_back() -> None:
+    """Let the accelerator, if there is one, have what torch keeps of it for later."""
+    if torch.accelerator.is_available():
+        torch.get_device_module().empty_cache()

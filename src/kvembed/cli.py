@@ -127,13 +127,13 @@ def embed(
         texts = (row.text for row in rows)
         embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         from .quantize import quantize
-        from .workers import Recipe, encode_on
+        from .workers import Recipe, encode_on, give_room
 
         if devices is None:
             pieces = embedder.encode_stream(texts, role=role, total=count, progress=True)
         else:
-            recipe = Recipe.of(embedder, model)
-            del embedder  # it may be on one of the devices
+            recipe = Recipe.of(give_room(embedder), model)
+            del embedder
             pieces = encode_on(devices.split(","), recipe, texts, role=role, total=count, progress=True)
         small = (dataclasses.replace(x, vectors=quantize(x.vectors, precision)) for x in pieces)
         write_vectors(small, output, ids)
@@ -187,6 +187,7 @@ def bulk_command(
             needed("ray.data", "ray")
         load = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         from .bulk import bulk
+        from .workers import give_room
 
         run = None
         if engine == "ray":
@@ -198,7 +199,7 @@ def bulk_command(
 
             run = devices_engine(devices.split(","), model)
         summary = bulk(
-            load,
+            load if run is None else lambda: give_room(load()),
             source,
             out,
             model=_label(model),

@@ -506,7 +506,7 @@ class Embedder:
             states[:, static] = self._static(whole, None if others else report)[:, None]
         if others:
             summed = np.zeros((len(whole), len(others), self.backbone.dim), np.float32)
-            packed = len(prompts) > 1 and self.backbone.can_pack
+            packed = len(prompts) > 1 and self.backbone.packs
             where = (self.backbone.device, self.model.dtype)
             alike = self._beginnings.groups(prompts, where)
             if len(alike) > 1 and not self.backbone.can_share:

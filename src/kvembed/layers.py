@@ -161,7 +161,7 @@ def id_curve(
     plain = EmbedConfig()
     lengths = [len(prompt.ids) for prompt in prompts]
     with tqdm(total=len(texts), desc="reading layers", unit="text", disable=None if progress else True) as bar:
-        for batch in token_batches(lengths, batch_tokens, backbone.rope_border, packed=backbone.can_pack):
+        for batch in token_batches(lengths, batch_tokens, backbone.rope_border, packed=backbone.packs):
             ids, real = backbone.pad([prompts[i].ids for i in batch])
             readers = {layer: partial(_keep_last, states[layer], batch, real) for layer in range(len(states))}
             backbone.states(ids, real, plain, readers=readers)

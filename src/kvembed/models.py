@@ -70,7 +70,7 @@ def load(
 
     Args:
         name: a key of `BUNDLED`, a folder, a `.gguf` file (converted to safetensors in the cache, once), or a hub id.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16, or float32 on a CPU that can't multiply bfloat16.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16, or float32 on a CPU or GPU that can't multiply it.
         device: a torch device, or `auto`: the first accelerator, else the CPU.
         revision: of a hub id.
 
@@ -78,12 +78,13 @@ def load(
         InputError: unknown dtype or device.
         ModelNotFound: no such model, no network, or a file that can't be read.
     """
-    best = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # torch built for CUDA names it on a machine without a GPU too, unless told to look.
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     place = best if device == "auto" else usable_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
     if dtype == "auto":
-        dtype = "float32" if place.type == "cpu" and not _cpu_multiplies_bfloat16() else "bfloat16"
+        dtype = "bfloat16" if _multiplies_bfloat16(place) else "float32"
     torch_dtype = DTYPES[dtype]
     source = _local_folder(name) or _on_hub(name, revision)
     with _readable_errors(name):
@@ -168,8 +169,12 @@ def _on_hub(name: str, revision: str | None) -> str:
     return name
 
 
-def _cpu_multiplies_bfloat16() -> bool:
+def _multiplies_bfloat16(device: torch.device) -> bool:
     """In hardware; else it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return True
     told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.11 on
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,8 +113,11 @@ class Beginnings:
                 return rows[:-1]
         prefix = self._compute(ids)
         rows = forward(rest, prefix)
-        self._keep(ids, where, (prefix, rows[-1]))
+        self._keep(ids, where, (prefix, rows[-1].clone()))  # not the whole batch's rows
         return rows[:-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}  # it would take a device with it to another process
 
     def _keep(self, ids: tuple[int, ...], where: Where, kept: tuple[Prefix, Tensor] | None) -> None:
         self._kept[ids, where] = kept

@@ -108,14 +108,15 @@ def write_texts(
         pad_token_id=ends[0],
     )
     texts: dict[str, None] = {}
-    prompt = torch.full((batch, 1), start, device=model.device)
+    device = model.device
+    prompt = torch.full((batch, 1), start, device=device)
     with (
-        torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]),
+        torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
         tqdm(total=count, desc="writing texts", unit="text", disable=None if progress else True) as bar,
         _own_sampling(model),
     ):
         torch.manual_seed(seed)
-        part = cache.with_suffix(".part") if cache is not None and model.device.type == "cpu" else None
+        part = cache.with_suffix(".part") if cache is not None and device.type == "cpu" else None
         asked = f"{count} {_TOKENS} {seed} {batch}"
         first = _resume(part, asked, texts) if part else 0
         bar.update(min(len(texts), count))

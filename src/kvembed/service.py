@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from .batcher import Batcher
+from .batching import is_device_lost
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError
@@ -53,7 +54,8 @@ class Service:
             self._embed,
             batch_tokens=embedder.batch_tokens,
             queue_tokens=limits.queue_tokens,
-            packed=embedder.backbone.can_pack,
+            packed=embedder.backbone.packs,
+            is_fatal=is_device_lost,
         )
         self.readers = ThreadPoolExecutor(2, "kvembed-tokenizing")
         self._texts = Counter("kvembed_texts", "Texts embedded.", registry=registry)

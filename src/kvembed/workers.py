@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from .batching import blocks, characters
+from .batching import blocks, characters, give_memory_back
 from .config import EmbedConfig, Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
@@ -30,7 +30,7 @@ from .process import quiet
 from .transform import Transform
 from .vectors import Encoded
 
-__all__ = ["Recipe", "check_devices", "encode_on", "run_on"]
+__all__ = ["Recipe", "check_devices", "encode_on", "give_room", "run_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,14 @@ class Recipe:
         if embedder.fingerprint() != self.fingerprint:
             raise InputError(f"{self.name} is another model on a worker, or has another tokenizer, than at the start")
         return embedder
+
+
+def give_room(embedder: Embedder) -> Embedder:
+    """Move its model to the CPU, off a device that workers want for theirs. Returns the embedder."""
+    if embedder.model.device.type != "cpu":
+        embedder.model.to("cpu")
+        give_memory_back()
+    return embedder
 
 
 def check_devices(devices: Sequence[str]) -> None:
@@ -142,7 +150,7 @@ def run_on(
         KvembedError: a worker died twice.
     """
     check_devices(devices)
-    threads = max(1, torch.get_num_threads() // max(1, sum(torch.device(one).type == "cpu" for one in devices)))
+    threads = max(1, torch.get_num_threads() // len(devices))  # those on GPUs tokenise, too
     workers = [_Worker(device, recipe, threads) for device in devices]
     tasks: deque[_Task] = deque()  # begun, and not handed out yet; in order
     source = iter(items)
