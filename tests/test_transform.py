@@ -367,6 +367,33 @@ def test_saving_and_fitted_files(auto, tmp_path, llama, tokenizer, monkeypatch):
         Embedder(tiny(seed=3), tokenizer, auto.config, transform=auto.transform)
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_a_model_that_was_cast_to_float16_can_be_saved(tmp_path, tokenizer, caplog, back):
+    """Its weights are rounded, and so are others than those the transform was fitted on."""
+    embedder = Embedder.from_model(tiny(), tokenizer, method="auto", texts=MANY)
+    embedder.model.half()
+    if back:
+        embedder.model.float()
+    embedder.save_pretrained(tmp_path / "half")
+    assert "not as it was when its transform was fitted" in caplog.text
+    for dtype in ("float32", "float16"):
+        again = Embedder.from_pretrained(tmp_path / "half", dtype=dtype)
+        assert (again.encode(NOTICES) * embedder.encode(NOTICES)).sum(1).min() > 0.99
+        assert again.replace(dim=5).transform is again.transform
+
+
+def test_a_saved_fit_serves_in_float16_and_a_file_does_not(auto, tmp_path):
+    auto.save_pretrained(tmp_path / "saved")
+    half = Embedder.from_pretrained(tmp_path / "saved", dtype="float16")
+    assert half.dtype == "float16"
+    np.testing.assert_allclose(half.encode(NOTICES), auto.encode(NOTICES), atol=2e-2)
+    half.save_pretrained(tmp_path / "again")
+    assert Embedder.from_pretrained(tmp_path / "again", dtype="bfloat16").dim == auto.dim
+    auto.transform.save(tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match=r"or this one not in float16, .* take float32 or bfloat16, or fit anew"):
+        Embedder.from_pretrained(tmp_path / "saved", method="auto", fitted=tmp_path / "t.safetensors", dtype="float16")
+
+
 def test_a_model_without_a_head_wants_texts(tokenizer):
     headless = tiny().model
     with pytest.raises(InputError, match="can't write calibration texts itself"):

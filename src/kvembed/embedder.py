@@ -192,8 +192,8 @@ class Embedder:
         Args:
             name: a bundled name (`"smollm2"`), a hub id, a folder (one of `save_pretrained` too) or a `.gguf` file.
             method: a preset, see `kvembed.METHODS`. Default: the one saved in the folder, or else `"kv"`.
-            dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`: bfloat16, or float32 on a CPU that can't multiply
-                bfloat16. Pooling and all after it are in float32.
+            dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`: bfloat16, or float32 on a CPU or GPU that can't
+                multiply it. Pooling and all after it are in float32.
             device: a torch device, or `"auto"`.
             revision: of a hub id.
             batch_tokens: tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
@@ -226,6 +226,8 @@ class Embedder:
         elif folder is not None and as_saved is not None and texts is None:
             transform = _own_transform(folder, as_saved, config)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
+        if transform is not None and fitted is None and model.dtype == torch.float16:
+            transform = _taken_for(model, tokenizer, transform)
         embedder = cls(
             model,
             tokenizer,
@@ -460,10 +462,10 @@ class Embedder:
                 return transform
             if transform.info.get("fingerprint") == self.fingerprint():
                 raise InputError("the transform was fitted for another config")
-            raise InputError(
-                f"the transform was fitted for another model (this one is in {self.dtype}; in float16, weights are "
-                "others)"
-            )
+            told = "the transform was fitted for another model"
+            if self.dtype == "float16":
+                told += ", or this one not in float16, which rounds weights: take float32 or bfloat16, or fit anew"
+            raise InputError(told)
 
         def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
             rendered = self._prompts(["a"], role, UNLIMITED)
@@ -601,12 +603,15 @@ class Embedder:
             fitted_on=None if self.transform is None else self.transform.info,
         )
 
-    def fingerprint(self) -> str:
-        """16 hex digits that tell models apart, as they were when this was first asked of the embedder.
+    def fingerprint(self, *, anew: bool = False) -> str:
+        """16 hex digits that tell models apart, by weights, positions and tokenizer.
 
-        By weights, positions and tokenizer; the same for float32 and bfloat16, on any device.
+        The same for float32 and bfloat16, on any device; float16 rounds weights otherwise.
+
+        Args:
+            anew: as the model is now; else as it was when this was first asked of the embedder.
         """
-        return self._fingerprint
+        return fingerprint(self.backbone, self._prompter) if anew else self._fingerprint
 
     @functools.cached_property
     def _fingerprint(self) -> str:
@@ -620,7 +625,8 @@ class Embedder:
         Raises:
             InputError: `folder` is a file, or the model is not a plain transformers model.
         """
-        save_embedder(folder, self.model, self.tokenizer, self.config, self.transform)
+        now = self.fingerprint(anew=True)
+        save_embedder(folder, self.model, self.tokenizer, self.config, self.transform, now)
         save_st_files(folder)
 
     def _prompts(
@@ -696,6 +702,12 @@ def _own_transform(folder: Path, as_saved: EmbedConfig, config: EmbedConfig) -> 
         return transform
     _say_left_behind(transform)
     return None
+
+
+def _taken_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, transform: Transform) -> Transform:
+    """Whose weights were rounded to float16, nobody can tell: a fit that was saved beside them is theirs."""
+    told = fingerprint(Backbone(model), Prompter(tokenizer))
+    return dataclasses.replace(transform, info=transform.info | {"fingerprint": told})
 
 
 def _say_left_behind(transform: Transform) -> None:

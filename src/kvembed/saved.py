@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +20,8 @@ from .models import bars_off, local_path
 from .transform import Transform
 
 __all__ = ["CONFIG_FILE", "PROMPTS", "TRANSFORM_FILE", "read_config", "save_embedder", "save_st_files", "usual_method"]
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "kvembed.json"
 TRANSFORM_FILE = "kvembed.safetensors"
@@ -47,8 +51,14 @@ def save_embedder(
     tokenizer: PreTrainedTokenizerBase,
     config: EmbedConfig,
     transform: Transform | None,
+    fingerprint: str,
 ) -> None:
     """Write what `Embedder.from_pretrained` opens. Each file appears whole or not at all, the config last.
+
+    Args:
+        folder: made if missing; what else is in it stays.
+        model, tokenizer, config, transform: of the embedder.
+        fingerprint: of the model as it is now, which the transform is then bound to: opened, it gives the same vectors.
 
     Raises:
         InputError: `folder` is a file, or the model is not a plain transformers model.
@@ -74,7 +84,13 @@ def save_embedder(
         if transform is None:
             (target / TRANSFORM_FILE).unlink(missing_ok=True)  # another method's, saved here before
         else:
-            transform.save(target / TRANSFORM_FILE)
+            if transform.info.get("fingerprint") != fingerprint:
+                logger.warning(
+                    "the model is not as it was when its transform was fitted (cast to float16, or trained); both are "
+                    "saved as they are"
+                )
+            bound = dataclasses.replace(transform, info=transform.info | {"fingerprint": fingerprint})
+            bound.save(target / TRANSFORM_FILE)
         write_json(target / CONFIG_FILE, config.to_dict())
 
 

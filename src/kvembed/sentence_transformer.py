@@ -92,7 +92,8 @@ class EmbedderModule(InputModule):  # type: ignore[misc]
         if not safe_serialization:
             raise InputError("weights are saved as safetensors only: leave out safe_serialization=False")
         one = self.embedder
-        save_embedder(output_path, one.model, one.tokenizer, one.config, one.transform)
+        now = one.fingerprint(anew=True)
+        save_embedder(output_path, one.model, one.tokenizer, one.config, one.transform, now)
 
     def preprocess(
         self,
