@@ -205,9 +205,33 @@ def test_one_process_at_a_time(embedder, source, tmp_path):
     assert bulk(embedder, source, out).made == 1
 
 
-def test_a_text_that_cannot_be_embedded_says_where(embedder, source, tmp_path):
-    with pytest.raises(InputError, match="in the 4 rows from row 0 on: max_tokens is 17, but the template"):
-        bulk(embedder.replace(max_tokens=17), source, tmp_path / "out", shard_rows=4)
+def test_a_folder_is_taken_by_its_first_shard(embedder, source, tmp_path):
+    """Not by a job that failed, or was stopped, before it had one."""
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"^max_tokens is 17, but the template"):
+        bulk(embedder.replace(max_tokens=17), source, out)
+    assert not out.exists()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bulk(embedder.replace(bias=2.0), source, out, engine=stopped)
+    assert bulk(embedder, source, out, shard_rows=30).made == 2
+    (out / "shard-000001.parquet").unlink()
+    with pytest.raises(InputError, match="another job"):
+        bulk(embedder.replace(bias=2.0), source, out, shard_rows=30)
+
+
+def test_a_log_has_a_line_now_and_then(embedder, source, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("kvembed.bulk._TELL_SECONDS", 0.0)
+    with caplog.at_level("INFO", "kvembed.bulk"):
+        bulk(embedder, source, tmp_path / "out", shard_rows=20, progress=True)
+    lines = [message for message in caplog.messages if " of 40 rows, " in message]
+    assert [re.sub(r"[\d,]+ tok/s", "N tok/s", line) for line in lines] == [
+        "20 of 40 rows, N tok/s, 00:00 left",
+        "40 of 40 rows, N tok/s, 00:00 left",
+    ]
 
 
 def run(*args):

@@ -149,6 +149,8 @@ def test_parse_layers():
     [
         (("--bias", "nan"), "bias must be a finite number, not nan"),
         (("--method", "mean", "--bias", "2"), "--bias is the slot's, and method mean re-routes nothing"),
+        (("--method", "static", "--layers", "1"), "--layers: method static runs no layer"),
+        (("--method", "mean", "--dim", "8"), "method mean has no best dimensions to keep"),
         (("--layers", "9"), "layer 9 is out of range: llama has layers 0 to 4"),
         (("--layers", "9-6"), "--layers takes 6-9 or 4,5,10 or none or all or auto, not '9-6'"),
         (("--layers", "-1"), "--layers takes"),
@@ -338,6 +340,7 @@ def test_vectors_of_several_limits_are_refused(run, tokenizer, tmp_path):
     ("args", "message"),
     [
         ([], "say what to score on: --data FOLDER, or --mteb TASK"),
+        (["--data", ".", "--mteb", "STSBenchmark"], "--data and --mteb are two runs: give one of them"),
         (["--data", "/nowhere"], "/nowhere: no such folder"),
         (
             ["--mteb", "Banking77Classification", "--reference", "tf-idf"],

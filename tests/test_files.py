@@ -86,7 +86,9 @@ def test_csv_of_old_line_ends(tmp_path):
         ("x.csv", b"text\n", r"x\.csv: no texts in it"),
         ("x.txt", b"ok\nnot \xff utf-8", r"x\.txt, line 2: not UTF-8 text \(byte 0xff\)"),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl, line 2: not JSON"),
-        ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: no text in field 'text'"),
+        ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: field 'text' holds 5, not text"),
+        ("x.jsonl", b'{"text": null}', r"x\.jsonl, line 1: field 'text' holds null, not text"),
+        ("x.jsonl", b'{"n": 5}', r"x\.jsonl, line 1: no text in field 'text'; it has n"),
         ("x.jsonl", b"[1]", r"x\.jsonl, line 1: no text in field"),
         ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: not JSON"),
         ("x.csv", b"a,b\n1,2\n", r"x\.csv: no column 'text'; it has a, b"),
@@ -108,7 +110,7 @@ def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
 
 def test_a_parquet_column_that_is_not_text(tmp_path):
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "x.parquet")
-    with pytest.raises(InputError, match="row 2: column 'text' holds NoneType"):
+    with pytest.raises(InputError, match="row 2: column 'text' holds null"):
         read_texts([tmp_path / "x.parquet"])
 
 

@@ -77,6 +77,8 @@ class Summary:
     max_tokens: int
 
 
+_TELL_SECONDS = 60.0  # between two lines, where there is no bar
+
 Report = Callable[[float, float], None]  # rows and tokens done since the last call
 Engine = Callable[[Job, Embedder, Sequence[Shard], Report], Iterator[Written]]
 
@@ -118,6 +120,7 @@ def bulk(
     check_folders(source, out)
     plan = make_plan(source, field=field, id_field=id_field, shard_rows=shard_rows, progress=progress)
     embedder = embedder() if callable(embedder) else embedder
+    embedder.prompts(["a"], role=role)  # options that leave no room for any text are no fault of the rows
     told = _identity(embedder, plan, role, shard_rows)
     told_hash = identity_hash(told)
     job = Job(plan, out, role, told_hash)
@@ -131,7 +134,8 @@ def bulk(
         for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*")):
             stale.unlink(missing_ok=True)  # what a killed run left half-written
         before = _read_manifest(out / MANIFEST)
-        if before is None:
+        if before is None or not (before["finished"] or any(out.glob("shard-*.parquet"))):  # nothing to be lost
+            before = None
             _write_manifest(out, manifest | {"finished": False})
         elif before["job"] != told:
             raise InputError(f"{out} holds another job ({_difference(before['job'], told)}); choose another folder")
@@ -288,7 +292,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text())
-        known = isinstance(manifest["job"]["inputs"], list)
+        known = isinstance(manifest["job"]["inputs"], list) and isinstance(manifest["finished"], bool)
         if known and all({"name", "sha256"} <= {*part} for part in manifest.get("shards", ())):
             return cast("dict[str, Any]", manifest)
     except FileNotFoundError:
@@ -305,16 +309,22 @@ def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _bar(total: int, done: int, progress: bool) -> Iterator[Report]:
-    """Rows done, rows and tokens a second, and the time left, of what this run does."""
-    started, tokens = time.monotonic(), 0.0
+    """Rows done, rows and tokens a second, and the time left, of what this run does; in a log, a line a minute."""
+    started = told = time.monotonic()
+    rows_here = tokens = 0.0
     with tqdm(
         total=total, initial=done, desc="bulk", unit="row", unit_scale=True, disable=None if progress else True
     ) as bar:
 
         def report(rows: float, more: float) -> None:
-            nonlocal tokens
-            tokens += more
-            bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-3):,.0f} tok/s", refresh=False)
+            nonlocal rows_here, tokens, told
+            rows_here, tokens, now = rows_here + rows, tokens + more, time.monotonic()
+            pace = f"{tokens / max(now - started, 1e-3):,.0f} tok/s"
+            bar.set_postfix_str(pace, refresh=False)
             bar.update(rows)
+            if bar.disable and progress and now - told >= _TELL_SECONDS:
+                told = now
+                left = tqdm.format_interval((total - done - rows_here) * (now - started) / max(rows_here, 1e-3))
+                logger.info("%s of %s rows, %s, %s left", f"{done + rows_here:,.0f}", f"{total:,}", pace, left)
 
         yield report

@@ -144,7 +144,7 @@ def bulk_command(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="IN", help=".parquet, .jsonl, .csv, .tsv, a text a line, or a folder of the first four."
+            metavar="IN", help=".parquet, .jsonl, .ndjson, .csv, .tsv, a text a line, or a folder of the first five."
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shards: new, empty, or of the same job.")],
@@ -507,8 +507,10 @@ def evaluate(
     with one_line_errors("" if data is None else "vectors that are stored are kept, and the same command goes on"):
         from .tasks import load_tasks, sample
 
-        if (data is None) == (not mteb):
+        if data is None and not mteb:
             raise InputError("say what to score on: --data FOLDER, or --mteb TASK")
+        if data is not None and mteb:
+            raise InputError("--data and --mteb are two runs: give one of them")
         if data is None and (tasks or results or vectors or reference or suite != "mini" or precision != "float32"):
             raise InputError("--task, --suite, --results, --vectors, --reference and --precision are for --data")
         if data is None:
@@ -585,6 +587,8 @@ def report(
         from .report import report_html
         from .results import read_results
 
+        if output.suffix.lower() not in (".html", ".htm"):
+            raise InputError(f"{output}: the page is .html")
         check_writable(output)
         found = read_results(results)
         scores = [result for result in found if result.suite in ("mini", "full")]
@@ -698,7 +702,9 @@ def _loader(
     options = {name: value for name, value in options.items() if value is not None}
     if layers is not None:
         options["layers"] = parse_layers(layers)
-    preset(method or "auto", **options)
+    checked = preset(method or "auto", **options)
+    if layers is not None and not checked.forward_passes:
+        raise InputError(f"--layers: method {method} runs no layer")
 
     def load() -> Embedder:
         quiet()

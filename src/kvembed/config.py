@@ -140,7 +140,11 @@ class EmbedConfig:
                 raise InputError(f"{name} must be a whole number from 1, not {value!r}")
             object.__setattr__(self, name, None if value is None else int(value))
         if self.transform == "none" and (self.more_readouts or self.dim):
-            raise InputError(f"{'dim' if self.dim else 'more_readouts'} needs a transform, and transform is none")
+            if self.dim:
+                raise InputError(
+                    f"method {self.method} has no best dimensions to keep: dim is for those with a transform"
+                )
+            raise InputError("more_readouts needs a transform, and transform is none")
 
         if self.transform != "none" and len(self.templates("document")) != len(self.templates("query")):
             raise InputError("with a transform, documents and queries must have as many templates")

@@ -184,7 +184,7 @@ def usable_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} can't be used: {_first_line(error)}") from None
+        raise InputError(f"device {device!r} can't be used ({_first_line(error):.100}); cpu, cuda:0, ... can") from None
 
 
 def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:

@@ -75,7 +75,8 @@ def run_mteb(embedder: Embedder, name: str, tasks: Sequence[str], *, progress: b
     try:
         found = [mteb.get_task(task) for task in tasks]
     except KeyError as error:
-        raise InputError(f"MTEB: {error.args[0]}") from None
+        known = "mteb.get_tasks() lists them"
+        raise InputError(f"MTEB knows no such task: {str(error.args[0]).rstrip('.')}; {known}") from None
     results = mteb.evaluate(MtebEncoder(embedder, name), found, co2_tracker=False, show_progress_bar=progress)
     return {result.task_name: 100 * float(result.get_score()) for result in results.task_results}
 

@@ -116,7 +116,8 @@ def find_inputs(source: Path) -> tuple[Path, list[str]]:
     if os.path.isfile(source):  # Path's own raises for a name that is too long
         return source.parent, [source.name]
     if not os.path.isdir(source):
-        raise InputError(f"{source}: no such file or folder")
+        piped = "; bulk reads its inputs twice, so none can come from a pipe" if str(source) == "-" else ""
+        raise InputError(f"{source}: no such file or folder{piped}")
     inside = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     plain = [path for path in inside if not any(part.startswith((".", "_")) for part in path.parts)]
     found = [path.as_posix() for path in plain if path.suffix.lower() in ROW_ENDINGS]
@@ -162,7 +163,10 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
                     if id_type is None:
                         id_type = kind
                     elif kind != id_type:
-                        raise InputError(f"{place_of(path, row.line)}: a {kind} as id; the ids before it are {id_type}")
+                        before = "strings" if id_type == "string" else "whole numbers"
+                        raise InputError(
+                            f"{place_of(path, row.line)}: the id is {row.id!r:.60}; those before it are {before}"
+                        )
                 if total % 1000 == 0:
                     bar.update(1000)
             inputs.append(InputFile(name, size, sha256_of(path), first, total - first))

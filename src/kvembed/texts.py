@@ -221,6 +221,8 @@ def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
         value = row if isinstance(row, str) else row.get(field) if isinstance(row, dict) else None
         known = f"; it has {', '.join(map(str, row))[:200]}" if isinstance(row, dict) else ""
         if not isinstance(value, str):
+            if isinstance(row, dict) and field in row:
+                raise InputError(f"{place}: field {field!r} holds {json.dumps(value):.40}, not text")
             raise InputError(f"{place}: no text in field {field!r}{known} (choose with --field)")
         if id_field is not None and not (isinstance(row, dict) and id_field in row):
             raise InputError(f"{place}: no field {id_field!r}{known} (choose with --id-field)")
@@ -259,6 +261,8 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
                     f"{name}, line {first}: {len(row)} values for {len(columns)} columns; text with a delimiter in it "
                     "must stand in quotes"
                 )
+            if id_at is not None and not row[id_at]:
+                raise InputError(f"{name}, line {first}: no id in column {id_field!r}")
             more = {columns[i]: row[i] for i in rest if i < len(row)}
             yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark, first, more)
     except csv.Error as error:
@@ -321,7 +325,8 @@ def _parquet_rows(
                 if at <= start.offset:
                     continue
                 if not isinstance(text, str):
-                    raise InputError(f"{name}, row {at}: column {field!r} holds {type(text).__name__}, not text")
+                    kind = "null" if text is None else type(text).__name__
+                    raise InputError(f"{name}, row {at}: column {field!r} holds {kind}, not text")
                 row_id = None if id_field is None else _id(key, f"{name}, row {at}", id_field)
                 yield Row(text, row_id, Mark(at, at), at, fields)
     except InputError:
