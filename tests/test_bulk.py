@@ -243,10 +243,10 @@ def test_the_command(folder, source, whole, tmp_path):
     done = run(source, out, "--model", folder, "--shard-rows", 4)
     total = sum(pq.read_table(whole)["tokens"].to_pylist())
     cut = sum(x > 0 for x in pq.read_table(whole)["tokens_cut"].to_pylist())
-    told = f"{out}: 40 rows of 48 dimensions in 10 shards, {total:,} tokens; {cut} texts were cut to 40 tokens\n"
+    told = f"{out}: 40 rows of 48 dimensions in 10 shards, {total:,} tokens; {cut} texts cut to 40 tokens\n"
     assert (done.stdout, done.stderr) == (told, "")
     (out / "shard-000000.parquet").unlink()
-    assert "in 10 shards (9 were there before)," in run(source, out, "--model", folder, "--shard-rows", 4).stdout
+    assert "in 10 shards (9 there before)," in run(source, out, "--model", folder, "--shard-rows", 4).stdout
     assert {**content(out), "_manifest.json": b""} == {**content(whole), "_manifest.json": b""}
     assert json.loads((out / "_manifest.json").read_text())["model"] == "tiny"
 

@@ -584,7 +584,7 @@ def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
     assert (info["texts"], info["count"], info["self_written"]) == ("given", 320, 200)
     jsonl(notes / "many.jsonl", [{"text": f"{i} {text}"} for i in range(1, 4) for text in NOTICES])
     again = run("index", "many.jsonl", "--db", "db", *options)
-    assert "144 documents of 48 dimensions; 1 files read, 48 texts embedded, 48 removed" not in again.stdout
+    assert "144 documents of 48 dimensions; 1 file read, 48 texts embedded, 48 removed" not in again.stdout
     assert Index.open("db").name == index.name  # the transform stays
     refit = run("index", "many.jsonl", "--db", "db", "--refit", *options)
     assert "144 texts embedded" in refit.stdout

@@ -136,29 +136,33 @@ def print_results(rows: list[Result]) -> None:
 
 def print_bulk(summary: Summary, out: Path) -> None:
     """Print what a bulk job has made."""
-    before = f" ({summary.shards - summary.made:,} were there before)" if summary.made < summary.shards else ""
-    cut = f"; {summary.texts_cut:,} texts were cut to {summary.max_tokens:,} tokens" if summary.texts_cut else ""
+    before = f" ({summary.shards - summary.made:,} there before)" if summary.made < summary.shards else ""
+    cut = f"; {_counted(summary.texts_cut, 'text')} cut to {_counted(summary.max_tokens, 'token')}"
     print_line(
-        f"{out}: {summary.rows:,} rows of {summary.dim} dimensions in {summary.shards:,} shards{before}, "
-        f"{summary.tokens:,} tokens{cut}"
+        f"{out}: {_counted(summary.rows, 'row')} of {summary.dim} dimensions in {_counted(summary.shards, 'shard')}"
+        f"{before}, {_counted(summary.tokens, 'token')}{cut if summary.texts_cut else ''}"
     )
 
 
 def print_indexed(done: Indexed, db: Path) -> None:
     """Print what an index holds now, and what was not read."""
     told = [
-        f"{done.embedded:,} texts embedded",
-        f"{done.changed:,} documents updated whose text was known" if done.changed else "",
+        f"{_counted(done.embedded, 'text')} embedded",
+        f"{_counted(done.changed, 'document')} updated whose text was known" if done.changed else "",
         f"{done.removed:,} removed" if done.removed else "",
-        f"{done.duplicates:,} duplicates kept once" if done.duplicates else "",
-        f"{done.empty:,} rows without text left out" if done.empty else "",
-        f"{done.cut:,} texts were cut to {done.max_tokens:,} tokens" if done.cut else "",
+        f"{_counted(done.duplicates, 'duplicate')} kept once" if done.duplicates else "",
+        f"{_counted(done.empty, 'row')} without text left out" if done.empty else "",
+        f"{_counted(done.cut, 'text')} cut to {_counted(done.max_tokens, 'token')}" if done.cut else "",
     ]
     others = ", ".join(f"{count:,} {kind}" for kind, count in sorted(done.passed_over.items()))
     print_line(
-        f"{db}: {done.documents:,} documents of {done.dim} dimensions; {done.files:,} files read, "
+        f"{db}: {_counted(done.documents, 'document')} of {done.dim} dimensions; {_counted(done.files, 'file')} read, "
         f"{', '.join(filter(None, told))}{f'; passed over: {others}' if others else ''}"
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Literal["table", "json", "trec"]) -> None:
