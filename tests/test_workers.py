@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import NOTICES
 from test_bulk import vectors
 from test_cli import KVEMBED
 
 from kvembed import Embedder, InputError, KvembedError, batching
-from kvembed.workers import Recipe, check_devices, encode_on, run_on
+from kvembed.workers import Recipe, check_devices, encode_on, give_room, run_on
 
 TWO = ["cpu", "cpu"]
 
@@ -157,3 +158,14 @@ def test_command_line(folder, tmp_path):
     assert one["id"].to_pylist() == two["id"].to_pylist()
     np.testing.assert_allclose(vectors(one), vectors(two), atol=1e-5)
     assert len(list((tmp_path / "two").glob("*.parquet"))) == -(-len(NOTICES) // 9)
+
+
+def test_workers_get_the_device_and_batches_stay_as_they_were(llama, tokenizer, monkeypatch):
+    embedder = Embedder.from_model(llama, tokenizer, method="mean")
+    assert give_room(embedder) is embedder
+    moved = []
+    monkeypatch.setattr(type(llama), "device", property(lambda model: torch.device("cpu" if moved else "cuda")))
+    monkeypatch.setattr(type(llama), "to", lambda model, device: moved.append(device))
+    assert embedder.batch_tokens == 16_384
+    assert give_room(embedder).batch_tokens == 16_384
+    assert moved == ["cpu"]

@@ -77,11 +77,16 @@ class Recipe:
 
 
 def give_room(embedder: Embedder) -> Embedder:
-    """Move its model to the CPU, off a device that workers want for theirs. Returns the embedder."""
-    if embedder.model.device.type != "cpu":
-        embedder.model.to("cpu")
-        give_memory_back()
-    return embedder
+    """Move its model to the CPU, off a device that workers want for theirs. Returns the same embedder for them."""
+    if embedder.model.device.type == "cpu":
+        return embedder
+    size = embedder.batch_tokens  # which depends on the device where nobody has said it
+    same = Embedder(
+        embedder.model, embedder.tokenizer, embedder.config, batch_tokens=size, transform=embedder.transform
+    )
+    embedder.model.to("cpu")
+    give_memory_back()
+    return same
 
 
 def check_devices(devices: Sequence[str]) -> None:
