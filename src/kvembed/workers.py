@@ -78,7 +78,7 @@ class Recipe:
 
 def give_room(embedder: Embedder) -> Embedder:
     """Move its model to the CPU, off a device that workers want for theirs. Returns the same embedder for them."""
-    if embedder.model.device.type == "cpu":
+    if embedder.backbone.device.type == "cpu":
         return embedder
     size = embedder.batch_tokens  # which depends on the device where nobody has said it
     same = Embedder(
