@@ -111,8 +111,9 @@ class Embedder:
         progress: bool = False,
     ) -> None:
         """Prefer `from_pretrained` or `from_model`, which say what the arguments mean."""
-        if batch_tokens is not None and not (is_whole(batch_tokens) and batch_tokens >= 1):
-            raise InputError(f"batch_tokens must be a whole number from 1, not {batch_tokens!r}")
+        self._batch_tokens: int | None = None
+        if batch_tokens is not None:
+            self.batch_tokens = batch_tokens
         _check_loaded(model, tokenizer)
         _refuse_training(model)
         texts = None if texts is None else _listed(texts)
@@ -157,7 +158,6 @@ class Embedder:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
         self.max_tokens = config.max_tokens or limit or UNLIMITED
         self._shared: dict[str, int] = {}  # template -> tokens of its beginning that texts share
-        self._batch_tokens = batch_tokens
         self._texts = texts
         needed = [one.output_layer for one in config.readouts if one.pooling != "static"]
         top = None if None in needed else max((layer for layer in needed if layer is not None), default=None)
@@ -308,8 +308,14 @@ class Embedder:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens in a batch; the default goes by where the model is now."""
+        """Tokens in a batch; the default goes by where the model is now. May be set."""
         return self._batch_tokens or (2048 if self.backbone.device.type == "cpu" else 16384)
+
+    @batch_tokens.setter
+    def batch_tokens(self, value: int) -> None:
+        if not (is_whole(value) and value >= 1):
+            raise InputError(f"batch_tokens must be a whole number from 1, not {value!r}")
+        self._batch_tokens = value
 
     def encode(
         self, texts: str | Iterable[str], *, role: Role = "document", progress: bool = False

@@ -77,16 +77,13 @@ class Recipe:
 
 
 def give_room(embedder: Embedder) -> Embedder:
-    """Move its model to the CPU, off a device that workers want for theirs. Returns the same embedder for them."""
+    """Move its model to the CPU, off a device that workers want for theirs. Returns the embedder."""
     if embedder.backbone.device.type == "cpu":
         return embedder
-    size = embedder.batch_tokens  # which depends on the device where nobody has said it
-    same = Embedder(
-        embedder.model, embedder.tokenizer, embedder.config, batch_tokens=size, transform=embedder.transform
-    )
+    embedder.batch_tokens = embedder.batch_tokens  # or else it would go by the CPU from now on
     embedder.model.to("cpu")
     give_memory_back()
-    return same
+    return embedder
 
 
 def check_devices(devices: Sequence[str]) -> None:
