@@ -135,7 +135,7 @@ def test_long_shards_are_embedded_in_blocks(embedder, tmp_path, monkeypatch):
     np.testing.assert_allclose(found, embedder.encode(texts), atol=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "other"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "other", "gone"])
 def test_a_damaged_shard_is_made_again(embedder, source, whole, tmp_path, damage, caplog):
     out = tmp_path / "out"
     bulk(embedder, source, out, shard_rows=4)
@@ -146,8 +146,11 @@ def test_a_damaged_shard_is_made_again(embedder, source, whole, tmp_path, damage
     path.write_bytes(
         data[:-5] if damage == "cut" else (out / "shard-000005.parquet").read_bytes() if damage == "other" else data
     )
+    if damage == "gone":
+        path.unlink()
     assert bulk(embedder, source, out, shard_rows=4).made == 1
-    assert "shard-000004.parquet is damaged, and is made again" in caplog.text
+    told = "missing" if damage == "gone" else "damaged"
+    assert f"shard-000004.parquet is {told}, and is made again" in caplog.text
     assert content(out) == content(whole)
 
 
@@ -174,6 +177,8 @@ def test_another_job_is_refused(embedder, source, whole, tmp_path, llama, tokeni
     refused(r"input b\.jsonl has changed, or is new", source=copy)
     (copy / "b.jsonl").unlink()
     refused(r"input c\.parquet has changed, or is new", source=copy)
+    (copy / "a.csv").rename(copy / "a2.csv")
+    refused(r"input a\.csv, not a2\.csv", source=copy)
     assert content(whole) == before
 
 
@@ -224,13 +229,12 @@ def test_a_folder_is_taken_by_its_first_shard(embedder, source, tmp_path):
 
 
 def test_a_log_has_a_line_now_and_then(embedder, source, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("kvembed.bulk._TELL_SECONDS", 0.0)
-    with caplog.at_level("INFO", "kvembed.bulk"):
+    monkeypatch.setattr("kvembed.bars._SECONDS", 0.0)
+    with caplog.at_level("INFO", "kvembed.bars"):
         bulk(embedder, source, tmp_path / "out", shard_rows=20, progress=True)
-    lines = [message for message in caplog.messages if " of 40 rows, " in message]
-    assert [re.sub(r"[\d,]+ tok/s", "N tok/s", line) for line in lines] == [
-        "20 of 40 rows, N tok/s, 00:00 left",
-        "40 of 40 rows, N tok/s, 00:00 left",
+    assert [line for line in caplog.messages if line.startswith("bulk: ")] == [
+        "bulk: 20 of 40 rows, 00:00 left",
+        "bulk: 40 of 40 rows, 00:00 left",
     ]
 
 

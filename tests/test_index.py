@@ -596,7 +596,7 @@ def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
     [
         (("search", "x", "--db", "gone"), "gone: no index here; `kvembed index PATH --db gone` makes one"),
         (("search", "--db", "db"), "say what to look for: a question, or --queries FILE"),
-        (("search", "x", "--queries", "notes/ferry.md", "--db", "db"), "say what to look for"),
+        (("search", "x", "--queries", "notes/ferry.md", "--db", "db"), "a question or --queries, not both"),
         (("search", "x", "--db", "db", "--json", "--trec"), "--json or --trec, not both"),
         (("search", "x", "--db", "db", "--where", "lang = "), "where 'lang = ': "),
         (("search", " ", "--db", "db"), "the query is empty"),

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from tqdm import tqdm
 
+from .bars import Bar
 from .batching import blocks
 from .config import Role
 from .embedder import Embedder
@@ -76,8 +76,6 @@ class Summary:
     texts_cut: int
     max_tokens: int
 
-
-_TELL_SECONDS = 60.0  # between two lines, where there is no bar
 
 Report = Callable[[float, float], None]  # rows and tokens done since the last call
 Engine = Callable[[Job, Embedder, Sequence[Shard], Report], Iterator[Written]]
@@ -233,6 +231,9 @@ def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | 
         if (told["job_hash"], told["rows"], meta.num_rows) == wanted and sha256 in (None, sha256_of(path)):
             return Written(shard.index, told["tokens"], told["texts_cut"], sha256 or "")
     except FileNotFoundError:
+        if sha256 is None:  # it has not been made yet
+            return None
+        logger.warning("%s is missing, and is made again", path)
         return None
     except (OSError, ValueError, KeyError, TypeError, needed("pyarrow", "parquet").ArrowException):
         pass
@@ -285,8 +286,14 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     if told := first_difference(before, {name: value for name, value in now.items() if name not in ("inputs", "rows")}):
         return told
     was = {file["path"]: file for file in before["inputs"]}
-    changed = [file["path"] for file in now["inputs"] if file != was.get(file["path"])]
-    return f"input {changed[0]} has changed, or is new" if changed else "input files are gone"
+    changed = [file for file in now["inputs"] if file != was.get(file["path"])]
+    if not changed:
+        return "input files are gone"
+    known = {file["sha256"]: path for path, file in was.items()}
+    renamed = known.get(changed[0]["sha256"], changed[0]["path"])
+    if renamed != changed[0]["path"]:
+        return f"input {renamed}, not {changed[0]['path']}"
+    return f"input {changed[0]['path']} has changed, or is new"
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
@@ -309,22 +316,14 @@ def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _bar(total: int, done: int, progress: bool) -> Iterator[Report]:
-    """Rows done, rows and tokens a second, and the time left, of what this run does; in a log, a line a minute."""
-    started = told = time.monotonic()
-    rows_here = tokens = 0.0
-    with tqdm(
-        total=total, initial=done, desc="bulk", unit="row", unit_scale=True, disable=None if progress else True
-    ) as bar:
+    """Rows done, rows and tokens a second, and the time left, of what this run does."""
+    started, tokens = time.monotonic(), 0.0
+    with Bar(total=total, initial=done, desc="bulk", unit="row", unit_scale=True, progress=progress) as bar:
 
         def report(rows: float, more: float) -> None:
-            nonlocal rows_here, tokens, told
-            rows_here, tokens, now = rows_here + rows, tokens + more, time.monotonic()
-            pace = f"{tokens / max(now - started, 1e-3):,.0f} tok/s"
-            bar.set_postfix_str(pace, refresh=False)
+            nonlocal tokens
+            tokens += more
+            bar.set_postfix_str(f"{tokens / max(time.monotonic() - started, 1e-3):,.0f} tok/s", refresh=False)
             bar.update(rows)
-            if bar.disable and progress and now - told >= _TELL_SECONDS:
-                told = now
-                left = tqdm.format_interval((total - done - rows_here) * (now - started) / max(rows_here, 1e-3))
-                logger.info("%s of %s rows, %s, %s left", f"{done + rows_here:,.0f}", f"{total:,}", pace, left)
 
         yield report

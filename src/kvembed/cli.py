@@ -308,8 +308,10 @@ def search(
     with one_line_errors():
         from .index import Index
 
-        if (question is None) == (queries is None):
+        if question is None and queries is None:
             raise InputError("say what to look for: a question, or --queries FILE")
+        if question is not None and queries is not None:
+            raise InputError("a question or --queries, not both")
         if as_json and as_trec:
             raise InputError("--json or --trec, not both")
         index = Index.open(db, model=model)

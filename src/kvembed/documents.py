@@ -24,8 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tqdm import tqdm
-
+from .bars import Bar
 from .errors import InputError
 from .files import why
 from .passages import passages
@@ -135,7 +134,7 @@ class Corpus:
         self.files = len(self._files)
         named: dict[str, str] = {}  # column -> field
         draw = random.Random(0)
-        with tqdm(desc="reading", unit="document", unit_scale=True, disable=None if progress else True) as bar:
+        with Bar(desc="reading", unit="document", unit_scale=True, progress=progress) as bar:
             for file in self._files:
                 for document in self._read(file, named):
                     bar.update()

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import models
 from .backbone import Backbone
+from .bars import Bar
 from .batching import blocks, characters, run_batches
 from .config import EmbedConfig, Readout, Role, is_whole
 from .errors import InputError, KvembedError
@@ -377,12 +377,12 @@ class Embedder:
         """
         _refuse_what_is_no_list(texts)
         templates = len(self.config.templates(role))
-        bar = tqdm(
+        bar = Bar(
             total=total and total * templates,
             desc="embedding",
             unit="text",
             unit_scale=1 / templates,  # it counts prompts
-            disable=None if progress else True,
+            progress=progress,
         )
         seen = cut = 0
         with ThreadPoolExecutor(1, "kvembed-tokenizing") as tokenizing, bar:
@@ -483,7 +483,7 @@ class Embedder:
             bar.total = total
             bar.update(done - bar.n)
 
-        with tqdm(desc="fitting", unit="prompt", delay=1, disable=None if progress else True) as bar:
+        with Bar(desc="fitting", unit="prompt", delay=1, progress=progress) as bar:
             return choose_transform(
                 self.fingerprint(),
                 self.config,

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from .bars import Bar
 from .batching import blocks
 from .config import Role
 from .errors import InputError
@@ -114,7 +114,7 @@ def _known(path: Path, subject: Subject, task: Task) -> Result | None:
     return known if known.identity == subject.identity else None
 
 
-def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: tqdm[Any], vectors: Path | None) -> Result:
+def _run(subject: Subject, task: Task, suite: str, store: _Store, bar: Bar, vectors: Path | None) -> Result:
     if subject.fit is not None:
         subject.fit([*task.documents, *task.queries])
     encoded: dict[Role, Encoded] = {}
@@ -197,7 +197,7 @@ class _Store:
         """Whether any of them is not stored."""
         return any(self._row("1", _key(text, role)) is None for text in texts)
 
-    def encode(self, texts: Sequence[str], role: Role, bar: tqdm[Any]) -> tuple[Encoded, float]:
+    def encode(self, texts: Sequence[str], role: Role, bar: Bar) -> tuple[Encoded, float]:
         """Vectors of the texts, from the store or made now, and the seconds that the model took for them."""
         if self._subject.fit is not None:
             start = time.perf_counter()
@@ -253,16 +253,14 @@ def _cost(texts: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _bar(store: _Store, tasks: Sequence[Task], progress: bool) -> Iterator[tqdm[Any]]:
+def _bar(store: _Store, tasks: Sequence[Task], progress: bool) -> Iterator[Bar]:
     waiting: dict[tuple[Role, str], int] = {}
     for task in tasks:
         for role, texts in _inputs(task).items():
             for chunk in store.chunks(texts):
                 if store.lacks(chunk, role):
                     waiting |= {(role, text): _cost([text]) for text in chunk}
-    with tqdm(
-        total=sum(waiting.values()), desc="embedding", unit="char", unit_scale=True, disable=None if progress else True
-    ) as bar:
+    with Bar(total=sum(waiting.values()), desc="embedding", unit="char", unit_scale=True, progress=progress) as bar:
         yield bar
 
 

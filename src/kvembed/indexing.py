@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
+from .bars import Bar
 from .documents import Corpus, Document, Kind, Place, check_same, converted, joint_kind
 from .errors import InputError, KvembedError
 from .files import naming, needed
@@ -105,7 +105,7 @@ class _Writer:
         for place in gone.values():
             self._stale[place.file].append(place.content)
         self._left = Counter(place.file for place in todo.values())
-        with tqdm(total=len(todo), desc="indexing", unit="document", disable=None if progress else True) as bar:
+        with Bar(total=len(todo), desc="indexing", unit="document", progress=progress) as bar:
             written = 0
             for block in self._blocks(corpus.read(todo)):
                 self._add(block)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from .backbone import Backbone
+from .bars import Bar
 from .batching import token_batches
 from .config import EmbedConfig
 from .errors import InputError
@@ -160,7 +160,7 @@ def id_curve(
     states = np.empty((len(backbone.layers), len(texts), backbone.dim), np.float32)
     plain = EmbedConfig()
     lengths = [len(prompt.ids) for prompt in prompts]
-    with tqdm(total=len(texts), desc="reading layers", unit="text", disable=None if progress else True) as bar:
+    with Bar(total=len(texts), desc="reading layers", unit="text", progress=progress) as bar:
         for batch in token_batches(lengths, batch_tokens, backbone.rope_border, packed=backbone.packs):
             ids, real = backbone.pad([prompts[i].ids for i in batch])
             readers = {layer: partial(_keep_last, states[layer], batch, real) for layer in range(len(states))}

@@ -184,7 +184,13 @@ def usable_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} can't be used ({_first_line(error):.100}); cpu, cuda:0, ... can") from None
+        here = torch.accelerator.current_accelerator(check_available=True)
+        known = ["cpu"]
+        if here:
+            known += [f"{here.type}:{number}" for number in range(torch.accelerator.device_count())]
+        raise InputError(
+            f"device {device!r} can't be used; here are {', '.join(known)} ({_first_line(error):.60})"
+        ) from None
 
 
 def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:

@@ -12,9 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .bars import Bar
 from .errors import InputError
 from .files import store
 from .models import cache_folder
@@ -112,7 +112,7 @@ def write_texts(
     prompt = torch.full((batch, 1), start, device=device)
     with (
         torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
-        tqdm(total=count, desc="writing texts", unit="text", disable=None if progress else True) as bar,
+        Bar(total=count, desc="writing texts", unit="text", progress=progress) as bar,
         _own_sampling(model),
     ):
         torch.manual_seed(seed)

@@ -9,8 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
+from .bars import Bar
 from .errors import InputError
 from .files import check_folder, naming, needed, sha256_of
 from .texts import ROW_ENDINGS, Mark, Row, check_unicode, place_of, read_rows
@@ -148,7 +147,7 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
     shards: list[Shard] = []
     id_type: str | None = None
     total = 0
-    with tqdm(desc="reading", unit="row", unit_scale=True, disable=None if progress else True) as bar:
+    with Bar(desc="reading", unit="row", unit_scale=True, progress=progress) as bar:
         for number, name in enumerate(names):
             path = folder / name
             size = _size(path)

@@ -89,7 +89,7 @@ def choose_transform(
             logger.warning("ignoring the damaged transform: %s", error)
     if texts is None and (shipped := _shipped(bound)):
         return shipped
-    logger.info("fitting a transform on %s texts, once", source)
+    logger.info("fitting a transform on %s texts, once; on a CPU that takes minutes", source)
     found = list(dict.fromkeys(write() if texts is None else texts))
     origin: dict[str, Any] = {"texts": source, "texts_sha256": digest or texts_digest(found)}
     check_count(len(found))

@@ -19,8 +19,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
+from .bars import Bar
 from .batching import blocks, characters, give_memory_back
 from .config import EmbedConfig, Role
 from .embedder import Embedder
@@ -122,7 +122,7 @@ def encode_on(
             first += len(block)
 
     seen = cut = 0
-    with tqdm(total=total, desc="embedding", unit="text", disable=None if progress else True) as bar:
+    with Bar(total=total, desc="embedding", unit="text", progress=progress) as bar:
         for piece in run_on(devices, recipe, _encode, numbered()):
             bar.update(len(piece.vectors))
             seen, cut = seen + len(piece.vectors), cut + piece.truncated
