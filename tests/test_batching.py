@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvembed import OutOfMemory
-from kvembed.batching import blocks, run_batches, token_batches
+from kvembed.batching import blocks, is_device_lost, run_batches, token_batches
 
 
 @given(lengths=st.lists(st.integers(0, 3_000_000), max_size=9), count=st.integers(0, 3000))
@@ -60,6 +60,19 @@ def test_out_of_memory_halves_and_says_so(error, caplog):
         "out of memory: batches cut from 50 tokens to 30",
     ]
     assert all(sum(lengths[i] for i in batch) <= 45 for batch in ran)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_a_lost_device_is_told_from_a_full_one(error, lost):
+    assert is_device_lost(error) == lost
 
 
 def test_a_single_text_too_big_is_a_clear_error():
