@@ -289,11 +289,11 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     changed = [file for file in now["inputs"] if file != was.get(file["path"])]
     if not changed:
         return "input files are gone"
-    known = {file["sha256"]: path for path, file in was.items()}
-    renamed = known.get(changed[0]["sha256"], changed[0]["path"])
-    if renamed != changed[0]["path"]:
-        return f"input {renamed}, not {changed[0]['path']}"
-    return f"input {changed[0]['path']} has changed, or is new"
+    path, content = changed[0]["path"], changed[0]["sha256"]
+    known = {file["sha256"]: name for name, file in was.items()}
+    if known.get(content, path) != path:
+        return f"input {known[content]}, not {path}"
+    return f"input {path} has changed, or is new"
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:

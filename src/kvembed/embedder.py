@@ -631,8 +631,7 @@ class Embedder:
         Raises:
             InputError: `folder` is a file, or the model is not a plain transformers model.
         """
-        now = self.fingerprint(anew=True)
-        save_embedder(folder, self.model, self.tokenizer, self.config, self.transform, now)
+        save_embedder(folder, self)
         save_st_files(folder)
 
     def _prompts(

@@ -9,15 +9,17 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .config import EmbedConfig
 from .errors import InputError
 from .files import naming, usual_mode, write_json
 from .models import bars_off, local_path
-from .transform import Transform
+
+if TYPE_CHECKING:
+    from .embedder import Embedder
 
 __all__ = ["CONFIG_FILE", "PROMPTS", "TRANSFORM_FILE", "read_config", "save_embedder", "save_st_files", "usual_method"]
 
@@ -45,25 +47,19 @@ def usual_method(model: str) -> str | None:
     return None if folder is not None and (folder / CONFIG_FILE).is_file() else "auto"
 
 
-def save_embedder(
-    folder: str | os.PathLike[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EmbedConfig,
-    transform: Transform | None,
-    fingerprint: str,
-) -> None:
+def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
     """Write what `Embedder.from_pretrained` opens. Each file appears whole or not at all, the config last.
+
+    A transform is bound to the model as it is now, so that what is opened gives the same vectors.
 
     Args:
         folder: made if missing; what else is in it stays.
-        model, tokenizer, config, transform: of the embedder.
-        fingerprint: of the model as it is now, which the transform is then bound to: opened, it gives the same vectors.
+        embedder: its model, tokenizer, config and transform are written.
 
     Raises:
         InputError: `folder` is a file, or the model is not a plain transformers model.
     """
-    target = Path(folder)
+    target, model, transform = Path(folder), embedder.model, embedder.transform
     if not isinstance(model, PreTrainedModel):
         raise InputError("only a plain transformers model can be saved; with an adapter, call merge_and_unload() first")
     if target.exists() and not target.is_dir():
@@ -73,7 +69,7 @@ def save_embedder(
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
             with bars_off():
                 model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+            embedder.tokenizer.save_pretrained(scratch)
             target.mkdir(exist_ok=True)
             for path in Path(scratch).iterdir():
                 if path.is_dir():
@@ -84,6 +80,7 @@ def save_embedder(
         if transform is None:
             (target / TRANSFORM_FILE).unlink(missing_ok=True)  # another method's, saved here before
         else:
+            fingerprint = embedder.fingerprint(anew=True)
             if transform.info.get("fingerprint") != fingerprint:
                 logger.warning(
                     "the model is not as it was when its transform was fitted (cast to float16, or trained); both are "
@@ -91,7 +88,7 @@ def save_embedder(
                 )
             bound = dataclasses.replace(transform, info=transform.info | {"fingerprint": fingerprint})
             bound.save(target / TRANSFORM_FILE)
-        write_json(target / CONFIG_FILE, config.to_dict())
+        write_json(target / CONFIG_FILE, embedder.config.to_dict())
 
 
 def save_st_files(folder: str | os.PathLike[str]) -> None:

@@ -91,9 +91,7 @@ class EmbedderModule(InputModule):  # type: ignore[misc]
         """Write all that `load` reads; sentence-transformers adds its own files. Raises `InputError` for pickles."""
         if not safe_serialization:
             raise InputError("weights are saved as safetensors only: leave out safe_serialization=False")
-        one = self.embedder
-        now = one.fingerprint(anew=True)
-        save_embedder(output_path, one.model, one.tokenizer, one.config, one.transform, now)
+        save_embedder(output_path, self.embedder)
 
     def preprocess(
         self,

@@ -219,18 +219,21 @@ def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: not JSON ({str(error).splitlines()[0]})") from None
         value = row if isinstance(row, str) else row.get(field) if isinstance(row, dict) else None
-        known = f"; it has {', '.join(map(str, row))[:200]}" if isinstance(row, dict) else ""
         if not isinstance(value, str):
             if isinstance(row, dict) and field in row:
                 raise InputError(f"{place}: field {field!r} holds {json.dumps(value):.40}, not text")
-            raise InputError(f"{place}: no text in field {field!r}{known} (choose with --field)")
+            raise InputError(f"{place}: no text in field {field!r}{_fields(row)} (choose with --field)")
         if id_field is not None and not (isinstance(row, dict) and id_field in row):
-            raise InputError(f"{place}: no field {id_field!r}{known} (choose with --id-field)")
+            raise InputError(f"{place}: no field {id_field!r}{_fields(row)} (choose with --id-field)")
         row_id = None if id_field is None else _id(row[id_field], place, id_field)
         more = (
             {key: row[key] for key in row if key not in (field, id_field)} if others and isinstance(row, dict) else {}
         )
         yield Row(value, row_id, lines.mark, lines.mark.line, more)
+
+
+def _fields(row: Any) -> str:
+    return f"; it has {', '.join(map(str, row))[:200]}" if isinstance(row, dict) else ""
 
 
 def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:
