@@ -7,8 +7,9 @@ same numbers take a third of the time (docs/decisions.md). So tokens are laid ou
     a long text    is cut into pieces of its own, each with all keys up to its end
 
 In a layer that is re-routed a tile's keys have its texts' slots in front; where texts share a beginning that is not
-computed with them (`kvembed.prefix`), the beginning's keys. Sizes are rounded, so that shapes recur from batch to
-batch: one that is new costs more than the product itself.
+computed with them (`kvembed.prefix`), the beginning's keys. Sizes are rounded, so that shapes are few and recur: one
+that is new, or was forgotten by torch meanwhile, costs more than the product itself. And softmax is slow where columns
+do not come in whole vectors.
 
 Logits are rounded to bfloat16, to which large ones would lose their differences (Qwen2.5's keys share a bias that puts
 logits in the hundreds). Softmax does not change when all keys of a text are moved by the same vector, so their mean is
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +30,9 @@ from torch import Tensor
 __all__ = ["Tiles", "suits"]
 
 TILES = (32, 64, 128)  # tokens
-_MOST_PIECES = 16  # of a text: each is another shape
-_STEP = 16  # columns in front come in multiples of it
+_MOST_PIECES = 16  # of a text
+_MOST_WIDTHS = 8  # of pieces of a text: each is two more shapes, and the command line keeps 24 (`kvembed.process`)
+_STEP = 32  # columns in front come in multiples of it: numbers in a vector
 _HIDDEN = float("-inf")
 
 
@@ -47,6 +50,29 @@ class _Long:
     key: int
     tokens: int
     piece: int  # tokens of a piece; the last one is filled up
+    step: int  # a piece's columns come in multiples of it, apart from those in front
+
+    @property
+    def rows(self) -> int:
+        return _up(self.tokens, self.piece)
+
+
+class _Places(NamedTuple):
+    """Where a token's head is among the rows of all heads, and back; each of a layout's parts lies head by head.
+
+    Attributes:
+        queries: (Hkv*rows,) int64, which of the T*Hkv each row is.
+        keys: (Hkv*columns,) int64, the same for keys and values, a beginning's among them.
+        tokens: (T*Hkv,) int64, the row of each.
+        slots: (slots*Hkv,) int64, the key rows that are slots.
+        slot_texts: (slots*Hkv,) int64, which of the texts*Hkv slots they are.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    tokens: Tensor
+    slots: Tensor
+    slot_texts: Tensor
 
 
 class Tiles:
@@ -97,15 +123,15 @@ class Tiles:
         for text, tokens in enumerate(lengths):
             if tokens > self._tile:
                 piece = _up(-(-tokens // _MOST_PIECES), self._tile)
-                self._long.append(_Long(len(queries), len(keys), tokens, piece))
+                step = piece * -(-tokens // (piece * _MOST_WIDTHS))
+                self._long.append(_Long(len(queries), len(keys), tokens, piece, step))
                 here = list(range(starts[text], starts[text] + tokens))
                 queries += _filled(here, _up(tokens, piece))
                 keys += _filled(here[-1:] if routed else before, self._front) + _filled(here, _up(tokens, piece))
                 slots += _filled([text] if routed else [], self._front) + [-1] * _up(tokens, piece)
         query, key = torch.tensor(queries), torch.tensor(keys)
-        self._queries, self._keys, self._slots = query.clip(0), key.clip(0), torch.tensor(slots)
-        self._places = torch.empty(sum(lengths), dtype=torch.long)  # token -> its row among queries
-        self._places[query[query >= 0]] = (query >= 0).nonzero()[:, 0]
+        self._queries, self._keys, self._slots = query, key, torch.tensor(slots)
+        self._places: dict[int, _Places] = {}  # by Hkv
         self._mask = self._shared_mask(query, key)
         self._corners = {
             piece: torch.full((piece, piece), _HIDDEN, dtype=torch.bfloat16).triu(1)[:, None]
@@ -147,55 +173,83 @@ class Tiles:
             (1,T,Hq,Dv).
         """
         heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-        # A token's heads that share keys stay side by side: (Hkv,rows,G*Dk)
-        rows = query[0].transpose(0, 1).reshape(-1, heads, groups * query.shape[-1])
-        rows = rows.transpose(0, 1).index_select(1, self._queries)
-        keys = self._moved(key[0].float(), scale, slot_key, before)  # (Hkv,columns,Dk)
-        values = value[0] if before is None else torch.cat([value[0], before[1]], 1)
-        values = values.index_select(1, self._keys)  # (Hkv,columns,Dv)
-        out = rows.new_empty(heads, rows.shape[1], groups * value.shape[-1])
+        at = self._places_of(heads)
+        moved, slot_key = self._moved(key, slot_key, before)
+        values = _tokens_first(value, before and before[1])
+        # Tokens come first, as projections leave them, so that a row is what one token's heads that share keys have.
+        q = query[0].transpose(0, 1).reshape(-1, groups * query.shape[-1]).index_select(0, at.queries)
+        k, v = (part.flatten(0, 1).index_select(0, at.keys) for part in (moved, values))
+        if slot_key is not None:
+            k[at.slots] = slot_key.flatten(0, 1).index_select(0, at.slot_texts)
+        out = q.new_empty(len(q), groups * value.shape[-1])
         if self._shared:
-            tokens, columns = self._shared * self._tile, self._shared * (self._width + self._tile)
-            q = rows[:, :tokens].reshape(heads * self._shared, self._tile * groups, -1)
-            k, v = (part[:, :columns].reshape(heads * self._shared, -1, part.shape[-1]) for part in (keys, values))
-            logits = torch.bmm(q, k.transpose(1, 2)).view(heads, self._shared, self._tile, groups, -1)
-            logits += self._mask
-            found = torch.bmm(logits.softmax(-1).view(len(q), -1, k.shape[1]), v)
-            out[:, :tokens] = found.view(heads, tokens, -1)
+            count = heads * self._shared
+            rows, columns = count * self._tile, count * (self._width + self._tile)
+            shared = q[:rows].view(count, self._tile * groups, -1)
+            logits = _logits(shared, k[:columns].view(count, -1, k.shape[-1]), scale)
+            logits.view(heads, self._shared, self._tile, groups, -1).add_(self._mask)
+            found = torch.bmm(logits.softmax(-1), v[:columns].view(count, -1, v.shape[-1]))
+            out[:rows] = found.view(rows, -1)
         for long in self._long:
-            for start in range(0, long.tokens, long.piece):
-                here = slice(long.query + start, long.query + start + long.piece)
-                there = slice(long.key, long.key + self._front + start + long.piece)
-                q = rows[:, here].reshape(heads, long.piece * groups, -1)
-                logits = torch.bmm(q, keys[:, there].transpose(1, 2)).view(heads, long.piece, groups, -1)
+            rows, columns = long.rows, self._front + long.rows
+            here, there = slice(heads * long.query, None), slice(heads * long.key, heads * (long.key + columns))
+            queries, outs = (part[here][: heads * rows].view(heads, rows, -1) for part in (q, out))
+            k_long, v_long = (part[there].view(heads, columns, -1) for part in (k, v))
+            for start in range(0, rows, long.piece):
+                end = self._front + start + long.piece
+                width = self._front + min(_up(start + long.piece, long.step), rows)
+                part = queries[:, start : start + long.piece].reshape(heads, long.piece * groups, -1)
+                logits = _logits(part, k_long[:, :width], scale).view(heads, long.piece, groups, width)
                 logits[..., self._used : self._front] = _HIDDEN
+                logits[..., end:] = _HIDDEN
                 if self._routed:
                     logits[..., 0] += self._bias
                     if not self._slot_self and start + long.piece >= long.tokens:
                         logits[:, long.tokens - 1 - start, :, 0] = _HIDDEN
-                logits[..., -long.piece :] += self._corners[long.piece]
-                found = torch.bmm(logits.softmax(-1).view(heads, q.shape[1], -1), values[:, there])
-                out[:, here] = found.view(heads, long.piece, -1)
-        out = out.transpose(0, 1).index_select(0, self._places)  # (T,Hkv,G*Dv)
-        return out.view(1, len(out), query.shape[1], -1)
+                logits[..., end - long.piece : end] += self._corners[long.piece]
+                found = torch.bmm(logits.softmax(-1).view(heads, -1, width), v_long[:, :width])
+                outs[:, start : start + long.piece] = found.view(heads, long.piece, -1)
+        return out.index_select(0, at.tokens).view(1, -1, query.shape[1], value.shape[-1])
 
     def _moved(
-        self, key: Tensor, scale: float, slot_key: Tensor | None, before: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """Keys in their places (Hkv,columns,Dk), times `scale`, their text's mean, or the beginning's, taken off."""
+        self, key: Tensor, slot_key: Tensor | None, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keys (T+p,Hkv,Dk) and slots (texts,Hkv,Dk), their text's mean, or the beginning's, taken off."""
         if before is not None:  # all texts see it, so all are moved by its mean
-            first = before[0].float()
-            moved = (torch.cat([key, first], 1) - first.mean(1, keepdim=True)) * scale
-            return moved.to(torch.bfloat16).index_select(1, self._keys)
-        mean = key.new_zeros(key.shape[0], len(self._lengths), key.shape[-1]).index_add_(1, self._text, key)
-        mean /= self._lengths[:, None]  # (Hkv,texts,Dk)
-        moved = (key - mean.index_select(1, self._text)) * scale
-        keys = moved.to(torch.bfloat16).index_select(1, self._keys)
-        if slot_key is not None:
-            slots = (slot_key.float().transpose(0, 1) - mean) * scale
-            columns = self._slots >= 0
-            keys[:, columns] = slots.to(torch.bfloat16)[:, self._slots[columns]]
-        return keys
+            return _tokens_first(key, before[0]) - before[0].float().mean(1).to(key.dtype), None
+        keys = _tokens_first(key)
+        total = torch.zeros(len(self._lengths), keys[0].numel()).index_add_(0, self._text, keys.flatten(1).float())
+        mean = (total / self._lengths[:, None]).to(key.dtype).view(-1, *keys.shape[1:])
+        return keys - mean.index_select(0, self._text), None if slot_key is None else slot_key - mean
+
+    def _places_of(self, heads: int) -> _Places:
+        if heads not in self._places:
+            rows = [self._shared * self._tile, *(long.rows for long in self._long)]
+            columns = [
+                self._shared * (self._width + self._tile),
+                *(self._front + long.rows for long in self._long),
+            ]
+            head = torch.arange(heads)[:, None]
+            queries, keys, slots = (
+                torch.cat([(part * heads + head).flatten() for part in index.split(sizes)])  # filling stays negative
+                for index, sizes in ((self._queries, rows), (self._keys, columns), (self._slots, columns))
+            )
+            tokens = torch.empty(len(self._text) * heads, dtype=torch.long)
+            tokens[queries[queries >= 0]] = (queries >= 0).nonzero()[:, 0]
+            used = (slots >= 0).nonzero()[:, 0]
+            self._places[heads] = _Places(queries.clip(0), keys.clip(0), tokens, used, slots[used])
+        return self._places[heads]
+
+
+def _tokens_first(own: Tensor, before: Tensor | None = None) -> Tensor:
+    """(1,Hkv,T,D), and (Hkv,p,D) behind it -> (T+p,Hkv,D)."""
+    rows = own[0].transpose(0, 1)
+    return rows if before is None else torch.cat([rows, before.transpose(0, 1)])
+
+
+def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """(N,rows,D), (N,columns,D) -> (N,rows,columns)."""
+    return torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=scale)
 
 
 def _up(number: int, step: int) -> int:
