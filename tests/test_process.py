@@ -44,6 +44,25 @@ def test_no_page_is_fetched_twice(monkeypatch):
     assert faults("keep_for_the_next_batch()", monkeypatch, MALLOC_MMAP_THRESHOLD_="65536") > given_back / 2
 
 
+def test_what_is_imported_is_never_looked_through_again():
+    code = """
+import gc
+from kvembed.process import importing
+try:
+    with importing():
+        assert not gc.isenabled()
+        import torch
+        raise ImportError
+except ImportError:
+    assert gc.isenabled() and gc.get_freeze_count() > 100_000
+frozen = gc.get_freeze_count()
+with importing():  # nothing is left to import
+    assert gc.isenabled()
+assert gc.get_freeze_count() == frozen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems' OpenMP has no such teams")
 def test_the_threads_of_one_who_leaves_are_let_go():
     code = """

@@ -582,6 +582,7 @@ def _hook(stock: str) -> str:
     # Not named after `stock`: words like "flash" or "sdpa" in a name switch other code paths in transformers.
     name = f"kvembed_{_hook.cache_info().currsize}"
 
+    @torch.compiler.disable  # which of a forward's calls this is, and whose, a compiled graph can't ask
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         attend = _ACTIVE.get()
         if attend is None:

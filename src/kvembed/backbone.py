@@ -508,16 +508,15 @@ class Backbone:
             yield
 
     def compile(self) -> None:
-        """`torch.compile` what in each layer holds no attention (norms, feed-forward), in place, for any shape.
+        """`torch.compile` each layer's parts (norms, projections and their rotation, feed-forward), in place, for any
+        shape.
 
         The first forwards are slow, seconds to half a minute; vectors change by rounding alone. It needs a C++ compiler
-        on a CPU. Attention stays as it is: it calls back into Python, which a compiled graph can't hold.
+        on a CPU. Attention itself stays as it is (see `kvembed.attention`), and hooks of whole layers run as before.
         """
-        attention = {*self.layer_calls}
         for layer in self.layers:
             for part in layer.children():
-                if attention.isdisjoint(part.modules()):
-                    part.compile(dynamic=True)
+                part.compile(dynamic=True)
 
 
 def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,7 +33,7 @@ from .console import (
 from .errors import InputError
 from .files import check_writable, naming, needed, whole_file, why
 from .methods import METHODS, preset
-from .process import keep_for_the_next_batch, quiet
+from .process import importing, keep_for_the_next_batch, quiet
 from .texts import read_rows, read_texts, stream_rows
 from .vectors import check_output, write_vectors
 
@@ -709,9 +709,10 @@ def _loader(
         raise InputError(f"--layers: method {method} runs no layer")
 
     def load() -> Embedder:
-        quiet()
-        from .embedder import Embedder
-        from .saved import usual_method
+        with importing():
+            quiet()
+            from .embedder import Embedder
+            from .saved import usual_method
 
         embedder = Embedder.from_pretrained(
             model,

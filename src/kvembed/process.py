@@ -1,12 +1,17 @@
-"""The command line's process: freed memory stays for the next batch, idle threads go, transformers is quiet."""
+"""The command line's process: quick imports, freed memory stays for the next batch, idle threads go, transformers is
+quiet."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["keep_for_the_next_batch", "leave_computing", "quiet"]
+__all__ = ["importing", "keep_for_the_next_batch", "leave_computing", "quiet"]
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _OWN_MAPPING = 32 << 20  # bytes; the most that every glibc takes
@@ -32,6 +37,24 @@ def keep_for_the_next_batch() -> None:
         for name, (limit, size) in limits.items():
             mallopt(limit, size)
             os.environ[name] = str(size)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """For a command's first imports: no garbage collection, which would go through all that stays again and again.
+
+    Nor is any of it looked at later, when the process ends for one: that makes a third of the time in which one
+    sentence is embedded (docs/decisions.md).
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def leave_computing() -> None:
