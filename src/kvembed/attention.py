@@ -582,7 +582,6 @@ def _hook(stock: str) -> str:
     # Not named after `stock`: words like "flash" or "sdpa" in a name switch other code paths in transformers.
     name = f"kvembed_{_hook.cache_info().currsize}"
 
-    @torch.compiler.disable  # which of a forward's calls this is, and whose, a compiled graph can't ask
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         attend = _ACTIVE.get()
         if attend is None:
@@ -601,6 +600,7 @@ def _hook(stock: str) -> str:
         make = sdpa_mask if attend is not None else ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
         return None if make is None else make(*args, **kwargs)
 
-    AttentionInterface.register(name, attention)
+    # A compiled graph can't ask which of a forward's calls this is, and whose.
+    AttentionInterface.register(name, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
     AttentionMaskInterface.register(name, mask)
     return name

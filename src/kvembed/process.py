@@ -1,5 +1,4 @@
-"""The command line's process: quick imports, freed memory stays for the next batch, idle threads go, transformers is
-quiet."""
+"""The command line's process: imports are quick, freed memory stays for the next batch, idle threads go."""
 
 from __future__ import annotations
 

@@ -124,11 +124,12 @@ class Tiles:
             if tokens > self._tile:
                 piece = _up(-(-tokens // _MOST_PIECES), self._tile)
                 step = piece * -(-tokens // (piece * _MOST_WIDTHS))
-                self._long.append(_Long(len(queries), len(keys), tokens, piece, step))
+                long = _Long(len(queries), len(keys), tokens, piece, step)
+                self._long.append(long)
                 here = list(range(starts[text], starts[text] + tokens))
-                queries += _filled(here, _up(tokens, piece))
-                keys += _filled(here[-1:] if routed else before, self._front) + _filled(here, _up(tokens, piece))
-                slots += _filled([text] if routed else [], self._front) + [-1] * _up(tokens, piece)
+                queries += _filled(here, long.rows)
+                keys += _filled(here[-1:] if routed else before, self._front) + _filled(here, long.rows)
+                slots += _filled([text] if routed else [], self._front) + [-1] * long.rows
         query, key = torch.tensor(queries), torch.tensor(keys)
         self._queries, self._keys, self._slots = query, key, torch.tensor(slots)
         self._places: dict[int, _Places] = {}  # by Hkv
@@ -192,24 +193,29 @@ class Tiles:
             out[:rows] = found.view(rows, -1)
         for long in self._long:
             rows, columns = long.rows, self._front + long.rows
-            here, there = slice(heads * long.query, None), slice(heads * long.key, heads * (long.key + columns))
-            queries, outs = (part[here][: heads * rows].view(heads, rows, -1) for part in (q, out))
-            k_long, v_long = (part[there].view(heads, columns, -1) for part in (k, v))
-            for start in range(0, rows, long.piece):
-                end = self._front + start + long.piece
-                width = self._front + min(_up(start + long.piece, long.step), rows)
-                part = queries[:, start : start + long.piece].reshape(heads, long.piece * groups, -1)
-                logits = _logits(part, k_long[:, :width], scale).view(heads, long.piece, groups, width)
-                logits[..., self._used : self._front] = _HIDDEN
-                logits[..., end:] = _HIDDEN
-                if self._routed:
-                    logits[..., 0] += self._bias
-                    if not self._slot_self and start + long.piece >= long.tokens:
-                        logits[:, long.tokens - 1 - start, :, 0] = _HIDDEN
-                logits[..., end - long.piece : end] += self._corners[long.piece]
-                found = torch.bmm(logits.softmax(-1).view(heads, -1, width), v_long[:, :width])
-                outs[:, start : start + long.piece] = found.view(heads, long.piece, -1)
+            here = slice(heads * long.query, heads * (long.query + rows))
+            there = slice(heads * long.key, heads * (long.key + columns))
+            own = q[here].view(heads, rows, -1), k[there].view(heads, columns, -1), v[there].view(heads, columns, -1)
+            self._attend_long(long, *own, scale, out[here].view(heads, rows, -1))
         return out.index_select(0, at.tokens).view(1, -1, query.shape[1], value.shape[-1])
+
+    def _attend_long(self, long: _Long, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> None:
+        """Piece by piece: (Hkv,rows,G*Dk), (Hkv,front + rows,Dk), (Hkv,front + rows,Dv) -> out (Hkv,rows,G*Dv)."""
+        heads, groups = len(key), query.shape[-1] // key.shape[-1]
+        for start in range(0, long.rows, long.piece):
+            stop = start + long.piece
+            end, width = self._front + stop, self._front + min(_up(stop, long.step), long.rows)
+            rows = query[:, start:stop].reshape(heads, long.piece * groups, -1)
+            logits = _logits(rows, key[:, :width], scale).view(heads, long.piece, groups, width)
+            logits[..., self._used : self._front] = _HIDDEN
+            logits[..., end:] = _HIDDEN
+            if self._routed:
+                logits[..., 0] += self._bias
+                if not self._slot_self and stop >= long.tokens:
+                    logits[:, long.tokens - 1 - start, :, 0] = _HIDDEN
+            logits[..., end - long.piece : end] += self._corners[long.piece]
+            found = torch.bmm(logits.softmax(-1).view(heads, -1, width), value[:, :width])
+            out[:, start:stop] = found.view(heads, long.piece, -1)
 
     def _moved(
         self, key: Tensor, slot_key: Tensor | None, before: tuple[Tensor, Tensor] | None
@@ -225,13 +231,10 @@ class Tiles:
     def _places_of(self, heads: int) -> _Places:
         if heads not in self._places:
             rows = [self._shared * self._tile, *(long.rows for long in self._long)]
-            columns = [
-                self._shared * (self._width + self._tile),
-                *(self._front + long.rows for long in self._long),
-            ]
+            columns = [self._shared * (self._width + self._tile), *(self._front + long.rows for long in self._long)]
             head = torch.arange(heads)[:, None]
-            queries, keys, slots = (
-                torch.cat([(part * heads + head).flatten() for part in index.split(sizes)])  # filling stays negative
+            queries, keys, slots = (  # filling stays negative
+                torch.cat([(part * heads + head).flatten() for part in torch.split(index, sizes)])
                 for index, sizes in ((self._queries, rows), (self._keys, columns), (self._slots, columns))
             )
             tokens = torch.empty(len(self._text) * heads, dtype=torch.long)
