@@ -439,5 +439,5 @@ def test_few_compiled_products_are_kept(monkeypatch):
     code = "import json, os, kvembed.cli as cli\ntry: cli.main()\nfinally: print(json.dumps(dict(os.environ)))"
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["LRU_CACHE_CAPACITY"], told["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("24", "7")
+    assert (told["LRU_CACHE_CAPACITY"], told["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("32", "7")
     assert told["MALLOC_TRIM_THRESHOLD_"] == str(256 << 20)  # for the processes that it starts

@@ -25,7 +25,7 @@ def keep_for_the_next_batch() -> None:
     1,024 compiled matrix products, one for each length of a batch and shape of a weight: 600 MB.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "24")
+        os.environ.setdefault(name, "32")
     limits = {
         "MALLOC_MMAP_THRESHOLD_": (_MMAP_THRESHOLD, _OWN_MAPPING),
         "MALLOC_TRIM_THRESHOLD_": (_TRIM_THRESHOLD, _KEPT),

@@ -21,6 +21,7 @@ Letters: T tokens of all texts, Hq query heads, Hkv key-value heads, G = Hq / Hk
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ __all__ = ["Tiles", "suits"]
 
 TILES = (32, 64, 128)  # tokens
 _MOST_PIECES = 16  # of a text
-_MOST_WIDTHS = 8  # of pieces of a text: each is two more shapes, and the command line keeps 24 (`kvembed.process`)
+_MOST_WIDTHS = 8  # of pieces of a text: each is two more shapes, and the command line keeps 32 (`kvembed.process`)
+_AT_ONCE = 2  # long texts: heads may be too few for all processors, but logits must not outgrow their cache
 _STEP = 32  # columns in front come in multiples of it: numbers in a vector
 _HIDDEN = float("-inf")
 
@@ -44,17 +46,14 @@ def suits(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Long:
-    """A text with pieces of its own: where its rows begin among queries and keys, and their number."""
+    """Texts with as many pieces of their own: where their rows begin among queries and keys, and how many each has."""
 
     query: int
     key: int
-    tokens: int
+    tokens: tuple[int, ...]
     piece: int  # tokens of a piece; the last one is filled up
+    rows: int
     step: int  # a piece's columns come in multiples of it, apart from those in front
-
-    @property
-    def rows(self) -> int:
-        return _up(self.tokens, self.piece)
 
 
 class _Places(NamedTuple):
@@ -120,16 +119,21 @@ class Tiles:
             keys += _filled(tokens_here, self._tile)
             slots += _filled(texts if routed else [], self._width) + [-1] * self._tile
         self._long = []
+        alike = defaultdict(list)  # texts by their size
         for text, tokens in enumerate(lengths):
             if tokens > self._tile:
                 piece = _up(-(-tokens // _MOST_PIECES), self._tile)
-                step = piece * -(-tokens // (piece * _MOST_WIDTHS))
-                long = _Long(len(queries), len(keys), tokens, piece, step)
-                self._long.append(long)
-                here = list(range(starts[text], starts[text] + tokens))
-                queries += _filled(here, long.rows)
-                keys += _filled(here[-1:] if routed else before, self._front) + _filled(here, long.rows)
-                slots += _filled([text] if routed else [], self._front) + [-1] * long.rows
+                alike[piece, _up(tokens, piece)].append(text)
+        for (piece, rows), same in alike.items():
+            step = piece * -(-rows // (piece * _MOST_WIDTHS))
+            for texts in (same[first : first + _AT_ONCE] for first in range(0, len(same), _AT_ONCE)):
+                tokens_of = tuple(lengths[text] for text in texts)
+                self._long.append(_Long(len(queries), len(keys), tokens_of, piece, rows, step))
+                for text in texts:
+                    here = list(range(starts[text], starts[text] + lengths[text]))
+                    queries += _filled(here, rows)
+                    keys += _filled(here[-1:] if routed else before, self._front) + _filled(here, rows)
+                    slots += _filled([text] if routed else [], self._front) + [-1] * rows
         query, key = torch.tensor(queries), torch.tensor(keys)
         self._queries, self._keys, self._slots = query, key, torch.tensor(slots)
         self._places: dict[int, _Places] = {}  # by Hkv
@@ -192,30 +196,34 @@ class Tiles:
             found = torch.bmm(logits.softmax(-1), v[:columns].view(count, -1, v.shape[-1]))
             out[:rows] = found.view(rows, -1)
         for long in self._long:
-            rows, columns = long.rows, self._front + long.rows
-            here = slice(heads * long.query, heads * (long.query + rows))
-            there = slice(heads * long.key, heads * (long.key + columns))
-            own = q[here].view(heads, rows, -1), k[there].view(heads, columns, -1), v[there].view(heads, columns, -1)
-            self._attend_long(long, *own, scale, out[here].view(heads, rows, -1))
+            count, columns = heads * len(long.tokens), self._front + long.rows
+            here = slice(heads * long.query, heads * long.query + count * long.rows)
+            there = slice(heads * long.key, heads * long.key + count * columns)
+            own, outs = (part[here].view(count, long.rows, -1) for part in (q, out))
+            seen, values = (part[there].view(count, columns, -1) for part in (k, v))
+            self._attend_long(long, own, seen, values, scale, outs)
         return out.index_select(0, at.tokens).view(1, -1, query.shape[1], value.shape[-1])
 
     def _attend_long(self, long: _Long, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> None:
-        """Piece by piece: (Hkv,rows,G*Dk), (Hkv,front + rows,Dk), (Hkv,front + rows,Dv) -> out (Hkv,rows,G*Dv)."""
-        heads, groups = len(key), query.shape[-1] // key.shape[-1]
+        """Piece by piece, N being heads times texts: (N,rows,G*Dk), (N,front + rows,Dk or Dv) -> out (N,rows,G*Dv)."""
+        count, groups = len(key), query.shape[-1] // key.shape[-1]
         for start in range(0, long.rows, long.piece):
             stop = start + long.piece
             end, width = self._front + stop, self._front + min(_up(stop, long.step), long.rows)
-            rows = query[:, start:stop].reshape(heads, long.piece * groups, -1)
-            logits = _logits(rows, key[:, :width], scale).view(heads, long.piece, groups, width)
-            logits[..., self._used : self._front] = _HIDDEN
-            logits[..., end:] = _HIDDEN
+            rows = query[:, start:stop].reshape(count, long.piece * groups, -1)
+            logits = _logits(rows, key[:, :width], scale).view(count, long.piece, groups, width)
+            if self._used < self._front:
+                logits[..., self._used : self._front] = _HIDDEN
+            if end < width:
+                logits[..., end:] = _HIDDEN
             if self._routed:
                 logits[..., 0] += self._bias
-                if not self._slot_self and stop >= long.tokens:
-                    logits[:, long.tokens - 1 - start, :, 0] = _HIDDEN
+                if not self._slot_self and stop == long.rows:
+                    lasts = torch.tensor(long.tokens).repeat(count // len(long.tokens)) - 1 - start
+                    logits[torch.arange(count), lasts, :, 0] = _HIDDEN
             logits[..., end - long.piece : end] += self._corners[long.piece]
-            found = torch.bmm(logits.softmax(-1).view(heads, -1, width), value[:, :width])
-            out[:, start:stop] = found.view(heads, long.piece, -1)
+            found = torch.bmm(logits.softmax(-1).view(count, -1, width), value[:, :width])
+            out[:, start:stop] = found.view(count, long.piece, -1)
 
     def _moved(
         self, key: Tensor, slot_key: Tensor | None, before: tuple[Tensor, Tensor] | None
@@ -230,8 +238,9 @@ class Tiles:
 
     def _places_of(self, heads: int) -> _Places:
         if heads not in self._places:
-            rows = [self._shared * self._tile, *(long.rows for long in self._long)]
-            columns = [self._shared * (self._width + self._tile), *(self._front + long.rows for long in self._long)]
+            rows = [self._shared * self._tile, *(len(long.tokens) * long.rows for long in self._long)]
+            columns = [self._shared * (self._width + self._tile)]
+            columns += [len(long.tokens) * (self._front + long.rows) for long in self._long]
             head = torch.arange(heads)[:, None]
             queries, keys, slots = (  # filling stays negative
                 torch.cat([(part * heads + head).flatten() for part in torch.split(index, sizes)])
