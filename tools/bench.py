@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak import peak_of
 from tiny import tiny_embedder
 from torch import Tensor, nn
 
@@ -329,12 +329,8 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             source = folder / f"{count}.txt"
             source.write_text("".join(f"Text number {i} of {count}, about {i % 97} things.\n" for i in range(count)))
             command = [sys.executable, "-m", "kvembed", "embed", source, "-o", folder / "out.npy"]
-            process = subprocess.Popen([*map(str, command), "--model", str(folder / "tiny")])
-            _, status, used = os.wait4(process.pid, 0)
-            if status:
-                raise RuntimeError(f"kvembed embed failed with {status}")
-            peak = used.ru_maxrss / 1024
-            rows.append({"texts": count, "peak_mib": round(peak)})
+            command += ["--model", folder / "tiny", "--dtype", arguments.dtype]
+            rows.append({"texts": count, "peak_mib": round(peak_of(command) / 1024)})
     rows.append({"what": "peak of many over few", "ratio": round(rows[-1]["peak_mib"] / rows[0]["peak_mib"], 3)})
     return rows
 

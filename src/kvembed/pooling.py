@@ -48,4 +48,6 @@ def pool(states: Tensor, lengths: Tensor, spans: Tensor, pooling: Pooling, mean_
         (B, D) float32, not yet normalised.
     """
     weights = token_weights(lengths, spans, states.shape[1], pooling, mean_tokens)
+    if states.dtype == torch.float16:  # padding may have overflowed, and 0 times infinity is no number
+        states = states.masked_fill(weights[..., None] == 0, 0)
     return torch.einsum("bn,bnd->bd", weights, states.float())

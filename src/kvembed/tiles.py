@@ -4,7 +4,7 @@ Where a processor has no AMX, torch's fused kernel multiplies bfloat16 far below
 same numbers take a third of the time (docs/decisions.md). So tokens are laid out in tiles:
 
     short texts    as many as fit share a tile of 128, 64 or 32 tokens; all such tiles are one product
-    a long text    is cut into pieces of its own, each with all keys up to its end
+    a long text    is cut into tiles of its own, each with all keys up to its end
 
 In a layer that is re-routed a tile's keys have its texts' slots in front; where texts share a beginning that is not
 computed with them (`kvembed.prefix`), the beginning's keys. Sizes are rounded, so that shapes are few and recur: one
@@ -31,8 +31,7 @@ from torch import Tensor
 __all__ = ["Tiles", "suits"]
 
 TILES = (32, 64, 128)  # tokens
-_MOST_PIECES = 16  # of a text
-_MOST_WIDTHS = 8  # of pieces of a text: each is two more shapes, and the command line keeps 32 (`kvembed.process`)
+_MOST_WIDTHS = 8  # of tiles of a long text: each is two more shapes, and the command line keeps 32 (`kvembed.process`)
 _AT_ONCE = 2  # long texts: heads may be too few for all processors, but logits must not outgrow their cache
 _STEP = 32  # columns in front come in multiples of it: numbers in a vector
 _HIDDEN = float("-inf")
@@ -46,14 +45,13 @@ def suits(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Long:
-    """Texts with as many pieces of their own: where their rows begin among queries and keys, and how many each has."""
+    """Texts with as many tiles of their own: where their rows begin among queries and keys, and how many each has."""
 
     query: int
     key: int
     tokens: tuple[int, ...]
-    piece: int  # tokens of a piece; the last one is filled up
-    rows: int
-    step: int  # a piece's columns come in multiples of it, apart from those in front
+    rows: int  # the last tile's are filled up
+    step: int  # a tile's columns come in multiples of it, apart from those in front
 
 
 class _Places(NamedTuple):
@@ -103,7 +101,7 @@ class Tiles:
                 shared[-1].append(text)
                 room -= tokens
         self._shared = len(shared)
-        # Columns in front: in a shared tile, in a long text's piece, and how many of the latter are in use.
+        # Columns in front: in a shared tile, in a long text's, and how many of the latter are in use.
         self._routed = routed
         self._width, self._front, self._used = _up(prefix, _STEP), _up(prefix, _STEP), prefix
         if routed:
@@ -122,13 +120,12 @@ class Tiles:
         alike = defaultdict(list)  # texts by their size
         for text, tokens in enumerate(lengths):
             if tokens > self._tile:
-                piece = _up(-(-tokens // _MOST_PIECES), self._tile)
-                alike[piece, _up(tokens, piece)].append(text)
-        for (piece, rows), same in alike.items():
-            step = piece * -(-rows // (piece * _MOST_WIDTHS))
+                alike[_up(tokens, self._tile)].append(text)
+        for rows, same in alike.items():
+            step = _up(-(-rows // _MOST_WIDTHS), self._tile)
             for texts in (same[first : first + _AT_ONCE] for first in range(0, len(same), _AT_ONCE)):
                 tokens_of = tuple(lengths[text] for text in texts)
-                self._long.append(_Long(len(queries), len(keys), tokens_of, piece, rows, step))
+                self._long.append(_Long(len(queries), len(keys), tokens_of, rows, step))
                 for text in texts:
                     here = list(range(starts[text], starts[text] + lengths[text]))
                     queries += _filled(here, rows)
@@ -138,10 +135,7 @@ class Tiles:
         self._queries, self._keys, self._slots = query, key, torch.tensor(slots)
         self._places: dict[int, _Places] = {}  # by Hkv
         self._mask = self._shared_mask(query, key)
-        self._corners = {
-            piece: torch.full((piece, piece), _HIDDEN, dtype=torch.bfloat16).triu(1)[:, None]
-            for piece in {long.piece for long in self._long}
-        }
+        self._corner = torch.full((self._tile, self._tile), _HIDDEN, dtype=torch.bfloat16).triu(1)[:, None]
 
     def _shared_mask(self, query: Tensor, key: Tensor) -> Tensor:
         """(N,tile,1,width + tile) bfloat16, additive: what each token of a shared tile sees; 1 is for the heads."""
@@ -205,13 +199,13 @@ class Tiles:
         return out.index_select(0, at.tokens).view(1, -1, query.shape[1], value.shape[-1])
 
     def _attend_long(self, long: _Long, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> None:
-        """Piece by piece, N being heads times texts: (N,rows,G*Dk), (N,front + rows,Dk or Dv) -> out (N,rows,G*Dv)."""
+        """Tile by tile, N being heads times texts: (N,rows,G*Dk), (N,front + rows,Dk or Dv) -> out (N,rows,G*Dv)."""
         count, groups = len(key), query.shape[-1] // key.shape[-1]
-        for start in range(0, long.rows, long.piece):
-            stop = start + long.piece
+        for start in range(0, long.rows, self._tile):
+            stop = start + self._tile
             end, width = self._front + stop, self._front + min(_up(stop, long.step), long.rows)
-            rows = query[:, start:stop].reshape(count, long.piece * groups, -1)
-            logits = _logits(rows, key[:, :width], scale).view(count, long.piece, groups, width)
+            rows = query[:, start:stop].reshape(count, self._tile * groups, -1)
+            logits = _logits(rows, key[:, :width], scale).view(count, self._tile, groups, width)
             if self._used < self._front:
                 logits[..., self._used : self._front] = _HIDDEN
             if end < width:
@@ -221,9 +215,9 @@ class Tiles:
                 if not self._slot_self and stop == long.rows:
                     lasts = torch.tensor(long.tokens).repeat(count // len(long.tokens)) - 1 - start
                     logits[torch.arange(count), lasts, :, 0] = _HIDDEN
-            logits[..., end - long.piece : end] += self._corners[long.piece]
+            logits[..., end - self._tile : end] += self._corner
             found = torch.bmm(logits.softmax(-1).view(count, -1, width), value[:, :width])
-            out[:, start:stop] = found.view(count, long.piece, -1)
+            out[:, start:stop] = found.view(count, self._tile, -1)
 
     def _moved(
         self, key: Tensor, slot_key: Tensor | None, before: tuple[Tensor, Tensor] | None
