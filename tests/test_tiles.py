@@ -16,7 +16,7 @@ from kvembed.tiles import TILES, Tiles, suits
 CPU = torch.device("cpu")
 
 
-def definition(query, key, value, lengths, scale, routed, bias, slot_self, slot_key=None, before=None):
+def definition(query, key, value, lengths, scale, routed, bias, slot_self, slot_key=None, before=None, window=None):
     """(1,T,Hq,Dv) in float64, text by text."""
     groups = query.shape[1] // key.shape[1]
     parts = []
@@ -30,9 +30,9 @@ def definition(query, key, value, lengths, scale, routed, bias, slot_self, slot_
             q = torch.cat([k[:, : before[0].shape[1]], q], 1)
         slot_k = k[:, -1] if slot_key is None else slot_key[text].double().repeat_interleave(groups, 0)
         slot = (slot_k, v[:, -1]) if routed else None
-        out = rerouted_attention(q, k, v, scale, slot, bias, None)
+        out = rerouted_attention(q, k, v, scale, slot, bias, window)
         if routed and not slot_self:
-            out[:, -1] = rerouted_attention(q, k, v, scale, None, bias, None)[:, -1]
+            out[:, -1] = rerouted_attention(q, k, v, scale, None, bias, window)[:, -1]
         parts.append(out.transpose(0, 1)[-len(part) :])
     return torch.cat(parts)[None]
 
@@ -58,17 +58,20 @@ def random_packed(seed, tokens, heads, kv_heads, size):
     routed=st.booleans(),
     turned=st.booleans(),
     prefix=st.sampled_from([0, 1, 17, 48]),
+    window=st.sampled_from([None, 1, 3, 50, 128, 200]),
 )
-def test_tiles_are_the_definition(seed, lengths, kv_heads, groups, size, bias, slot_self, routed, turned, prefix):
+def test_tiles_are_the_definition(
+    seed, lengths, kv_heads, groups, size, bias, slot_self, routed, turned, prefix, window
+):
     lengths = sorted(lengths, reverse=True)
     query, key, value = random_packed(seed, sum(lengths), kv_heads * groups, kv_heads, size)
     slot_key = torch.randn(len(lengths), kv_heads, size).bfloat16() if turned else None
     before = None
     if prefix and not routed:
         before = tuple(torch.randn(kv_heads, prefix, size).bfloat16() for _ in range(2))
-    tiles = Tiles(lengths, bias, slot_self, routed, prefix if before else 0)
+    tiles = Tiles(lengths, bias, slot_self, routed, prefix if before else 0, window)
     out = tiles.attend(query, key, value, 0.3, slot_key if routed else None, before)
-    expected = definition(query, key, value, lengths, 0.3, routed, bias, slot_self, slot_key, before)
+    expected = definition(query, key, value, lengths, 0.3, routed, bias, slot_self, slot_key, before, window)
     torch.testing.assert_close(out.double(), expected, atol=0.04, rtol=0)
     assert float((out.double() - expected).abs().mean()) < 4e-3
 
@@ -139,6 +142,22 @@ def test_states_are_as_near_to_float32s_as_the_fused_kernels(family, changes, co
     fused = half.states(ids, lengths, config)[real].float()
     assert not used
     assert (ours - expected).norm() < 1.5 * (fused - expected).norm()
+
+
+def test_a_mask_is_taken_for_a_window_only_if_it_is_one():
+    def is_window(mask, window):
+        reroute = attention.Reroute(frozenset(), {}, torch.tensor([0]), packed=(6, 2))
+        return reroute._is_window(mask, window)
+
+    place = torch.arange(6)
+    apart = place[:, None] - place
+    mask = ((apart >= 0) & (apart < 3))[None, None]
+    assert is_window(mask, 3)
+    assert not is_window(mask, 4)
+    assert not is_window(mask.float(), 3)
+    assert not is_window(mask[..., :5, :5], 3)
+    blocks = ((apart >= 0) & (place[:, None] // 3 == place // 3))[None, None]  # as llama4's
+    assert not is_window(blocks, 3)
 
 
 def test_where_tiles_are_used(monkeypatch):

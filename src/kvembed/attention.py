@@ -114,7 +114,8 @@ class Reroute:
     _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
     _kept_places: dict[torch.device, Places] = dataclasses.field(default_factory=dict)
     _kept_masks: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict)
-    _tiles: dict[bool, Tiles] = dataclasses.field(default_factory=dict)
+    _tiles: dict[tuple[bool, int | None], Tiles] = dataclasses.field(default_factory=dict)
+    _windows: dict[tuple[int, int], tuple[Tensor, bool]] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self,
@@ -137,11 +138,16 @@ class Reroute:
             return self._attend(module, layer, last, query, key, value, attention_mask, scaling, kwargs)
         if extra := [name for name in ("position_bias", "sinks") if kwargs.get(name) is not None]:
             raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
-        plain = _is_plain(key, value, attention_mask, kwargs) and not (self.bidirectional and layer in self.layers)
+        tiled = suits(query.device, query.dtype)
+        window = kwargs.get("sliding_window") if tiled and self.prefer_closed else None
+        if attention_mask is None or window is None or not self._is_window(attention_mask, window):
+            window = None
+        mask = None if window else attention_mask
+        plain = _is_plain(key, value, mask, kwargs) and not (self.bidirectional and layer in self.layers)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        fast = flash.has_varlen(query) or suits(query.device, query.dtype) or (before and flash.has_causal(query))
+        fast = tiled or flash.has_varlen(query) or (before and flash.has_causal(query))
         if plain and self.prefer_closed and fast:
-            return self._attend_packed(module, layer, query, key, value, scale, before), None
+            return self._attend_packed(module, layer, query, key, value, scale, before, window), None
         if before:
             if attention_mask is None:
                 if key.device not in self._kept_masks:
@@ -174,6 +180,16 @@ class Reroute:
     def longest(self) -> int:
         """Tokens of the longest packed text, a common beginning included."""
         return self._first + self.packed[0]
+
+    def _is_window(self, mask: Tensor, window: int) -> bool:
+        """Whether a mask, (1,1,p+n,p+n) of the longest text, is causal and hides all that is farther than `window`."""
+        known = id(mask), window  # transformers makes one mask for all layers of a kind; kept, so that ids stay unique
+        if known not in self._windows:
+            place = torch.arange(self.longest, device=mask.device)
+            apart = place[:, None] - place
+            wanted = (apart >= 0) & (apart < window)
+            self._windows[known] = mask, mask.dtype == torch.bool and torch.equal(mask, wanted[None, None])
+        return self._windows[known][1]
 
     def _by_length(self, *tensors: Tensor, most_keys: int | None = None) -> Iterator[tuple[Any, ...]]:
         """Packed tensors (1,H,T,D) cut into texts of one length: where they start, and (texts,H,n,D) without a copy.
@@ -211,14 +227,15 @@ class Reroute:
         value: Tensor,
         scale: float,
         before: tuple[Tensor, Tensor] | None,
+        window: int | None,
     ) -> Tensor:
         """All packed texts' attention in one layer at once, (1,T,Hq,Dv); arguments as in `__call__`."""
         if suits(query.device, query.dtype):
-            routed = layer in self.layers
-            if routed not in self._tiles:
-                self._tiles[routed] = Tiles(self.packed, self.bias, self.slot_self, routed, self._first)
+            kind = routed, window = layer in self.layers, window
+            if kind not in self._tiles:
+                self._tiles[kind] = Tiles(self.packed, self.bias, self.slot_self, routed, self._first, window)
             turned = self._packed_slot_keys(module, layer, key) if layer in self.turned else None
-            return self._tiles[routed].attend(query, key, value, scale, turned, before)
+            return self._tiles[kind].attend(query, key, value, scale, turned, before)
         out, lse = self._causal_with_lse(query, key, value, scale)
         if before:
             out = _after(before, out, lse, query, scale)

@@ -9,7 +9,7 @@ same numbers take a third of the time (docs/decisions.md). So tokens are laid ou
 In a layer that is re-routed a tile's keys have its texts' slots in front; where texts share a beginning that is not
 computed with them (`kvembed.prefix`), the beginning's keys. Sizes are rounded, so that shapes are few and recur: one
 that is new, or was forgotten by torch meanwhile, costs more than the product itself. And softmax is slow where columns
-do not come in whole vectors.
+do not come in whole vectors. In a layer with a sliding window what is out of it is hidden, but computed.
 
 Logits are rounded to bfloat16, to which large ones would lose their differences (Qwen2.5's keys share a bias that puts
 logits in the hundreds). Softmax does not change when all keys of a text are moved by the same vector, so their mean is
@@ -80,9 +80,19 @@ class Tiles:
         bias, slot_self: see `EmbedConfig`.
         routed: let tokens see their text's slot.
         prefix: tokens of a beginning that all texts share, if they are not routed.
+        window: how many tokens a token sees, itself among them, beside its slot; None for all up to it.
     """
 
-    def __init__(self, lengths: Sequence[int], bias: float, slot_self: bool, routed: bool, prefix: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        bias: float,
+        slot_self: bool,
+        routed: bool,
+        prefix: int = 0,
+        window: int | None = None,
+    ) -> None:
+        self._window = window
         limits = torch.finfo(torch.bfloat16)
         self._bias, self._slot_self = min(max(bias, limits.min), limits.max), slot_self
         self._lengths = torch.tensor(lengths)
@@ -147,6 +157,12 @@ class Tiles:
         is_last = rows == (self._lengths.cumsum(0) - 1)[self._text[rows.clip(0)]]
         seen = same & (columns >= 0) & torch.where(is_slot, self._slot_self | ~is_last, columns <= rows)
         seen |= columns >= tokens  # the common beginning
+        if self._window is not None:
+            starts = self._lengths.cumsum(0) - self._lengths
+            row = rows - starts[self._text[rows.clip(0)]]  # a token's place in its text
+            column = columns - starts[self._text[columns.clip(0, tokens - 1)]]
+            column = torch.where(columns >= tokens, columns - tokens - self._used, column)  # before all texts
+            seen &= is_slot | (row - column < self._window)
         seen |= rows < 0  # a row of nothing is thrown away, but must not be NaN on its way: that is slow
         mask = torch.where(seen, torch.where(is_slot, self._bias, 0.0), _HIDDEN)
         return mask.to(torch.bfloat16)[:, :, None]
@@ -216,8 +232,20 @@ class Tiles:
                     lasts = torch.tensor(long.tokens).repeat(count // len(long.tokens)) - 1 - start
                     logits[torch.arange(count), lasts, :, 0] = _HIDDEN
             logits[..., end - self._tile : end] += self._corner
+            if self._window is not None:
+                self._hide_far(logits, start, self._window)
             found = torch.bmm(logits.softmax(-1).view(count, -1, width), value[:, :width])
             out[:, start:stop] = found.view(count, self._tile, -1)
+
+    def _hide_far(self, logits: Tensor, start: int, window: int) -> None:
+        """What is out of sight for a long text's tile that begins at `start`; (N,tile,G,width), changed in place."""
+        first = self._front if self._routed else 0  # slots are always seen
+        stop = self._front + start + self._tile - window
+        if stop > first:
+            column = torch.arange(first, stop) - self._front  # the beginning's are below 0, filling behind it
+            column[: self._front - first] += self._front - self._used
+            far = torch.arange(start, start + self._tile)[:, None] - column >= window  # (tile,columns)
+            logits[..., first:stop].masked_fill_(far[:, None], _HIDDEN)
 
     def _moved(
         self, key: Tensor, slot_key: Tensor | None, before: tuple[Tensor, Tensor] | None
