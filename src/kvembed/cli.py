@@ -33,7 +33,7 @@ from .console import (
 from .errors import InputError
 from .files import check_writable, naming, needed, whole_file, why
 from .methods import METHODS, preset
-from .process import importing, keep_for_the_next_batch, quiet
+from .process import import_models, keep_for_the_next_batch
 from .texts import read_rows, read_texts, stream_rows
 from .vectors import check_output, write_vectors
 
@@ -186,6 +186,7 @@ def bulk_command(
         if engine == "ray":
             needed("ray.data", "ray")
         load = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        import_models()
         from .bulk import bulk
         from .workers import give_room
 
@@ -251,6 +252,7 @@ def index_command(
 ) -> None:
     """Make documents searchable, or bring an index up to date: what changed is embedded, what is gone is removed."""
     with one_line_errors("what is done is kept, and the same command goes on"):
+        import_models()
         from .documents import Corpus
         from .index import Index
         from .saved import usual_method
@@ -272,7 +274,6 @@ def index_command(
             texts = corpus.calibration() if is_fitted else None
             embedder = _loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts)()
             index = Index.create(db, embedder, model=name, refit=refit)
-        quiet()
         print_indexed(index.update(corpus, language=language, progress=True), db)
 
 
@@ -306,14 +307,15 @@ def search(
 ) -> None:
     """Find the documents nearest to a question, by the model and config that made the index."""
     with one_line_errors():
-        from .index import Index
-
         if question is None and queries is None:
             raise InputError("say what to look for: a question, or --queries FILE")
         if question is not None and queries is not None:
             raise InputError("a question or --queries, not both")
         if as_json and as_trec:
             raise InputError("--json or --trec, not both")
+        import_models()
+        from .index import Index
+
         index = Index.open(db, model=model)
         rows = [] if queries is None else list(read_rows(queries, field, id_field))
         if queries is not None and not rows:
@@ -322,7 +324,6 @@ def search(
         keys = ["0"] if question is not None else [str(n if row.id is None else row.id) for n, row in enumerate(rows)]
         if as_trec and (twice := [key for key, times in Counter(keys).items() if times > 1]):
             raise InputError(f"{queries}: two queries have the id {twice[0]!r}, which a run file can't tell apart")
-        quiet()
         found = index.search_many(asked, top=top, mode=mode, where=where)
         if not any(found) and not len(index):
             logging.getLogger("kvembed").warning("%s has no documents yet; kvembed index puts them in", db)
@@ -392,7 +393,7 @@ def layers(
 
         check_plot(plot)
         given = None if texts is None else read_texts([texts], field)
-        quiet()
+        import_models()
         from .layers import profile_of
 
         config = preset(method)
@@ -534,6 +535,7 @@ def evaluate(
             )
         if reference == "tf-idf" and (name is not None or model != "smollm2"):
             raise InputError("--reference tf-idf has no model: it takes no --model and no --name")
+        import_models()
         from .evaluate import evaluate as run
         from .models import BUNDLED
         from .subjects import (
@@ -639,6 +641,7 @@ def serve(
     with one_line_errors():
         for module in ("fastapi", "uvicorn", "orjson", "prometheus_client"):
             needed(module, "server")
+        import_models()
         from .server import api_keys, listen_at, serve
         from .service import Limits
 
@@ -656,7 +659,7 @@ def pull(
 ) -> None:
     """Make a model ready to use without the network; prints its folder."""
     with one_line_errors():
-        quiet()
+        import_models()
         from . import models
 
         print_line(str(models.pull(model, revision=revision)))
@@ -709,10 +712,9 @@ def _loader(
         raise InputError(f"--layers: method {method} runs no layer")
 
     def load() -> Embedder:
-        with importing():
-            quiet()
-            from .embedder import Embedder
-            from .saved import usual_method
+        import_models()
+        from .embedder import Embedder
+        from .saved import usual_method
 
         embedder = Embedder.from_pretrained(
             model,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["importing", "keep_for_the_next_batch", "leave_computing", "quiet"]
+__all__ = ["import_models", "keep_for_the_next_batch", "leave_computing"]
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _OWN_MAPPING = 32 << 20  # bytes; the most that every glibc takes
@@ -38,22 +36,25 @@ def keep_for_the_next_batch() -> None:
             os.environ[name] = str(size)
 
 
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """For a command's first imports: no garbage collection, which would go through all that stays again and again.
+def import_models() -> None:
+    """torch, transformers and what of ours stands on them; transformers' own warnings are not ours to show.
 
-    Nor is any of it looked at later, when the process ends for one: that makes a third of the time in which one
-    sentence is embedded (docs/decisions.md).
+    Meanwhile there is no garbage collection, which would go through all that stays again and again. Nor is any of it
+    looked at later, when the process ends for one: that makes a third of the time in which one sentence is embedded
+    (docs/decisions.md).
     """
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
+    first = "torch" not in sys.modules and gc.isenabled()
+    if first:
+        gc.disable()
     try:
-        yield
+        from transformers.utils import logging as theirs
+
+        from . import embedder  # noqa: F401
     finally:
-        gc.freeze()
-        gc.enable()
+        if first:
+            gc.freeze()
+            gc.enable()
+    theirs.set_verbosity_error()
 
 
 def leave_computing() -> None:
@@ -65,13 +66,6 @@ def leave_computing() -> None:
     """
     if pause := _loaded("omp_pause_resource_all"):  # OpenMP 5.0, section 3.2.44
         pause(1)  # soft: a team is made again where one is needed
-
-
-def quiet() -> None:
-    """transformers' own warnings are not ours to show."""
-    from transformers.utils import logging as theirs
-
-    theirs.set_verbosity_error()
 
 
 def _loaded(function: str) -> Any:
