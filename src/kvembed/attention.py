@@ -139,8 +139,8 @@ class Reroute:
         if extra := [name for name in ("position_bias", "sinks") if kwargs.get(name) is not None]:
             raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
         tiled = suits(query.device, query.dtype)
-        window = kwargs.get("sliding_window") if tiled and self.prefer_closed else None
-        if attention_mask is None or window is None or not self._is_window(attention_mask, window):
+        window = kwargs.get("sliding_window") if tiled else None
+        if window is not None and not self._is_window(attention_mask, window):
             window = None
         mask = None if window else attention_mask
         plain = _is_plain(key, value, mask, kwargs) and not (self.bidirectional and layer in self.layers)
@@ -181,8 +181,10 @@ class Reroute:
         """Tokens of the longest packed text, a common beginning included."""
         return self._first + self.packed[0]
 
-    def _is_window(self, mask: Tensor, window: int) -> bool:
+    def _is_window(self, mask: Tensor | None, window: int) -> bool:
         """Whether a mask, (1,1,p+n,p+n) of the longest text, is causal and hides all that is farther than `window`."""
+        if mask is None:
+            return False
         known = id(mask), window  # transformers makes one mask for all layers of a kind; kept, so that ids stay unique
         if known not in self._windows:
             place = torch.arange(self.longest, device=mask.device)
@@ -231,7 +233,8 @@ class Reroute:
     ) -> Tensor:
         """All packed texts' attention in one layer at once, (1,T,Hq,Dv); arguments as in `__call__`."""
         if suits(query.device, query.dtype):
-            kind = routed, window = layer in self.layers, window
+            routed = layer in self.layers
+            kind = routed, window
             if kind not in self._tiles:
                 self._tiles[kind] = Tiles(self.packed, self.bias, self.slot_self, routed, self._first, window)
             turned = self._packed_slot_keys(module, layer, key) if layer in self.turned else None

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["import_models", "keep_for_the_next_batch", "leave_computing"]
+__all__ = ["import_models", "keep_for_the_next_batch", "leave_computing", "quiet"]
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _OWN_MAPPING = 32 << 20  # bytes; the most that every glibc takes
@@ -37,7 +37,7 @@ def keep_for_the_next_batch() -> None:
 
 
 def import_models() -> None:
-    """torch, transformers and what of ours stands on them; transformers' own warnings are not ours to show.
+    """torch, transformers and what of ours stands on them, `quiet` then.
 
     Meanwhile there is no garbage collection, which would go through all that stays again and again. Nor is any of it
     looked at later, when the process ends for one: that makes a third of the time in which one sentence is embedded
@@ -47,14 +47,12 @@ def import_models() -> None:
     if first:
         gc.disable()
     try:
-        from transformers.utils import logging as theirs
-
+        quiet()
         from . import embedder  # noqa: F401
     finally:
         if first:
             gc.freeze()
             gc.enable()
-    theirs.set_verbosity_error()
 
 
 def leave_computing() -> None:
@@ -66,6 +64,13 @@ def leave_computing() -> None:
     """
     if pause := _loaded("omp_pause_resource_all"):  # OpenMP 5.0, section 3.2.44
         pause(1)  # soft: a team is made again where one is needed
+
+
+def quiet() -> None:
+    """transformers' own warnings are not ours to show."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
 
 
 def _loaded(function: str) -> Any:

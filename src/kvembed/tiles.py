@@ -141,26 +141,25 @@ class Tiles:
                     queries += _filled(here, rows)
                     keys += _filled(here[-1:] if routed else before, self._front) + _filled(here, rows)
                     slots += _filled([text] if routed else [], self._front) + [-1] * rows
-        query, key = torch.tensor(queries), torch.tensor(keys)
-        self._queries, self._keys, self._slots = query, key, torch.tensor(slots)
+        self._queries, self._keys, self._slots = torch.tensor(queries), torch.tensor(keys), torch.tensor(slots)
         self._places: dict[int, _Places] = {}  # by Hkv
-        self._mask = self._shared_mask(query, key)
+        self._mask = self._shared_mask()
         self._corner = torch.full((self._tile, self._tile), _HIDDEN, dtype=torch.bfloat16).triu(1)[:, None]
 
-    def _shared_mask(self, query: Tensor, key: Tensor) -> Tensor:
+    def _shared_mask(self) -> Tensor:
         """(N,tile,1,width + tile) bfloat16, additive: what each token of a shared tile sees; 1 is for the heads."""
-        rows = query[: self._shared * self._tile].view(self._shared, self._tile, 1)
-        columns = key[: self._shared * (self._width + self._tile)].view(self._shared, 1, self._width + self._tile)
-        tokens = len(self._text)
-        same = self._text[rows.clip(0)] == self._text[columns.clip(0, tokens - 1)]
-        is_slot = (torch.arange(columns.shape[-1]) < self._width) & self._routed
-        is_last = rows == (self._lengths.cumsum(0) - 1)[self._text[rows.clip(0)]]
+        width, tokens = self._width + self._tile, len(self._text)
+        rows = self._queries[: self._shared * self._tile].view(self._shared, self._tile, 1)
+        columns = self._keys[: self._shared * width].view(self._shared, 1, width)
+        row_text, column_text = self._text[rows.clip(0)], self._text[columns.clip(0, tokens - 1)]
+        starts = self._lengths.cumsum(0) - self._lengths
+        is_slot = (torch.arange(width) < self._width) & self._routed
+        is_last = rows == (starts + self._lengths - 1)[row_text]
+        same = row_text == column_text
         seen = same & (columns >= 0) & torch.where(is_slot, self._slot_self | ~is_last, columns <= rows)
         seen |= columns >= tokens  # the common beginning
         if self._window is not None:
-            starts = self._lengths.cumsum(0) - self._lengths
-            row = rows - starts[self._text[rows.clip(0)]]  # a token's place in its text
-            column = columns - starts[self._text[columns.clip(0, tokens - 1)]]
+            row, column = rows - starts[row_text], columns - starts[column_text]  # places in their text
             column = torch.where(columns >= tokens, columns - tokens - self._used, column)  # before all texts
             seen &= is_slot | (row - column < self._window)
         seen |= rows < 0  # a row of nothing is thrown away, but must not be NaN on its way: that is slow
@@ -210,8 +209,8 @@ class Tiles:
             here = slice(heads * long.query, heads * long.query + count * long.rows)
             there = slice(heads * long.key, heads * long.key + count * columns)
             own, outs = (part[here].view(count, long.rows, -1) for part in (q, out))
-            seen, values = (part[there].view(count, columns, -1) for part in (k, v))
-            self._attend_long(long, own, seen, values, scale, outs)
+            k_long, v_long = (part[there].view(count, columns, -1) for part in (k, v))
+            self._attend_long(long, own, k_long, v_long, scale, outs)
         return out.index_select(0, at.tokens).view(1, -1, query.shape[1], value.shape[-1])
 
     def _attend_long(self, long: _Long, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor) -> None:

@@ -26,7 +26,7 @@ from .config import EmbedConfig, Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .models import load, local_path, usable_device
-from .process import import_models
+from .process import quiet
 from .transform import Transform
 from .vectors import Encoded
 
@@ -243,7 +243,7 @@ def _begin(threads: int) -> int:
     """The first thing that a worker does; returns its process id."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    import_models()
+    quiet()
     torch.set_num_threads(threads)
     return os.getpid()
 
