@@ -3,18 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow check audit site reference families bench results tables clean
+.PHONY: demo test test-slow test-gpu check audit site reference families bench results tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/kvembed pull smollm2
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not gpu"
 
 test-slow: $(INSTALLED)
 	$(BIN)/kvembed pull smollm2
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not gpu"
+
+# On a machine with an NVIDIA GPU, where the pinned torch is the one for it
+test-gpu: $(INSTALLED)
+	$(BIN)/kvembed pull smollm2
+	$(BIN)/pytest -m gpu
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
@@ -42,9 +47,10 @@ families: $(INSTALLED)
 	$(BIN)/python tools/families.py
 
 # docs/speed.md: ratios of interleaved runs; DATA as below, for a corpus against sentence-transformers; GGUF is a model
-# file, for the same against llama.cpp, with llama-cpp-python installed by hand
+# file, for the same against llama.cpp, with llama-cpp-python installed by hand; SHAPE=qwen3-4b is random weights of that
+# shape instead, for a GPU
 bench: $(INSTALLED)
-	$(BIN)/python tools/bench.py $(if $(DATA),--data $(DATA)) $(if $(GGUF),--gguf $(GGUF))
+	$(BIN)/python tools/bench.py $(if $(DATA),--data $(DATA)) $(if $(GGUF),--gguf $(GGUF)) $(if $(SHAPE),--shape $(SHAPE))
 	$(BIN)/python tools/tables.py
 
 # results/: what the ledger lacks, for hours or days; DATA is a folder of tasks, MODELS as tools/results.py says

@@ -7,7 +7,6 @@ import inspect
 import pytest
 import torch
 from families import build
-from torch.nn.attention import varlen
 
 from kvembed import EmbedConfig, flash
 from kvembed.backbone import Backbone
@@ -20,26 +19,31 @@ CONFIGS = {
 }
 
 
-def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux, scale, window_size, enable_gqa):
-    """(T,H,D) each; within each text causal or full, as flash attention does it for the two windows."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
-    assert (len(query), len(key)) == (int(cu_seq_q[-1]), int(cu_seq_k[-1]))
-    assert window_size in ((-1, 0), (-1, -1))
-    assert enable_gqa
-    assert return_aux.lse
+def stand_in(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
+    scale, window_size_left, window_size_right,
+):  # fmt: skip
+    """(T,H,D) each; within each text as flash attention does it: aligned at the end, in a window if there is one."""
+    assert cum_seq_q.dtype == cum_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cum_seq_q.diff().max()), int(cum_seq_k.diff().max()))
+    assert (len(query), len(key)) == (int(cum_seq_q[-1]), int(cum_seq_k[-1]))
+    assert (dropout_p, return_debug_mask) == (0.0, False)
+    assert window_size_right == (0 if is_causal else -1)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
-    bounds = torch.stack([cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:]], 1).tolist()
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+    bounds = torch.stack([cum_seq_q[:-1], cum_seq_q[1:], cum_seq_k[:-1], cum_seq_k[1:]], 1).tolist()
     for start, end, first, last in bounds:
         q, k, v = query[start:end].transpose(0, 1), *(part[first:last].transpose(0, 1) for part in (key, value))
-        logits = q @ k.transpose(1, 2) * scale
-        if window_size == (-1, 0):
-            logits += torch.full_like(logits, float("-inf")).triu(1)
-        out[start:end] = (logits.softmax(-1) @ v).transpose(0, 1)
+        logits = (q @ k.transpose(1, 2)).float() * scale
+        apart = torch.arange(end - start)[:, None] + (last - first) - (end - start) - torch.arange(last - first)
+        if is_causal:
+            logits.masked_fill_(apart < 0, float("-inf"))
+        if window_size_left >= 0:
+            logits.masked_fill_(apart > window_size_left, float("-inf"))
+        out[start:end] = (logits.softmax(-1).to(v.dtype) @ v).transpose(0, 1)
         lse[:, start:end] = logits.logsumexp(-1)
-    return out, lse
+    return out, lse, None, None, None
 
 
 def as_on_a_gpu(monkeypatch):
@@ -51,16 +55,68 @@ def as_on_a_gpu(monkeypatch):
         return stand_in(*args, **kwargs)
 
     monkeypatch.setattr(flash, "_CPU", None)
+    monkeypatch.setattr(flash, "_GPU", counting)
     monkeypatch.setattr(flash, "has_causal", lambda query: True)
-    monkeypatch.setattr(flash, "has_varlen", lambda query: True)
+    monkeypatch.setattr(flash, "has_packed", lambda query: True)
     monkeypatch.setattr(flash, "serves", lambda device, dtype: True)
-    monkeypatch.setattr(varlen, "varlen_attn", counting)
     return seen
 
 
 def test_stand_in_has_the_kernels_interface():
-    ours, its = (inspect.signature(one).parameters for one in (stand_in, varlen.varlen_attn))
-    assert {name: part.kind for name, part in ours.items()}.items() <= {n: p.kind for n, p in its.items()}.items()
+    its = torch.ops.aten._flash_attention_forward.default._schema
+    kinds = {False: inspect.Parameter.POSITIONAL_OR_KEYWORD, True: inspect.Parameter.KEYWORD_ONLY}
+    named = [(argument.name, kinds[argument.kwarg_only]) for argument in its.arguments]
+    ours = [(name, part.kind) for name, part in inspect.signature(stand_in).parameters.items()]
+    assert ours[:10] == named[:10]
+    assert {*ours} <= {*named}
+    assert [one.name for one in its.returns][:2] == ["output", "softmax_logsumexp"]
+
+
+def another_base(*args, **kwargs):
+    out, lse, *rest = stand_in(*args, **kwargs)
+    return out, lse * 1.4427, *rest
+
+
+def without_windows(*args, **kwargs):
+    return stand_in(*args, **kwargs | {"window_size_left": -1})
+
+
+def by_text(*args, **kwargs):
+    out, lse, *rest = stand_in(*args, **kwargs)
+    return out, lse[None], *rest
+
+
+def refuses(*args, **kwargs):
+    raise NotImplementedError("no kernel image is available")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_kernel_that_does_what_it_should_is_used(dtype, monkeypatch):
+    monkeypatch.setattr(flash, "_CPU", None)
+    monkeypatch.setattr(flash, "_GPU", stand_in)
+    assert flash._agrees(torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("kernel", [another_base, without_windows, by_text, refuses])
+def test_a_kernel_that_does_something_else_is_not_used_and_that_is_told(kernel, monkeypatch, caplog):
+    monkeypatch.setattr(flash, "_CPU", None)
+    monkeypatch.setattr(flash, "_GPU", kernel)
+    assert not flash._agrees(torch.device("cpu"), torch.bfloat16)
+    assert "slower form" in caplog.text
+
+
+def test_a_trial_of_the_kernel_that_finds_no_memory_says_nothing_of_it(monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flash, "_GPU", out_of_memory)
+        patch.setattr(flash, "_CPU", None)
+        with pytest.raises(torch.OutOfMemoryError):
+            flash._agrees(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(flash, "_CPU", None)
+    monkeypatch.setattr(flash, "_GPU", stand_in)
+    assert flash._agrees(torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("lengths", [(3, 21, 1, 9, 21, 2), (9, 9, 9)], ids=["many lengths", "one"])
@@ -75,8 +131,9 @@ def test_the_kernel_for_many_lengths_gives_the_cpus_states(family, config, lengt
     states = backbone.states(ids, sizes, config)
     for row, n in enumerate(lengths):
         torch.testing.assert_close(states[row, :n], expected[row, :n], atol=1e-4, rtol=1e-4)
-    assert set(calls) <= {len(lengths)}  # all texts of a batch in one call
-    assert calls  # for texts of one length, too: no other kernel has to be prepared for it
+    assert set(calls) == {len(lengths)}  # all texts of a batch in one call, also of one length and in a window
+    bidirectional = config.attention == "bidirectional"
+    assert len(calls) == len(backbone.layers) + len(config.layers) * (-1 if bidirectional else 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

@@ -1,23 +1,28 @@
 """Speed, as ratios of interleaved runs in one process, medians and quartiles; `make tables` writes docs/speed.md of it.
 
     python tools/bench.py [--data ../shared/eval-data] [--model smollm2] [--dtype DTYPE] [--rounds 7] [SECTION ...]
+    python tools/bench.py --shape qwen3-4b     random weights of that shape, for an accelerator: the sections with a *
 
-overhead  a re-routed forward over a plain causal one of the same tokens, and over other ways to see the whole text
+overhead* a re-routed forward over a plain causal one of the same tokens, and over other ways to see the whole text
+packing*  texts of mixed lengths, padded, over packed
+agreement* cosine of vectors to those of a CPU in float32
 corpus    texts of mixed lengths, against sentence-transformers with the same backbone (needs --data)
 llama     the same texts, against llama.cpp with the same GGUF file (needs --data, --gguf, llama-cpp-python), and with
           the same model in more files, if --gguf names some
 preface   a template with a long beginning: computed with every text, over once for all of them
-machine   the forward's arithmetic over that of bare matrix products of the same shapes; share of tokens not padding
-growth    seconds by length of a text
+machine*  the forward's arithmetic over that of bare matrix products of the same shapes; share of tokens not padding
+growth*   seconds by length of a text
 memory    peak resident set of `kvembed embed` with few and with many texts, a tiny random model
 start     `kvembed embed` of one sentence, the whole process
 
-Each section writes results/speed/DTYPE/SECTION.json. Nothing else should run on the machine meanwhile.
+Each section writes results/speed/DTYPE/SECTION.json, or of a shape or on a GPU results/speed/DEVICE-MODEL/SECTION.json.
+Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import random
@@ -32,18 +37,22 @@ from typing import Any
 
 import torch
 from peak import peak_of
+from shapes import SHAPES, random_model
 from tiny import tiny_embedder
 from torch import Tensor, nn
 
 from kvembed import EmbedConfig, Embedder, models
 from kvembed.attention import Reroute
 from kvembed.backbone import Backbone
+from kvembed.batching import token_batches
 from kvembed.evaluate import hardware
 from kvembed.process import keep_for_the_next_batch
 from kvembed.tasks import load_tasks
 
 ROOT = Path(__file__).parent.parent
-LENGTHS = {64: 16, 512: 4, 2048: 1, 4096: 1}  # tokens of a text -> texts in a batch
+LENGTHS = ((64, 16), (512, 4), (2048, 1), (4096, 1))  # tokens of a text, texts in a batch
+# An accelerator's batches are larger; and one short text, a query, is what it is slowest at.
+LENGTHS_THERE = ((64, 1), (64, 256), (512, 32), (2048, 8), (4096, 4))
 GROWTH = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PACKAGES = ("kvembed", "torch", "transformers")
 LLAMA_BATCHES = (512, 2048)  # tokens
@@ -57,16 +66,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--gguf", type=Path, nargs="+")
     parser.add_argument("--dtype", help="default: bfloat16, or float32 on a CPU that can't multiply bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed")
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     arguments = parser.parse_args()
-    arguments.dtype = arguments.dtype or Embedder.from_pretrained(arguments.model, method="mean").dtype
-    out = arguments.out / arguments.dtype
+    device = models.best_device()
+    arguments.dtype = arguments.dtype or models.best_dtype(device)
+    model = arguments.shape or arguments.model
+    plain = device.type == "cpu" and not arguments.shape
+    out = arguments.out / (arguments.dtype if plain else f"{device.type}-{model}")
     keep_for_the_next_batch()  # as the command line does; all that is compared has it
-    for name in arguments.sections or SECTIONS:
+    for name in arguments.sections or (SHAPE_SECTIONS if arguments.shape else SECTIONS):
         needs = {"corpus": ("data",), "llama": ("data", "gguf")}.get(name, ())
         if lacking := [f"--{option}" for option in needs if getattr(arguments, option) is None]:
             print(f"{name}: left out, needs {' and '.join(lacking)}")
@@ -74,11 +87,11 @@ def main() -> None:
         rows = SECTIONS[name](arguments)
         told = {
             "section": name,
-            "model": arguments.gguf[0].name if name == "llama" else arguments.model,
+            "model": arguments.gguf[0].name if name == "llama" else model + " shape, random" * bool(arguments.shape),
             "dtype": arguments.dtype,
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "device": device.type,
             "threads": torch.get_num_threads(),
-            "hardware": hardware(),
+            "hardware": torch.cuda.get_device_name() if device.type == "cuda" else hardware(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "versions": {
                 package: _version(package) for package in PACKAGES + ("llama-cpp-python",) * (name == "llama")
@@ -98,6 +111,17 @@ def _version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
+def _backbone(arguments: argparse.Namespace) -> tuple[Backbone, tuple[int, ...]]:
+    """A model, and the layers that `kv` re-routes; of random weights, a fifth of all, as of real ones."""
+    if not arguments.shape:
+        kv = Embedder.from_pretrained(arguments.model, method="kv", dtype=arguments.dtype)
+        return kv.backbone, kv.backbone.changed_layers(kv.config)
+    device = models.best_device()
+    backbone = Backbone(random_model(arguments.shape, getattr(torch, arguments.dtype), device))
+    depth = len(backbone.layers)
+    return backbone, tuple(range(depth // 3, depth // 3 + depth // 5))
+
+
 def _interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each, run in turn, in another order every round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -107,8 +131,8 @@ def _interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[
         for name in order:
             started = time.perf_counter()
             runs[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -123,11 +147,10 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 def overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """As `kv` does, and in every layer that has attention."""
-    kv = Embedder.from_pretrained(arguments.model, method="kv", dtype=arguments.dtype)
-    backbone = kv.backbone
-    plain, some, routed = (EmbedConfig(layers=layers) for layers in ((), kv.config.layers, backbone.attention_layers))
+    backbone, chosen = _backbone(arguments)
+    plain, some, routed = (EmbedConfig(layers=layers) for layers in ((), chosen, backbone.attention_layers))
     rows = []
-    for tokens, texts in LENGTHS.items():
+    for tokens, texts in LENGTHS if backbone.device.type == "cpu" else LENGTHS_THERE:
         ids, twice = (torch.randint(100, 1000, (texts, n), device=backbone.device) for n in (tokens, 2 * tokens))
         lengths = torch.full((texts,), tokens, device=backbone.device)
 
@@ -141,7 +164,12 @@ def overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             run(plain, Reroute)
             run(plain, Reroute)
 
+        def stock(ids: Tensor = ids) -> None:
+            with torch.inference_mode():
+                backbone.decoder(input_ids=ids, use_cache=False)
+
         runs: dict[str, Callable[[], object]] = {
+            "stock": stock,
             "plain": lambda run=forward: run(plain, Reroute),  # type: ignore[misc]
             "kv": lambda run=forward: run(some, Reroute),  # type: ignore[misc]
             "re-routed": lambda run=forward: run(routed, Reroute),  # type: ignore[misc]
@@ -156,10 +184,56 @@ def overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for name, ours in (("kv's layers", "kv"), ("every layer", "re-routed")):
             rows.append({"tokens": tokens, "texts": texts, "what": f"re-routed in {name} over plain"})
             rows[-1] |= _ratio(seconds[ours], seconds["plain"])
+        rows.append({"tokens": tokens, "texts": texts, "what": "plain over transformers' own forward"})
+        rows[-1] |= _ratio(seconds["plain"], seconds["stock"])
         for other in ("echo", "two passes", "prepended, with a mask"):
             if other in seconds:
                 rows.append({"tokens": tokens, "texts": texts, "what": f"{other}, over re-routed in every layer"})
                 rows[-1] |= _ratio(seconds[other], seconds["re-routed"])
+    return rows
+
+
+def packing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Texts of 8 to 1,024 tokens, short ones more often, sorted by length; each way in batches of its own."""
+    backbone, _ = _backbone(arguments)
+    on_cpu = backbone.device.type == "cpu"
+    budget, count = (2048, 64) if on_cpu else (16384, 1024)
+    draw = random.Random(0)
+    texts = [[draw.randrange(100, 1000) for _ in range(round(2 ** draw.uniform(3, 10)))] for _ in range(count)]
+    tokens = [len(text) for text in texts]
+
+    def encode(packed: bool) -> None:
+        vars(backbone)["can_pack"] = packed  # a cached property
+        for batch in token_batches(tokens, budget, packed=packed):
+            backbone.states(*backbone.pad([texts[index] for index in batch]), EmbedConfig())[:, 0].cpu()
+
+    seconds = _interleaved({"packed": lambda: encode(True), "padded": lambda: encode(False)}, arguments.rounds)
+    common = {"texts": count, "tokens": sum(tokens)}
+    rows = [
+        {"what": name, "tokens_per_second": round(sum(tokens) / statistics.median(found)), **common}
+        for name, found in seconds.items()
+    ]
+    return [rows[0], rows[1] | _ratio(seconds["padded"], seconds["packed"])]
+
+
+def agreement(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Vectors are means of the last layer's states, of 16 texts of mixed lengths."""
+    backbone, chosen = _backbone(arguments)
+    draw = random.Random(0)
+    texts = [[draw.randrange(100, 1000) for _ in range(round(2 ** draw.uniform(2, 8)))] for _ in range(16)]
+
+    def vectors(one: Backbone, config: EmbedConfig) -> Tensor:
+        ids, lengths = one.pad(texts)
+        states = one.states(ids, lengths, config).cpu().float()
+        return torch.stack([row[:n].mean(0) for row, n in zip(states, lengths.tolist(), strict=True)])
+
+    configs = {"plain": (), "re-routed in kv's layers": chosen, "re-routed in every layer": backbone.attention_layers}
+    found = {name: vectors(backbone, EmbedConfig(layers=layers)) for name, layers in configs.items()}
+    backbone.model.to("cpu", torch.float32)
+    rows = []
+    for name, layers in configs.items():
+        cosine = nn.functional.cosine_similarity(found[name], vectors(backbone, EmbedConfig(layers=layers)))
+        rows.append({"what": f"least cosine to float32 on a CPU, {name}", "cosine": round(float(cosine.min()), 5)})
     return rows
 
 
@@ -257,9 +331,8 @@ def preface(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Model FLOP/s over GEMM FLOP/s in the same rounds; and the share of computed tokens that is real, packed."""
-    embedder = Embedder.from_pretrained(arguments.model, method="mean", dtype=arguments.dtype)
-    backbone = embedder.backbone
-    texts, tokens = 32, 64
+    backbone, _ = _backbone(arguments)
+    texts, tokens = 32, 64 if backbone.device.type == "cpu" else 512
     ids = torch.randint(100, 1000, (texts, tokens), device=backbone.device)
     lengths = torch.full((texts,), tokens, device=backbone.device)
     linear = [part for layer in backbone.layers for part in layer.modules() if isinstance(part, nn.Linear)]
@@ -273,7 +346,7 @@ def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for part in linear:
             nn.functional.linear(inputs[part.in_features], part.weight)
 
-    compiled = Backbone(models.load(arguments.model, dtype=arguments.dtype)[0])
+    compiled = Backbone(copy.deepcopy(backbone.model))
     compiled.compile()
     seconds = _interleaved(
         {
@@ -291,7 +364,9 @@ def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         {"what": "the same, compiled"} | _ratio(seconds["products"], seconds["compiled"]),
         {"what": "plain forward over compiled"} | _ratio(seconds["forward"], seconds["compiled"]),
     ]
-    if arguments.data is not None:
+    if arguments.data is not None and not arguments.shape:
+        embedder = Embedder.from_pretrained(arguments.model, method="mean", dtype=arguments.dtype)
+        backbone = embedder.backbone
         computed = []
         hook = backbone.layers[0].register_forward_pre_hook(
             lambda _, args, kwargs: computed.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel()),
@@ -306,7 +381,7 @@ def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One text of so many tokens, re-routed in every layer."""
-    backbone = Backbone(models.load(arguments.model, dtype=arguments.dtype)[0])
+    backbone, _ = _backbone(arguments)
     routed = EmbedConfig(layers=backbone.attention_layers)
     rows = []
     for tokens in GROWTH:
@@ -345,8 +420,10 @@ def start(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-    part.__name__: part for part in (overhead, corpus, llama, preface, machine, growth, memory, start)
+    part.__name__: part
+    for part in (overhead, packing, corpus, llama, preface, machine, growth, agreement, memory, start)
 }
+SHAPE_SECTIONS = [part.__name__ for part in (overhead, packing, machine, growth, agreement)]
 
 if __name__ == "__main__":
     main()

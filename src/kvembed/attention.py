@@ -138,14 +138,14 @@ class Reroute:
             return self._attend(module, layer, last, query, key, value, attention_mask, scaling, kwargs)
         if extra := [name for name in ("position_bias", "sinks") if kwargs.get(name) is not None]:
             raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
-        tiled = suits(query.device, query.dtype)
-        window = kwargs.get("sliding_window") if tiled else None
+        tiled, flashed = suits(query.device, query.dtype), flash.has_packed(query)
+        window = kwargs.get("sliding_window") if tiled or (flashed and not before) else None
         if window is not None and not self._is_window(attention_mask, window):
             window = None
         mask = None if window else attention_mask
         plain = _is_plain(key, value, mask, kwargs) and not (self.bidirectional and layer in self.layers)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        fast = tiled or flash.has_varlen(query) or (before and flash.has_causal(query))
+        fast = tiled or flashed or (before and flash.has_causal(query))
         if plain and self.prefer_closed and fast:
             return self._attend_packed(module, layer, query, key, value, scale, before, window), None
         if before:
@@ -209,10 +209,13 @@ class Reroute:
                 yield start, *parts
                 start, left = end, left - texts
 
-    def _causal_with_lse(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _causal_with_lse(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
         """Packed texts' attention to their own tokens, (1,Hq,T,D), and its log-sum-exp, (1,Hq,T)."""
-        if flash.has_varlen(query):
-            return flash.varlen_with_lse(query, key, value, self._places(key.device).starts, self.packed[0], scale)
+        if flash.has_packed(query):
+            starts = self._places(key.device).starts
+            return flash.packed_with_lse(query, key, value, starts, self.packed[0], scale, window)
         outs, lses = [], []
         for _, q, k, v in self._by_length(query, key, value):
             out, lse = flash.causal_with_lse(q, k, v, scale)  # (texts,Hq,n,D), (texts,Hq,n)
@@ -239,15 +242,19 @@ class Reroute:
                 self._tiles[kind] = Tiles(self.packed, self.bias, self.slot_self, routed, self._first, window)
             turned = self._packed_slot_keys(module, layer, key) if layer in self.turned else None
             return self._tiles[kind].attend(query, key, value, scale, turned, before)
-        out, lse = self._causal_with_lse(query, key, value, scale)
+        out, lse = self._causal_with_lse(query, key, value, scale, window)
         if before:
-            out = _after(before, out, lse, query, scale)
+            first, first_lse = flash.full_with_lse(query, before[0][None], before[1][None], scale)
+            out = _blend(out, first, torch.sigmoid(first_lse - lse))  # softmax splits here as for the slot
         if layer in self.layers:
             at = self._places(key.device)
-            slots = self._packed_slot_keys(module, layer, key), value[0, :, at.final].transpose(0, 1)  # (texts,Hkv,D)
-            slot_key, slot_value = (part[at.text].transpose(0, 1)[None] for part in slots)  # (1,Hkv,T,D)
-            unseen = None if self.slot_self else (torch.zeros_like(at.final), at.final)
-            out, _ = _blend(out, lse, query, slot_key, slot_value, scale, self.bias, unseen)
+            slot_key = self._packed_slot_keys(module, layer, key).transpose(0, 1)[None]  # (1,Hkv,texts,D)
+            slot_value = value[:, :, at.final]
+            slot, logit = flash.slots_with_lse(query, slot_key, slot_value, at.starts, self.packed[0], scale)
+            beta = torch.sigmoid(logit + self.bias - lse)  # (1,Hq,T)
+            if not self.slot_self:
+                beta[:, :, at.final] = 0.0
+            out = _blend(out, slot, beta)
         return out.transpose(1, 2).contiguous()
 
     def _packed_slot_keys(self, module: nn.Module, layer: int, key: Tensor) -> Tensor:
@@ -368,49 +375,18 @@ def closed(
         out (B,Hq,n,Dv); beta (B,Hq,n) float32.
     """
     out, lse = flash.causal_with_lse(query, key, value, scale)  # (B,Hq,n,Dv), (B,Hq,n)
-    unseen = None if blind is None else (torch.arange(len(blind), device=blind.device), blind)
-    return _blend(out, lse, query, slot_key[:, :, None], slot_value[:, :, None], scale, bias, unseen)
-
-
-def _blend(
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    slot_key: Tensor,
-    slot_value: Tensor,
-    scale: float,
-    bias: float,
-    unseen: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """The second half of `closed`.
-
-    Args:
-        out, lse, query, scale, bias: as there; `out` is changed in place.
-        slot_key, slot_value: (B,Hkv,1,D), or (B,Hkv,n,D) if a row's tokens are of several texts.
-        unseen: rows and positions of the tokens that must not see the slot, if any.
-    """
     grouped = query.view(len(query), slot_key.shape[1], -1, *query.shape[2:])  # (B,Hkv,G,n,Dk)
-    # float32, as lse is: a large logit rounded to half precision would shift beta
-    queries, keys = grouped.float(), slot_key.float()[:, :, None]  # (B,Hkv,G,n,Dk), (B,Hkv,1,1 or n,Dk)
-    # Of one key for all, a product of matrices, which makes nothing as large as the queries: (B,Hkv,G,n)
-    logit = (keys @ queries.transpose(-1, -2))[..., 0, :] if keys.shape[3] == 1 else (queries * keys).sum(-1)
+    # float32, as lse is: a large logit rounded to half precision would shift beta. (B,Hkv,G,n)
+    logit = (slot_key.float()[:, :, None, None] @ grouped.float().transpose(-1, -2))[..., 0, :]
     beta = torch.sigmoid(logit.flatten(1, 2) * scale + bias - lse)  # (B,Hq,n)
-    if unseen is not None:
-        beta[unseen[0], :, unseen[1]] = 0.0
-    slot_value = slot_value.repeat_interleave(grouped.shape[2], 1)  # (B,Hq,1 or n,Dv)
-    return out.lerp_(slot_value, beta[..., None].to(out.dtype)), beta
+    if blind is not None:
+        beta[torch.arange(len(blind), device=blind.device), :, blind] = 0.0
+    return _blend(out, slot_value.repeat_interleave(grouped.shape[2], 1)[:, :, None], beta), beta
 
 
-def _after(before: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, query: Tensor, scale: float) -> Tensor:
-    """Attention to a common beginning and to each text's own tokens, (1,Hq,T,D): softmax splits here as for the slot.
-
-    Args:
-        before: keys and values (Hkv,p,D) of the beginning.
-        out, lse: (1,Hq,T,D), (1,Hq,T), of the texts' own tokens alone.
-        query, scale: as in `closed`.
-    """
-    first, first_lse = flash.full_with_lse(query, before[0][None], before[1][None], scale)
-    return out.lerp_(first, torch.sigmoid(first_lse - lse)[..., None].to(out.dtype))
+def _blend(out: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """(1 - share) * out + share * other, in the place of `out`: (B,Hq,n,Dv), (B,Hq,1 or n,Dv), share (B,Hq,n)."""
+    return out.lerp_(other, share[..., None].to(out.dtype))
 
 
 def delegated(

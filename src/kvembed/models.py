@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from .errors import InputError, KvembedError, ModelNotFound
 from .files import sha256_of
 
-__all__ = ["BUNDLED", "Bundled", "cache_folder", "label", "load", "pull", "usable_device"]
+__all__ = ["BUNDLED", "Bundled", "best_device", "best_dtype", "cache_folder", "label", "load", "pull", "usable_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +78,10 @@ def load(
         InputError: unknown dtype or device.
         ModelNotFound: no such model, no network, or a file that can't be read.
     """
-    # torch built for CUDA names it on a machine without a GPU too, unless told to look.
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    place = best if device == "auto" else usable_device(device)
+    place = best_device() if device == "auto" else usable_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
-    if dtype == "auto":
-        dtype = "bfloat16" if _multiplies_bfloat16(place) else "float32"
-    torch_dtype = DTYPES[dtype]
+    torch_dtype = DTYPES[best_dtype(place) if dtype == "auto" else dtype]
     source = _local_folder(name) or _on_hub(name, revision)
     with _readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
@@ -167,6 +163,17 @@ def _on_hub(name: str, revision: str | None) -> str:
                 f"cache, and the hub can't be reached ({_first_line(error)})"
             ) from None
     return name
+
+
+def best_device() -> torch.device:
+    """The first accelerator, or else the CPU."""
+    # torch built for CUDA names it on a machine without a GPU too, unless told to look.
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def best_dtype(device: torch.device) -> str:
+    """A key of `DTYPES`."""
+    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
