@@ -267,7 +267,7 @@ def corpus(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     runs: dict[str, Callable[[], object]] = {"kvembed": lambda: embedder.encode(texts)}
     for size in (1, 8, 32):
         runs[f"sentence-transformers, batches of {size}"] = lambda size=size: theirs.encode(texts, batch_size=size)  # type: ignore[misc]
-    seconds = _interleaved(runs, min(arguments.rounds, 3))
+    seconds = _interleaved(runs, min(arguments.rounds, 5))
     cosine = (embedder.encode(texts) * theirs.encode(texts, batch_size=1, normalize_embeddings=True)).sum(1).min()
     return _against(seconds, len(texts), tokens, float(cosine))
 

@@ -27,6 +27,9 @@ from .tiles import suits
 __all__ = ["Backbone"]
 
 _FULL = 0.97  # share of real tokens in a padded batch from which packing gains nothing
+# A CPU multiplies bfloat16 matrices up to a third slower if they have neither few rows nor a multiple of 8 (oneDNN's
+# blocks do not fit; docs/decisions.md).
+_VECTORS, _MANY = 8, 128
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest state
 
 
@@ -242,7 +245,7 @@ class Backbone:
             raise ValueError("texts share a beginning only where nothing is changed")
         packed = None
         if prefix or (betas is None and self._is_worth_packing(lengths, ids.shape[1]) and self.packs):
-            packed = pack(ids, lengths)
+            packed = pack(ids, lengths, self._multiple(lengths))
         return self._states(ids, lengths, config, betas, placeholders, readers or {}, packed, prefix)
 
     @torch.inference_mode()
@@ -270,6 +273,11 @@ class Backbone:
         # The GPU's kernel is as fast for one length, and no other has to be prepared for every new one.
         at_once = suits(device, dtype) or flash.serves(device, dtype)
         return at_once or int(lengths.sum()) < _FULL * len(lengths) * width
+
+    def _multiple(self, lengths: Tensor) -> int:
+        """Of what a packed batch's tokens should be a multiple."""
+        halves = self.device.type == "cpu" and self.model.dtype == torch.bfloat16
+        return _VECTORS if halves and int(lengths.sum()) >= _MANY else 1
 
     @property
     def packs(self) -> bool:
