@@ -28,7 +28,7 @@ def stand_in(
     assert (max_q, max_k) == (int(cum_seq_q.diff().max()), int(cum_seq_k.diff().max()))
     assert (len(query), len(key)) == (int(cum_seq_q[-1]), int(cum_seq_k[-1]))
     assert (dropout_p, return_debug_mask) == (0.0, False)
-    assert window_size_right == (0 if is_causal else -1)
+    assert window_size_right == (0 if is_causal or max_q == 1 else -1)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out, lse = torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
@@ -37,7 +37,7 @@ def stand_in(
         q, k, v = query[start:end].transpose(0, 1), *(part[first:last].transpose(0, 1) for part in (key, value))
         logits = (q @ k.transpose(1, 2)).float() * scale
         apart = torch.arange(end - start)[:, None] + (last - first) - (end - start) - torch.arange(last - first)
-        if is_causal:
+        if window_size_right == 0:
             logits.masked_fill_(apart < 0, float("-inf"))
         if window_size_left >= 0:
             logits.masked_fill_(apart > window_size_left, float("-inf"))

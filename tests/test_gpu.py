@@ -86,7 +86,7 @@ def test_every_method(method, llama, tokenizer):
     options = {"prepend_layers": (1,)} if method == "token-prepending" else {}
     there = copy.deepcopy(llama).to(GPU)
     ours, its = (Embedder.from_model(m, tokenizer, method=method, texts=MANY, **options) for m in (llama, there))
-    assert (ours.encode(NOTICES) * its.encode(NOTICES)).sum(1).min() >= 0.9999
+    assert (ours.encode(NOTICES) * its.encode(NOTICES)).sum(1).min() >= 0.999
 
 
 def test_in_half_precision_compiled_too(llama, tokenizer):

@@ -144,6 +144,14 @@ def test_states_are_as_near_to_float32s_as_the_fused_kernels(family, changes, co
     assert (ours - expected).norm() < 1.5 * (fused - expected).norm()
 
 
+def test_texts_that_would_leave_a_third_of_small_tiles_empty_share_larger_ones():
+    tiles = Tiles([20] * 90, 1.0, True, False, prefix=180)
+    assert tiles._tile == 64
+    assert tiles._shared * tiles._tile < 1.1 * 20 * 90
+    assert Tiles([31] * 90, 1.0, True, False, prefix=180)._tile == 32
+    assert Tiles([20], 1.0, True, False, prefix=180)._tile == 32
+
+
 def test_a_mask_is_taken_for_a_window_only_if_it_is_one():
     def is_window(mask, window):
         reroute = attention.Reroute(frozenset(), {}, torch.tensor([0]), packed=(6, 2))

@@ -412,7 +412,7 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def start(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Weights in the cache, as after a first use."""
-    command = [sys.executable, "-m", "kvembed", "embed", "--model", arguments.model]
+    command = [sys.executable, "-m", "kvembed", "embed", "--model", arguments.model, "--dtype", arguments.dtype]
     seconds = _interleaved(
         {"": lambda: subprocess.run(command, input=b"One sentence.\n", check=True, capture_output=True)}, 5
     )[""]

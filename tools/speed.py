@@ -22,7 +22,8 @@ GOALS = {
     "sentence-transformers, batches of 1": "at least 2 at its best batch size",
     "model FLOP/s over GEMM FLOP/s": "at least 0.8, on a GPU 0.6",
     "real tokens over computed tokens": "at least 0.97",
-    "least cosine to float32 on a CPU": "at least 0.999",
+    "least cosine to float32 on a CPU, plain": "at least 0.999",
+    "least cosine to float32 on a CPU, re-routed in kv's layers": "at least 0.999",
     "peak of many over few": "at most 1.05",
     "one sentence, whole process": "at most 5 s",
 }

@@ -33,6 +33,7 @@ __all__ = ["Tiles", "suits"]
 TILES = (32, 64, 128)  # tokens
 _MOST_WIDTHS = 8  # of tiles of a long text: each is two more shapes, and the command line keeps 32 (`kvembed.process`)
 _AT_ONCE = 2  # long texts: heads may be too few for all processors, but logits must not outgrow their cache
+_ROW = 100  # columns that cost as much as a row does, however few it has; measured (docs/decisions.md)
 _STEP = 32  # columns in front come in multiples of it: numbers in a vector
 _HIDDEN = float("-inf")
 
@@ -96,26 +97,16 @@ class Tiles:
         limits = torch.finfo(torch.bfloat16)
         self._bias, self._slot_self = min(max(bias, limits.min), limits.max), slot_self
         self._lengths = torch.tensor(lengths)
-        # The smallest that holds every text; and a few tokens in all, one query say, need no more.
-        tile = next((size for size in TILES if size >= max(lengths)), TILES[-1])
-        self._tile = min(tile, _up(sum(lengths), _STEP))
+        # Of those that hold every text the one that costs least; and a few tokens in all, one query say, need no more.
+        sizes = [size for size in TILES if size >= max(lengths)] or [TILES[-1]]
+        layouts = [_share(lengths, min(size, _up(sum(lengths), _STEP)), routed, prefix) for size in sizes]
+        self._tile, self._width, shared = min(layouts, key=_cost)
         self._text = torch.arange(len(lengths)).repeat_interleave(self._lengths)  # (T,)
         starts = (self._lengths.cumsum(0) - self._lengths).tolist()
-        shared: list[list[int]] = []  # texts of each shared tile
-        room = 0
-        for text, tokens in enumerate(lengths):
-            if tokens <= self._tile:
-                if tokens > room:
-                    shared.append([])
-                    room = self._tile
-                shared[-1].append(text)
-                room -= tokens
         self._shared = len(shared)
-        # Columns in front: in a shared tile, in a long text's, and how many of the latter are in use.
+        # Columns in front of a long text's own, and how many of them are in use.
         self._routed = routed
-        self._width, self._front, self._used = _up(prefix, _STEP), _up(prefix, _STEP), prefix
-        if routed:
-            self._width, self._front, self._used = _up(max(map(len, shared), default=0), _STEP), _STEP, 1
+        self._front, self._used = (_STEP, 1) if routed else (_up(prefix, _STEP), prefix)
         before = list(range(sum(lengths), sum(lengths) + prefix))  # its keys come after all others
         queries, keys = [], []  # for each row the token that it is; -1 for filling
         slots = []  # for each key row the text whose slot it is, or -1
@@ -283,6 +274,25 @@ def _tokens_first(own: Tensor, before: Tensor | None = None) -> Tensor:
 def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """(N,rows,D), (N,columns,D) -> (N,rows,columns)."""
     return torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=scale)
+
+
+def _share(lengths: Sequence[int], tile: int, routed: bool, prefix: int) -> tuple[int, int, list[list[int]]]:
+    """For tiles of so many tokens: `tile`, columns in front, and the texts in each shared one, behind one another."""
+    shared: list[list[int]] = []
+    room = 0
+    for text, tokens in enumerate(lengths):
+        if tokens <= tile:
+            if tokens > room:
+                shared.append([])
+                room = tile
+            shared[-1].append(text)
+            room -= tokens
+    return tile, _up(max(map(len, shared), default=0) if routed else prefix, _STEP), shared
+
+
+def _cost(layout: tuple[int, int, list[list[int]]]) -> int:
+    tile, width, shared = layout
+    return len(shared) * tile * (width + tile + _ROW)
 
 
 def _up(number: int, step: int) -> int:
