@@ -25,6 +25,7 @@ import argparse
 import copy
 import functools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -92,7 +93,8 @@ def main() -> None:
             "device": device.type,
             "threads": torch.get_num_threads(),
             "hardware": torch.cuda.get_device_name() if device.type == "cuda" else hardware(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
+            # A processor with more can be kept to what others have: with ONEDNN_MAX_CPU_ISA and MKL's variable, too.
+            "instructions": torch.backends.cpu.get_cpu_capability() + " alone" * ("ATEN_CPU_CAPABILITY" in os.environ),
             "versions": {
                 package: _version(package) for package in PACKAGES + ("llama-cpp-python",) * (name == "llama")
             },

@@ -53,8 +53,8 @@ def speed_page(folder: Path) -> str:
         "# Speed",
         "Made by `make tables` from what `make bench` wrote to `results/speed/`. Ratios are of interleaved runs in one "
         "process: the median over rounds, and in brackets the quartiles. bfloat16 is the default where a processor "
-        "multiplies it, float32 elsewhere; each was measured on such a machine. What has not been run on a GPU is not "
-        "here.",
+        "multiplies it, float32 elsewhere; each was measured on such a machine, or on one that was kept to what such a "
+        "machine has (AVX2 alone). What has not been run on a GPU is not here.",
     ]
     for section, title in TITLES.items():
         paths = sorted(folder.glob(f"*/{section}.json"))

@@ -187,7 +187,7 @@ class Reroute:
             return False
         known = id(mask), window  # transformers makes one mask for all layers of a kind; kept, so that ids stay unique
         if known not in self._windows:
-            place = torch.arange(self.longest, device=mask.device)
+            place = torch.arange(self.longest, dtype=torch.int32, device=mask.device)  # `apart` is the largest here
             apart = place[:, None] - place
             wanted = (apart >= 0) & (apart < window)
             self._windows[known] = mask, mask.dtype == torch.bool and torch.equal(mask, wanted[None, None])

@@ -50,7 +50,7 @@ def pack(ids: Tensor, lengths: Tensor, multiple: int = 1) -> Packed:
         multiple: a text of nothing is added that makes T a multiple of it.
     """
     shape = ids.shape[0], ids.shape[1]
-    if filling := -int(lengths.sum()) % multiple:
+    if multiple > 1 and (filling := -int(lengths.sum()) % multiple):
         ids = nn.functional.pad(ids, (0, max(0, filling - shape[1]), 0, 1))
         lengths = nn.functional.pad(lengths, (0, 1), value=filling)
     order = lengths.argsort(descending=True, stable=True)  # equal lengths side by side: attention takes them at once
