@@ -25,6 +25,7 @@ import argparse
 import copy
 import functools
 import json
+import math
 import os
 import random
 import statistics
@@ -41,6 +42,7 @@ from peak import peak_of
 from shapes import SHAPES, random_model
 from tiny import tiny_embedder
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from kvembed import EmbedConfig, Embedder, models
 from kvembed.attention import Reroute
@@ -113,15 +115,31 @@ def _version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
-def _backbone(arguments: argparse.Namespace) -> tuple[Backbone, tuple[int, ...]]:
-    """A model, and the layers that `kv` re-routes; of random weights, a fifth of all, as of real ones."""
+def _backbone(arguments: argparse.Namespace) -> Backbone:
+    if arguments.shape:
+        return Backbone(random_model(arguments.shape, getattr(torch, arguments.dtype), models.best_device()))
+    return Backbone(models.load(arguments.model, dtype=arguments.dtype)[0])
+
+
+def _embedder(arguments: argparse.Namespace, backbone: Backbone, method: str) -> Embedder:
+    """Of the same weights."""
+    tokenizer = AutoTokenizer.from_pretrained(models.pull(arguments.model))
+    return Embedder.from_model(backbone.model, tokenizer, method=method)
+
+
+def _kv_layers(arguments: argparse.Namespace, backbone: Backbone) -> tuple[int, ...]:
+    """The layers that `kv` re-routes; of random weights, a fifth of all, as of real ones."""
     if not arguments.shape:
-        kv = Embedder.from_pretrained(arguments.model, method="kv", dtype=arguments.dtype)
-        return kv.backbone, kv.backbone.changed_layers(kv.config)
-    device = models.best_device()
-    backbone = Backbone(random_model(arguments.shape, getattr(torch, arguments.dtype), device))
+        return backbone.changed_layers(_embedder(arguments, backbone, "kv").config)
     depth = len(backbone.layers)
-    return backbone, tuple(range(depth // 3, depth // 3 + depth // 5))
+    return tuple(range(depth // 3, depth // 3 + depth // 5))
+
+
+def _token_texts(count: int, shortest: int, longest: int) -> list[list[int]]:
+    """Texts as token ids, of many lengths, short ones more often; the same every time."""
+    draw = random.Random(0)
+    lengths = math.log2(shortest), math.log2(longest)
+    return [[draw.randrange(100, 1000) for _ in range(round(2 ** draw.uniform(*lengths)))] for _ in range(count)]
 
 
 def _interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -149,7 +167,8 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 def overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """As `kv` does, and in every layer that has attention."""
-    backbone, chosen = _backbone(arguments)
+    backbone = _backbone(arguments)
+    chosen = _kv_layers(arguments, backbone)
     plain, some, routed = (EmbedConfig(layers=layers) for layers in ((), chosen, backbone.attention_layers))
     rows = []
     for tokens, texts in LENGTHS if backbone.device.type == "cpu" else LENGTHS_THERE:
@@ -196,12 +215,11 @@ def overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def packing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Texts of 8 to 1,024 tokens, short ones more often, sorted by length; each way in batches of its own."""
-    backbone, _ = _backbone(arguments)
+    """Texts of 8 to 1,024 tokens, sorted by length; each way in batches of its own."""
+    backbone = _backbone(arguments)
     on_cpu = backbone.device.type == "cpu"
     budget, count = (2048, 64) if on_cpu else (16384, 1024)
-    draw = random.Random(0)
-    texts = [[draw.randrange(100, 1000) for _ in range(round(2 ** draw.uniform(3, 10)))] for _ in range(count)]
+    texts = _token_texts(count, 8, 1024)
     tokens = [len(text) for text in texts]
 
     def encode(packed: bool) -> None:
@@ -210,19 +228,14 @@ def packing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             backbone.states(*backbone.pad([texts[index] for index in batch]), EmbedConfig())[:, 0].cpu()
 
     seconds = _interleaved({"packed": lambda: encode(True), "padded": lambda: encode(False)}, arguments.rounds)
-    common = {"texts": count, "tokens": sum(tokens)}
-    rows = [
-        {"what": name, "tokens_per_second": round(sum(tokens) / statistics.median(found)), **common}
-        for name, found in seconds.items()
-    ]
-    return [rows[0], rows[1] | _ratio(seconds["padded"], seconds["packed"])]
+    return _against("packed", seconds, texts=count, tokens=sum(tokens))
 
 
 def agreement(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Vectors are means of the last layer's states, of 16 texts of mixed lengths."""
-    backbone, chosen = _backbone(arguments)
-    draw = random.Random(0)
-    texts = [[draw.randrange(100, 1000) for _ in range(round(2 ** draw.uniform(2, 8)))] for _ in range(16)]
+    backbone = _backbone(arguments)
+    chosen = _kv_layers(arguments, backbone)
+    texts = _token_texts(16, 4, 256)
 
     def vectors(one: Backbone, config: EmbedConfig) -> Tensor:
         ids, lengths = one.pad(texts)
@@ -271,15 +284,14 @@ def corpus(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         runs[f"sentence-transformers, batches of {size}"] = lambda size=size: theirs.encode(texts, batch_size=size)  # type: ignore[misc]
     seconds = _interleaved(runs, min(arguments.rounds, 5))
     cosine = (embedder.encode(texts) * theirs.encode(texts, batch_size=1, normalize_embeddings=True)).sum(1).min()
-    return _against(seconds, len(texts), tokens, float(cosine))
+    return _against("kvembed", seconds, texts=len(texts), tokens=tokens, least_cosine=round(float(cosine), 4))
 
 
-def _against(seconds: Mapping[str, Sequence[float]], texts: int, tokens: int, cosine: float) -> list[dict[str, Any]]:
-    """A row for each, with its time over kvembed's."""
-    common = {"texts": texts, "tokens": tokens, "least_cosine": round(cosine, 4)}
+def _against(ours: str, seconds: Mapping[str, Sequence[float]], tokens: int, **common: float) -> list[dict[str, Any]]:
+    """A row for each, with its time over ours."""
     return [
-        {"what": name, "tokens_per_second": round(tokens / statistics.median(found)), **common}
-        | (_ratio(found, seconds["kvembed"]) if name != "kvembed" else {})
+        {"what": name, "tokens_per_second": round(tokens / statistics.median(found)), "tokens": tokens, **common}
+        | (_ratio(found, seconds[ours]) if name != ours else {})
         for name, found in seconds.items()
     ]
 
@@ -312,7 +324,8 @@ def llama(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     encoded = embedder.encode_with_report(texts)
     first = next(name for name in runs if name != "kvembed")  # of the file that kvembed reads too
     cosine = (encoded.vectors * np.array(runs[first](), np.float32)).sum(1).min()
-    return _against(seconds, len(texts), int(encoded.token_counts.sum()), float(cosine))
+    tokens = int(encoded.token_counts.sum())
+    return _against("kvembed", seconds, texts=len(texts), tokens=tokens, least_cosine=round(float(cosine), 4))
 
 
 def preface(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -333,7 +346,7 @@ def preface(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Model FLOP/s over GEMM FLOP/s in the same rounds; and the share of computed tokens that is real, packed."""
-    backbone, _ = _backbone(arguments)
+    backbone = _backbone(arguments)
     texts, tokens = 32, 64 if backbone.device.type == "cpu" else 512
     ids = torch.randint(100, 1000, (texts, tokens), device=backbone.device)
     lengths = torch.full((texts,), tokens, device=backbone.device)
@@ -367,8 +380,7 @@ def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         {"what": "plain forward over compiled"} | _ratio(seconds["forward"], seconds["compiled"]),
     ]
     if arguments.data is not None and not arguments.shape:
-        embedder = Embedder.from_pretrained(arguments.model, method="mean", dtype=arguments.dtype)
-        backbone = embedder.backbone
+        embedder = _embedder(arguments, backbone, "mean")
         computed = []
         hook = backbone.layers[0].register_forward_pre_hook(
             lambda _, args, kwargs: computed.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel()),
@@ -383,7 +395,7 @@ def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One text of so many tokens, re-routed in every layer."""
-    backbone, _ = _backbone(arguments)
+    backbone = _backbone(arguments)
     routed = EmbedConfig(layers=backbone.attention_layers)
     rows = []
     for tokens in GROWTH:

@@ -67,11 +67,10 @@ _HARMLESS = frozenset(
 
 
 class Places(NamedTuple):
-    """Where packed texts lie: each token's text (T,), each text's length and last token (texts,), all int64; and where
-    each starts, and T, as kernels want it: (texts + 1,) int32.
+    """Where packed texts lie: each one's length and last token (texts,), both int64; and where each starts, and T, as
+    kernels want it: (texts + 1,) int32.
     """
 
-    text: Tensor
     lengths: Tensor
     final: Tensor
     starts: Tensor
@@ -268,9 +267,8 @@ class Reroute:
     def _places(self, device: torch.device) -> Places:
         if device not in self._kept_places:  # once a forward: a GPU waits for what is copied to it
             lengths = torch.tensor(self.packed, device=device)
-            text = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=sum(self.packed))
             starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
-            self._kept_places[device] = Places(text, lengths, starts[1:] - 1, starts.to(torch.int32))
+            self._kept_places[device] = Places(lengths, starts[1:] - 1, starts.to(torch.int32))
         return self._kept_places[device]
 
     def _attend(

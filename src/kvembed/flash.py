@@ -56,10 +56,10 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 @torch.inference_mode()
 def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the GPU's kernel does here what this file takes it to do, tried on three short texts."""
-    lengths, heads, groups, dim, scale = [7, 4, 1], 4, 2, 16, 0.25
+    lengths, heads, kv_heads, dim, scale = [7, 4, 1], 4, 2, 16, 0.25
     random = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(1, h, sum(lengths), dim, generator=random).to(device, dtype) for h in (heads, groups, groups)
+        torch.randn(1, h, sum(lengths), dim, generator=random).to(device, dtype) for h in (heads, kv_heads, kv_heads)
     )
     starts = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     last = starts[1:].long() - 1
@@ -69,21 +69,21 @@ def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     causal = own & (apart >= 0)
     slots = key[:, :, last], value[:, :, last]
     try:
-        told = {
-            "causal": (causal, *packed_with_lse(query, key, value, starts, 7, scale)),
-            "window": (causal & (apart < 3), *packed_with_lse(query, key, value, starts, 7, scale, window=3)),
-            "full": (torch.ones_like(own), *full_with_lse(query, key, value, scale)),
-            "slots": (own & (place == last[text][:, None]), *slots_with_lse(query, *slots, starts, 7, scale)),
-        }
+        told = [  # what is seen, out, lse
+            (causal, *packed_with_lse(query, key, value, starts, 7, scale)),
+            (causal & (apart < 3), *packed_with_lse(query, key, value, starts, 7, scale, window=3)),
+            (torch.ones_like(own), *full_with_lse(query, key, value, scale)),
+            (own & (place == last[text][:, None]), *slots_with_lse(query, *slots, starts, 7, scale)),
+        ]
     except Exception as error:  # another signature, or nothing behind it
         if is_out_of_memory(error):
             raise
-        told = {}
-    whole_key, whole_value = (part.float().repeat_interleave(heads // groups, 1) for part in (key, value))
+        told = []
+    whole_key, whole_value = (part.float().repeat_interleave(heads // kv_heads, 1) for part in (key, value))
     logits = query.float() @ whole_key.transpose(-1, -2) * scale  # (1,Hq,T,T)
     near = functools.partial(torch.allclose, atol=2e-2, rtol=2e-2)
     alike = []
-    for mask, out, lse in told.values():
+    for mask, out, lse in told:
         seen = logits.masked_fill(~mask, float("-inf"))
         alike.append(lse.shape == seen.shape[:-1] and near(lse, seen.logsumexp(-1)))
         alike.append(near(out.float(), seen.softmax(-1) @ whole_value))
