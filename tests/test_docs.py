@@ -181,3 +181,11 @@ def test_the_site_in_a_browser_light_and_dark_with_search(site, browser):
     WebDriverWait(browser, 20).until(lambda browser: "/faq/" in "".join(browser.execute_script(links)[:1]))
     severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
     assert not severe
+
+
+def test_the_readme_says_what_every_module_holds():
+    """The table of files names each module once, and none that is gone."""
+    table = (ROOT / "README.md").read_text().partition("| file | what it holds |")[2].partition("\n\n")[0]
+    told = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.partition(" | ")[0])]
+    modules = {path.stem for path in (ROOT / "src" / "kvembed").glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(told) == sorted(modules)
