@@ -54,7 +54,7 @@ def speed_page(folder: Path) -> str:
         "Made by `make tables` from what `make bench` wrote to `results/speed/`. Ratios are of interleaved runs in one "
         "process: the median over rounds, and in brackets the quartiles. bfloat16 is the default where a processor "
         "multiplies it, float32 elsewhere; each was measured on such a machine, or on one that was kept to what such a "
-        "machine has (AVX2 alone). What has not been run on a GPU is not here.",
+        "machine has (AVX2 alone). There are no figures of a GPU: nothing has been run on one yet.",
     ]
     for section, title in TITLES.items():
         paths = sorted(folder.glob(f"*/{section}.json"))
@@ -64,8 +64,8 @@ def speed_page(folder: Path) -> str:
             versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
             instructions = f" ({told['instructions']})" if "instructions" in told else ""
             machine = f"{told['device']}, {told['threads']} threads, {told['hardware']}{instructions}; {versions}"
-            what = "a tiny random model" if section == "memory" else f"{told['model']}, {told['dtype']}"
-            about = f"{what}; {machine}; {told['rounds']} rounds.{NOTES.get(section, '')}"
+            model = "a tiny random model" if section == "memory" else told["model"]
+            about = f"{model}, {told['dtype']}; {machine}; {told['rounds']} rounds.{NOTES.get(section, '')}"
             parts += [about, _table(section, told["rows"])]
         if section == "growth" and paths:
             parts.append("![Seconds against tokens](growth.svg)")

@@ -202,7 +202,7 @@ class Embedder:
                 text that the model writes itself.
             fitted: a file with a transform (`Transform.save`, `kvembed tune -o`), instead of the stored one.
             compile: `torch.compile` parts of the model: seconds to half a minute more before the first vector, and
-                faster after that (docs/speed.md); for long jobs.
+                faster after that (docs/speed.md); for long jobs. On a CPU it needs a C++ compiler.
             progress: show bars on a terminal while layers are chosen and a transform is fitted.
             options: fields of `EmbedConfig` to change, for example `layers=[20, 21, 22]`, `bias=1.0`, `max_tokens=512`.
 
