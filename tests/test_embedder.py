@@ -290,6 +290,46 @@ def test_a_model_in_training_mode_is_refused(tokenizer):
             call("a")
 
 
+def test_dropout_that_joined_later_counts_as_training(tokenizer):
+    """An adapter's, added after `eval`; other parts that came then do no harm."""
+    model = tiny()
+    layer = model.model.layers[1].mlp
+    layer.up_proj = torch.nn.Sequential(layer.up_proj, torch.nn.Dropout(0.0))
+    embedder = Embedder.from_model(model, tokenizer, method="mean")
+    layer.up_proj.append(torch.nn.Dropout(0.5))
+    with pytest.raises(InputError, match=r"call model\.eval"):
+        embedder.encode("a")
+    model.eval()
+    assert np.array_equal(embedder.encode("a"), embedder.encode("a"))
+
+
+def test_saving_over_another_model_leaves_none_of_its_weights(tokenizer, tmp_path, monkeypatch):
+    first, second = (Embedder.from_model(tiny(seed=seed), tokenizer, method="mean") for seed in (1, 2))
+    first.save_pretrained(tmp_path / "saved")
+    save = second.model.save_pretrained
+    monkeypatch.setattr(second.model, "save_pretrained", lambda folder: save(folder, max_shard_size="50KB"))
+    second.save_pretrained(tmp_path / "saved")
+    assert len([*(tmp_path / "saved").glob("model-*.safetensors")]) > 1
+    opened = Embedder.from_pretrained(tmp_path / "saved", dtype="float32")
+    assert np.array_equal(opened.encode(NOTICES[:3]), second.encode(NOTICES[:3]))
+    monkeypatch.setattr("kvembed.saved.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        first.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "kvembed.json").exists()  # half of it is not opened as if it were whole
+
+
+def test_offloaded_weights_are_brought_where_they_are_needed(tokenizer):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny()
+    expected = Embedder.from_model(model, tokenizer, method="mean").encode(NOTICES[:3])
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).is_meta
+    embedder = Embedder.from_model(model, tokenizer, method="mean")
+    assert np.array_equal(embedder.encode(NOTICES[:3]), expected)
+    with pytest.raises(InputError, match="offloaded"):
+        embedder.fingerprint()
+
+
 def test_what_is_no_model_and_no_tokenizer_is_said(llama, tokenizer):
     for model, other in [("smollm2", tokenizer), (tokenizer, llama), (llama, None), (llama, "smollm2")]:
         with pytest.raises(InputError, match="not one of transformers"):
@@ -397,7 +437,7 @@ def test_bad_options(llama, tokenizer, options):
         Embedder.from_model(llama, tokenizer, **{"layers": [1]} | options)
 
 
-@pytest.mark.parametrize("options", [{"layers": [1, 3]}, {"method": "mean"}])
+@pytest.mark.parametrize("options", [{"layers": [1, 3]}, {"method": "mean"}, {"method": "static"}])
 def test_autocast_and_tuple_outputs_change_nothing(tokenizer, options):
     model = tiny()
     expected = Embedder.from_model(model, tokenizer, **options).encode(NOTICES[:4])
@@ -405,6 +445,17 @@ def test_autocast_and_tuple_outputs_change_nothing(tokenizer, options):
     embedder = Embedder.from_model(model, tokenizer, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert np.array_equal(embedder.encode(NOTICES[:4]), expected)
+    assert np.array_equal(embedder.encode(NOTICES[:4]), expected)
+
+
+def test_torchs_default_dtype_changes_nothing(tokenizer):
+    embedder = Embedder.from_model(tiny().to(torch.bfloat16), tokenizer, layers=[1, 3])
+    expected = embedder.encode(NOTICES[:4])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert np.array_equal(embedder.encode(NOTICES[:4]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("bias", [1e39, -1e39, 1e300])

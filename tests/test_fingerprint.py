@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -55,6 +56,63 @@ def test_it_knows_how_positions_rotate_but_not_that_a_long_text_came(tokenizer, 
         model(torch.arange(60)[None])
     assert not torch.equal(model.model.rotary_emb.inv_freq, frequencies)
     assert told(model) == before
+
+
+def test_it_knows_all_that_a_checkpoint_holds(llama, told):
+    """Also what is no parameter: saved buffers, and the integers of a quantised model."""
+    plain, other = (copy.deepcopy(llama) for _ in range(2))
+    for number, model in enumerate((plain, other)):
+        model.model.layers[1].mlp.register_buffer("correction", torch.full((4,), float(number)))
+    assert len({told(llama), told(plain), told(other)}) == 3
+    ways = []
+    for number in range(2):
+        model = copy.deepcopy(llama)
+        model.model.layers[2].self_attn.o_proj = Packed(torch.full((48, 48), number, dtype=torch.int8))
+        ways.append(told(model))
+    assert len({*ways, told(llama)}) == 3
+
+
+class Packed(torch.nn.Module):
+    """As torch's quantised layers are: weights are in no parameter and no buffer, and saved as a tuple."""
+
+    def __init__(self, integers):
+        super().__init__()
+        self.packed = (integers, None)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "packed"] = self.packed
+        destination[prefix + "dtype"] = torch.qint8
+
+    def forward(self, states):
+        return states @ self.packed[0].T.to(states)
+
+
+class Adapted(torch.nn.Module):
+    """As peft's layers are."""
+
+    disable_adapters = False
+    scaling: ClassVar = {"a": 1.0, "b": 1.0}
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.active_adapters = base, ["a"]
+
+    def forward(self, states):
+        return self.base_layer(states)
+
+
+def test_it_knows_which_adapter_is_used_and_how_much(llama, told):
+    model = copy.deepcopy(llama)
+    layer = model.model.layers[1].mlp
+    layer.up_proj = adapted = Adapted(layer.up_proj)
+    seen = [told(llama), told(model)]
+    adapted.active_adapters = ["b"]
+    seen.append(told(model))
+    adapted.scaling = {"b": 0.5}
+    seen.append(told(model))
+    adapted.disable_adapters = True
+    seen.append(told(model))
+    assert len({*seen}) == len(seen)
 
 
 def test_it_knows_the_tokenizer(tokenizer, llama, told):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -19,12 +20,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
+import fastapi
 import numpy as np
 import openai
 import pytest
 import schemathesis
 from conftest import MANY, NOTICES, ground, running
 from hypothesis import HealthCheck, given, settings
+from prometheus_client import CollectorRegistry
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -32,11 +35,12 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from kvembed import Embedder, InputError
 from kvembed.cli import app as cli
-from kvembed.gate import JsonLines
+from kvembed.gate import Gate, JsonLines
 from kvembed.server import api_keys, create_app, listen_at
 from kvembed.service import Limits
 
@@ -442,6 +446,44 @@ def test_too_many_requests_at_once_are_429(start, embedder):
         error_of(content)
         assert call(server, path="/health", method="GET")[0] == 200
     until(lambda: call(server, {"model": "tiny", "input": "a"})[0] == 200)
+
+
+def test_a_client_that_does_not_read_its_answer_makes_room_again():
+    """One that asks on and on: the server can't hold all its answers, and waits no longer than for a body."""
+    gate = Gate(fastapi.FastAPI(), keys=[], max_requests=1, max_bytes=9, body_seconds=0.1, registry=CollectorRegistry())
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        await asyncio.sleep(60)
+
+    asyncio.run(asyncio.wait_for(gate(dict(scope), receive, send), 20))
+    sent = []
+
+    async def keep(message):
+        sent.append(message.get("status"))
+
+    asyncio.run(gate(dict(scope), receive, keep))
+    assert sent[0] == 404  # and not 429
+
+
+def test_keys_are_asked_for_wherever_the_application_is_mounted(embedder):
+    app = fastapi.FastAPI()
+    app.mount("/below", create_app(embedder, ["tiny"], keys=["key"]))
+    with TestClient(app) as below:
+        assert below.get("/below/v1/models").status_code == 401
+        assert below.get("/below/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200
+
+
+def test_a_text_that_no_queue_can_hold_is_not_even_tokenised(start, llama, tokenizer):
+    """Where a model takes texts of any length, as without a forward."""
+    embedder = Embedder.from_model(llama, tokenizer, method="static", texts=MANY)
+    server = start(embedder, limits=Limits(queue_tokens=100))
+    status, _, content = call(server, {"model": "tiny", "input": "a" * 5000})
+    assert status == 400
+    assert "the most for any text is 1,600" in error_of(content)["message"]
 
 
 def test_keys(start, embedder, log):

@@ -152,6 +152,31 @@ def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
     assert tuned(lambda *_: pytest.fail("it was kept"), tmp_path).digest() == first.digest()
 
 
+def test_texts_cut_otherwise_have_another_transform(tmp_path):
+    """Lines are not the same corpus as paragraphs of two of them."""
+    seen = []
+
+    def read(texts, role, templates):
+        seen.extend(texts)
+        return views(len(seen), texts=len(texts))
+
+    lines = [f"line {number}" for number in range(400)]
+    pairs = [f"{one}\n{two}" for one, two in zip(lines[::2], lines[1::2], strict=True)]
+    first = tuned(read, tmp_path, texts=lines)
+    assert not {*pairs} & {*seen}
+    assert tuned(read, tmp_path, texts=pairs).digest() != first.digest()
+    assert {*pairs} & {*seen}
+
+
+def test_an_empty_file_of_what_was_read_is_read_again(tmp_path):
+    first = tuned(lambda texts, *_: views(3, texts=len(texts)), tmp_path)
+    (stored,) = (tmp_path / "cache" / "transforms").glob("*.safetensors")
+    stored.unlink()
+    for piece in stored.parent.glob("*.npy"):
+        piece.write_bytes(b"")
+    assert tuned(lambda texts, *_: views(3, texts=len(texts)), tmp_path).digest() == first.digest()
+
+
 def test_given_texts_have_a_transform_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("kvembed.tuning._GIVEN_TEXTS", 500)
     seen = []

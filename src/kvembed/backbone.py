@@ -79,6 +79,9 @@ class Backbone:
     def device(self) -> torch.device:
         """Where token ids go."""
         first: Tensor = next(self.decoder.parameters())  # the embeddings, in a model spread over devices
+        if first.is_meta:  # offloaded: accelerate's hook brings it where it is needed
+            hook = getattr(self.decoder.get_input_embeddings(), "_hf_hook", None)
+            return torch.device(getattr(hook, "execution_device", None) or first.device)
         return first.device
 
     def _probe(self) -> None:
@@ -184,7 +187,8 @@ class Backbone:
         few = [] if weight.is_meta else weight.flatten()[::step].tolist()
         known = self._static
         if known is None or known[0] != (weight.device, few):  # the model may have been moved, or an adapter merged
-            known = (weight.device, few), StaticVectors(embedding, embedding.num_embeddings, self.device)
+            with torch.autocast(self.device.type, enabled=False):  # they are kept
+                known = (weight.device, few), StaticVectors(embedding, embedding.num_embeddings, self.device)
             self._static = known
         return known[1]
 
@@ -410,7 +414,7 @@ class Backbone:
             states = (args[0] if args else kwargs["hidden_states"]).clone()  # (B,n,D)
             row, place, source = (tensor.to(states.device) for tensor in (rows, placeholders, last))
             if layer == 0:
-                random = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0))
+                random = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0), device="cpu")
                 states[row, place] = random.to(states)
             else:
                 states[row, place] = states[row, source]

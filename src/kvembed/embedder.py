@@ -725,7 +725,9 @@ def _say_left_behind(transform: Transform) -> None:
 
 
 def _refuse_training(model: PreTrainedModel) -> None:
-    if model.training:
+    # What joined the model after eval() is in training mode, which matters to dropout alone.
+    drops = (module.training and module.p > 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    if model.training or any(drops):
         raise InputError("the model is in training mode, so dropout would change its states: call model.eval()")
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +27,23 @@ _PIECE = 2**20  # values that are rounded at a time
 
 
 def fingerprint(backbone: Backbone, prompter: Prompter) -> str:
-    """16 hex digits that tell models apart: by every weight, how positions rotate, and the tokenizer.
+    """16 hex digits that tell models apart: by every weight, the adapters in use, how positions rotate, the tokenizer.
 
-    Weights are taken in bfloat16, and each row by the sum of its bits as 64-bit integers, which has no rounding: so it
-    is the same whether they were loaded as float32 or bfloat16, and on any device; float16 rounds otherwise. The
-    tokenizer is known by its size, its marks of beginning and end, and the ids that it makes of a text of many scripts.
-    A billion weights in memory take about half a second in float32, and a fifth of it in bfloat16.
+    Whatever a checkpoint holds is a weight, buffers and packed integers too. What else a configuration says, a window
+    or a norm's epsilon changed by hand, is not seen. Weights are taken in bfloat16, and each row by the sum of its bits
+    as 64-bit integers, which has no rounding: so it is the same whether they were loaded as float32 or bfloat16, and on
+    any device; float16 rounds otherwise. The tokenizer is known by its size, its marks of beginning and end, and the
+    ids that it makes of a text of many scripts. A billion weights in memory take about half a second in float32, and a
+    fifth of it in bfloat16.
 
     Raises:
         InputError: weights that are offloaded can't be read.
     """
     digest = hashlib.sha256(backbone.model_type.encode())
     told = dict(backbone.decoder.named_parameters())
+    kept = {id(parameter) for parameter in told.values()}
+    for name, value in backbone.decoder.state_dict(keep_vars=True).items():
+        told |= {f"{name}{place}": part for place, part in _tensors(value) if id(part) not in kept}
     rotations = {name: tensor for name, tensor in backbone.decoder.named_buffers() if name.endswith("inv_freq")}
     for name in rotations:
         if (first := name.removesuffix("inv_freq") + "original_inv_freq") in rotations:
@@ -50,14 +57,30 @@ def fingerprint(backbone: Backbone, prompter: Prompter) -> str:
                 "and no method with a transform"
             )
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + _sums(tensor).numpy().tobytes())
+    for name, module in backbone.decoder.named_modules():
+        if isinstance(getattr(module, "disable_adapters", None), bool):  # a layer of peft's; models have a method
+            scales = getattr(module, "scaling", {})
+            active = [] if module.disable_adapters else [(one, scales.get(one)) for one in module.active_adapters]
+            digest.update(f"{name}{active}".encode())
     (probe,) = prompter([_PROBE], "{text}", UNLIMITED)
     digest.update(repr((prompter.size, prompter.marks, probe.ids)).encode())
     return digest.hexdigest()[:16]
 
 
-@torch.inference_mode()
+def _tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Those of a module's saved state: it is one, or a tuple that holds packed weights, or says how they are packed."""
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, tuple | list):
+        for index, part in enumerate(value):
+            yield from _tensors(part, f"{place}.{index}")
+
+
+@torch.no_grad()
 def _sums(tensor: Tensor) -> Tensor:
     """(rows,) int64 of a matrix, (1,) of a vector: sums, modulo 2**64, of its bits, four values to a number."""
+    if tensor.is_quantized or hasattr(tensor, "__tensor_flatten__"):  # torch's own, or a library's wrapped one
+        tensor = tensor.dequantize()
     rows = tensor.detach().reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
     kind = torch.bfloat16 if rows.is_floating_point() else torch.int16
     found = []

@@ -50,7 +50,8 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for texts of many lengths, for heads that it takes; tried once."""
     if _GPU is None or device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and _agrees(device, dtype)
+    with torch.autocast(device.type, enabled=False):  # the caller's would change what it is compared with
+        return torch.cuda.get_device_capability(device) >= (8, 0) and _agrees(device, dtype)
 
 
 @torch.inference_mode()
@@ -59,7 +60,8 @@ def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     lengths, heads, kv_heads, dim, scale = [7, 4, 1], 4, 2, 16, 0.25
     random = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(1, h, sum(lengths), dim, generator=random).to(device, dtype) for h in (heads, kv_heads, kv_heads)
+        torch.randn(1, h, sum(lengths), dim, generator=random, device="cpu").to(device, dtype)
+        for h in (heads, kv_heads, kv_heads)
     )
     starts = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     last = starts[1:].long() - 1

@@ -40,6 +40,10 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class _Unread(Exception):
+    """A client does not read its answer, and the server can't hold more of it."""
+
+
 class Gate:
     """ASGI middleware; see `Limits` in `service` for the numbers.
 
@@ -48,7 +52,7 @@ class Gate:
         keys: API keys, any of which opens a path below `/v1/` and the page's own; none: all is open.
         max_requests: with a body, being read or worked on at the same time.
         max_bytes: of a body.
-        body_seconds: for a body to arrive.
+        body_seconds: for a body to arrive, and for a client to take what it is sent.
         registry: where its metrics go.
     """
 
@@ -91,10 +95,16 @@ class Gate:
             if message["type"] == "http.response.start":
                 begun, status = True, message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", fields["id"].encode())]
-            await send(message)
+            try:
+                with anyio.fail_after(self._body_seconds):
+                    await send(message)
+            except TimeoutError:
+                raise _Unread from None
 
         try:
             await self._pass(scope, self._limited(receive), answer)
+        except _Unread:
+            status = 499
         except Exception as error:
             logger.error("unexpected error", exc_info=error, extra={"fields": {"id": fields["id"]}})
             if not begun:
@@ -125,7 +135,8 @@ class Gate:
             self._working -= counted
 
     def _check(self, scope: Scope) -> None:
-        if self._keys and (scope["path"].startswith("/v1/") or scope["method"] == "POST"):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where it is mounted
+        if self._keys and (path.startswith("/v1/") or scope["method"] == "POST"):
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             scheme, _, key = given.partition(b" ")
             found = [hmac.compare_digest(_digest(key.strip()), known) for known in self._keys]  # all, always

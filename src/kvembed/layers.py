@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from .config import EmbedConfig
 from .errors import InputError
 from .files import store
 from .fingerprint import fingerprint as fingerprint_of
+from .identity import identity_hash
 from .models import cache_folder, label, load
 from .prompts import Prompter
 from .self_written import SELF_WRITTEN, own_texts, texts_digest
@@ -214,7 +214,7 @@ def choose_layers(
             profile.texts_sha256,
         )
 
-    name = hashlib.sha256(f"{fingerprint}\n{template}\n{source}\n{digest}".encode()).hexdigest()[:24]
+    name = identity_hash([fingerprint, template, source, texts and [*texts]])
     cached = cache_folder() / "profiles" / f"{name}.json"
     for profile in (*shipped_profiles(), *_read(cached)):
         if fits(profile):

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "kvembed.json"
 TRANSFORM_FILE = "kvembed.safetensors"
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 # A sentence-transformers prompt is a prefix; ours only names a role, whose template is in the config.
 PROMPTS = {"query": "query", "document": "document"}
@@ -53,7 +54,7 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
     A transform is bound to the model as it is now, so that what is opened gives the same vectors.
 
     Args:
-        folder: made if missing; what else is in it stays.
+        folder: made if missing; what else is in it stays, but for weights.
         embedder: its model, tokenizer, config and transform are written.
 
     Raises:
@@ -71,6 +72,10 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
                 model.save_pretrained(scratch)
             embedder.tokenizer.save_pretrained(scratch)
             target.mkdir(exist_ok=True)
+            # What was saved here before goes first: of two sets of weights the old one might be opened, and a stop on
+            # the way must not leave an old config beside new weights.
+            for old in (target / CONFIG_FILE, *(path for kind in _WEIGHTS for path in target.glob(kind))):
+                old.unlink(missing_ok=True)
             for path in Path(scratch).iterdir():
                 if path.is_dir():
                     shutil.copytree(path, target / path.name, dirs_exist_ok=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -107,13 +108,16 @@ def write_texts(
         eos_token_id=ends,
         pad_token_id=ends[0],
     )
+    # A copy that shares all layers, without the model's own settings, which would fill in whatever ours leave open.
+    # Below peft's wrapper, which hands its settings on to the model in it for good.
+    writer = copy.copy(getattr(model, "get_base_model", lambda: model)())
+    writer.generation_config = GenerationConfig()
     texts: dict[str, None] = {}
     device = model.device
     prompt = torch.full((batch, 1), start, device=device)
     with (
         torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
         Bar(total=count, desc="writing texts", unit="text", progress=progress) as bar,
-        _own_sampling(model),
     ):
         torch.manual_seed(seed)
         part = cache.with_suffix(".part") if cache is not None and device.type == "cpu" else None
@@ -121,7 +125,7 @@ def write_texts(
         first = _resume(part, asked, texts) if part else 0
         bar.update(min(len(texts), count))
         for turn in range(first, 3 * count // batch + 3):
-            rows = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
+            rows = writer.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
             for text in tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True):
                 text = text.strip().rstrip("\ufffd")  # half a character, cut off by the length limit
                 if len(text.split()) > 1 or len(text) > 12:  # some languages use no spaces
@@ -158,14 +162,3 @@ def _resume(part: Path, asked: str, texts: dict[str, None]) -> int:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         logger.warning("ignoring the damaged texts in %s: %s", part, error)
         return 0
-
-
-@contextlib.contextmanager
-def _own_sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Without the model's own generation settings, which would fill in whatever ours leave open."""
-    theirs = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = theirs

@@ -93,7 +93,7 @@ class Service:
 
     def _read(self, inputs: Sequence[Input], role: Role, truncate: bool) -> list[Prompts]:
         found: list[Prompts] = []
-        total, most = 0, BYTES_PER_TOKEN * self.embedder.max_tokens
+        total, most = 0, BYTES_PER_TOKEN * min(self.embedder.max_tokens, self.limits.queue_tokens)
         for index, text in enumerate(inputs):
             size = len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else len(text)
             if size > most:

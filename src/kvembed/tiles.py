@@ -244,7 +244,9 @@ class Tiles:
         if before is not None:  # all texts see it, so all are moved by its mean
             return _tokens_first(key, before[0]) - before[0].float().mean(1).to(key.dtype), None
         keys = _tokens_first(key)
-        total = torch.zeros(len(self._lengths), keys[0].numel()).index_add_(0, self._text, keys.flatten(1).float())
+        total = torch.zeros(len(self._lengths), keys[0].numel(), dtype=torch.float32).index_add_(
+            0, self._text, keys.flatten(1).float()
+        )
         mean = (total / self._lengths[:, None]).to(key.dtype).view(-1, *keys.shape[1:])
         return keys - mean.index_select(0, self._text), None if slot_key is None else slot_key - mean
 

@@ -83,10 +83,11 @@ class Transform:
             dim: how many of the dimensions, the best first. Default: all.
         """
         done = []
-        for start in range(0, len(views), 4096):  # never a second copy of a whole corpus
-            part = _unit(torch.from_numpy(views[start : start + 4096]))
-            whitened = torch.einsum("nvd,vdk->nvk", part - self.means[role], self.whiten)
-            done.append(_unit(whitened).flatten(1) @ self.rotate[:, :dim])
+        with torch.autocast("cpu", enabled=False):  # a caller's, meant for a model
+            for start in range(0, len(views), 4096):  # never a second copy of a whole corpus
+                part = _unit(torch.from_numpy(views[start : start + 4096]))
+                whitened = torch.einsum("nvd,vdk->nvk", part - self.means[role], self.whiten)
+                done.append(_unit(whitened).flatten(1) @ self.rotate[:, :dim])
         return torch.cat(done).numpy() if done else np.zeros((0, dim or self.dim), np.float32)
 
     def is_for(self, bound: dict[str, str]) -> bool:
@@ -150,7 +151,7 @@ def fit(
     check_count(len(documents))
     units = {role: _unit(torch.from_numpy(part).double()) for role, part in views.items()}
     count = len(units["document"])
-    weight = torch.ones(count).double()  # (N,)
+    weight = torch.ones(count, dtype=torch.float64, device="cpu")  # (N,)
     if weights is not None:
         weight = torch.from_numpy(weights * count / weights.sum())
     means = {

@@ -78,9 +78,9 @@ def choose_transform(
     """
     bound = fitted_for(fingerprint, config)
     source = SELF_WRITTEN if texts is None else "given"
-    digest = None if texts is None else texts_digest(texts)
+    corpus = None if texts is None else identity_hash([*texts])
     rule = [] if texts is None else [_GIVEN_RULE]
-    told = json.dumps([bound, source, digest, FORMULA, *rule], sort_keys=True)
+    told = json.dumps([bound, source, corpus, FORMULA, *rule], sort_keys=True)
     cached = cache_folder() / "transforms" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
     if cached.exists():
         try:
@@ -91,14 +91,14 @@ def choose_transform(
         return shipped
     logger.info("fitting a transform on %s texts, once; on a CPU that takes minutes", source)
     found = list(dict.fromkeys(write() if texts is None else texts))
-    origin: dict[str, Any] = {"texts": source, "texts_sha256": digest or texts_digest(found)}
+    origin: dict[str, Any] = {"texts": source, "texts_sha256": texts_digest(found if texts is None else texts)}
     check_count(len(found))
     given, own = ([], found) if texts is None else (found, _joined(write, found))
     if texts is not None:
         most = _GIVEN_TEXTS if own else _FIT_TEXTS
         given = random.Random(0).sample(given, most) if len(given) > most else given
         origin["self_written"] = len(own)
-    views_of_own = cached.with_name(f"views-{identity_hash([bound, texts_digest(own)])}")
+    views_of_own = cached.with_name(f"views-{identity_hash([bound, own])}")
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
@@ -168,7 +168,7 @@ def _shipped(bound: dict[str, str]) -> Transform | None:
 
 def _kept(path: Path, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
     """What a stopped run left in `path`, or else made now and left there."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, EOFError):
         kept: NDArray[np.float32] = np.load(path, allow_pickle=False)
         return kept
     made = make()
