@@ -120,6 +120,31 @@ def test_similarity(run, folder):
     assert "nearest to: [a" in run("similarity", "--model", folder, "-q", "[a", "y").stdout
 
 
+@pytest.mark.parametrize("columns", ["40", "80", "0"])
+def test_tables_show_all_numbers_however_narrow_the_terminal(folder, columns):
+    env = os.environ | {"COLUMNS": columns}
+    command = [*KVEMBED, "similarity", "--model", str(folder)]
+    lines = "".join(f"text {number}\n" for number in range(15))
+    shown = subprocess.run(command, input=lines, env=env, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"\d\.\d{3}", shown)) == 15 * 15
+    assert "text 14" in shown
+
+
+def test_a_text_does_not_steer_the_terminal(run, folder):
+    evil = "\x1b]0;title\x07\x1b[31mred \u202eback"
+    for args in (("similarity", evil, "b"), ("similarity", "-q", evil, "b"), ("explain", evil)):
+        shown = run(*args, "--model", folder).stdout
+        assert not re.search("[\x07\x1b\u202e]", shown)
+        assert "title" in shown
+
+
+def test_numbers_that_json_has_not_are_null(capsys):
+    from kvembed.console import print_json
+
+    print_json({"a": [float("inf"), 1.5], "b": "é"})
+    assert capsys.readouterr().out == '{"a": [null, 1.5], "b": "é"}\n'
+
+
 def test_layers(run, folder, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(NOTICES))
     for plot in ("curve.svg", "curve.png"):
@@ -162,6 +187,7 @@ def test_parse_layers():
         (("--batch-tokens", "0"), "batch_tokens must be a whole number from 1"),
         (("-o", "out.bin"), "out.bin: can't write .bin"),
         (("--model", "./gone"), "no such file or folder"),
+        (("--method", "auto", "--fitted", "gone"), "kvembed: gone: no such file or directory"),
     ],
 )
 def test_every_mistake_is_one_line_and_exit_1(run, folder, args, message):

@@ -276,6 +276,8 @@ def test_save_then_load_gives_the_same_vectors(embedder, tmp_path):
         Embedder.from_pretrained(folder)
     with pytest.raises(InputError, match="is a file"):
         embedder.save_pretrained(folder / "config.json")
+    with pytest.raises(InputError, match="name is empty"):
+        embedder.save_pretrained("")
 
 
 def test_a_model_in_training_mode_is_refused(tokenizer):

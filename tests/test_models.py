@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kvembed import Embedder, InputError, ModelNotFound, models
 from kvembed.saved import usual_method
@@ -186,6 +187,42 @@ def test_two_processes_that_start_together_convert_once(gguf_file):
 def test_unknown_names(name, message):
     with pytest.raises(ModelNotFound, match=message):
         models.load(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: weights.pop("model.layers.1.self_attn.k_proj.weight"),
+            r"no model\.layers\.1\..*k_proj\.weight,",
+        ),
+        (
+            lambda weights: [weights.pop(name) for name in list(weights) if ".4." in name],
+            r"no model\.layers\.4\..* more",
+        ),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(7)}),
+            r"another shape of model\.norm\.weight,",
+        ),
+    ],
+)
+def test_a_model_without_all_its_weights_is_refused(llama, tokenizer, tmp_path, change, message):
+    """transformers would draw what is missing at random, anew each time."""
+    Embedder.from_model(llama, tokenizer, method="mean").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ModelNotFound, match=message) as caught:
+        models.load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_head_is_whole(llama, tokenizer, tmp_path):
+    Embedder.from_model(llama, tokenizer, method="mean").save_pretrained(tmp_path)
+    llama.model.save_pretrained(tmp_path)
+    opened = Embedder.from_pretrained(tmp_path, dtype="float32")
+    assert np.array_equal(opened.encode("a"), Embedder.from_model(llama, tokenizer, method="mean").encode("a"))
 
 
 def test_folders_and_files_that_are_not_models(tmp_path):

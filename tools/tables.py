@@ -114,7 +114,7 @@ def _summary(mini: list[Result]) -> str:
         lines += ["", f"{told} The methods read a text's first {MINI_TOKENS:,} tokens."]
     lines += [
         "",
-        "tok: tokens a text, its template's included; `auto`'s examples are computed once for all texts and not counted.",
+        "tok: tokens a text, its template's included; `auto`'s examples are computed once for all and not counted.",
     ]
     lines += ["", *_verdicts(presets, models)]
     return "\n".join(lines) + "\n"
@@ -163,7 +163,7 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "with its 95 % bootstrap interval over the task's items. What each metric is: `src/kvembed/scoring.py`. `mini` "
         "is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut to 1,024 tokens. Seconds are "
         "those of a busy shared machine; tokens tell the cost better (without the examples of `auto`, "
-        "computed once; the prefaces of `knowledge` and `meta-eol`, now computed once too, are still in their figures).",
+        "computed once; the prefaces of `knowledge` and `meta-eol`, now computed once too, still count in theirs).",
         "## Is the harness right?",
         "all-MiniLM-L6-v2 on the full sets, against its public scores:",
         _proof(results),

@@ -669,6 +669,8 @@ def main() -> None:
     """The `kvembed` command."""
     sys.unraisablehook = interrupt_again
     keep_for_the_next_batch()
+    if os.environ.get("COLUMNS") == "0":  # not known, that is; tables would have no room at all
+        del os.environ["COLUMNS"]
     if sys.stdout is None:  # closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
     if isinstance(sys.stdout, io.TextIOWrapper):

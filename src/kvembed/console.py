@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .hits import Hit, Mode
     from .indexing import Indexed
     from .results import Result
+
+_WHOLE = 12  # characters; columns of no more are shown whole in a table
 
 __all__ = [
     "hint_at_files",
@@ -80,6 +83,8 @@ def one_line_errors(kept: str = "") -> Iterator[None]:
             raise
         text = " ".join(str(error).split())
         known = isinstance(error, KvembedError)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            known, text = True, f"{error.filename or 'standard output'}: no space left on the device"
         logger.error(text if known else f"unexpected {type(error).__name__}: {text} (KVEMBED_DEBUG=1 shows more)")
         raise typer.Exit(1) from None
     finally:
@@ -95,27 +100,40 @@ def hint_at_files(texts: Sequence[str], command: str) -> None:
             )
 
 
+def shown(text: str) -> str:
+    """A text without what would steer a terminal: control characters, and those that turn the direction of writing."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: repr(found[0])[1:-1], text)
+
+
 def print_line(text: str) -> None:
     """Print a line on standard output."""
     sys.stdout.write(text + "\n")
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on one line, for pipes."""
-    print_line(json.dumps(value, ensure_ascii=False))
+    """Print JSON on one line, for pipes; a number too large for one is null."""
+    try:
+        print_line(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        print_line(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False))
 
 
 def print_table(head: list[str], body: list[list[str]]) -> None:
-    """Print a table as wide as the terminal."""
+    """Print a table as wide as the terminal, or wider: columns of numbers are never cut."""
     from rich import box
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*(Column(Text(name)) for name in head), box=box.SIMPLE)  # Text: "[...]" in a text is not markup
-    for row in body:
+    rows = [[shown(cell) for cell in row] for row in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    whole = [width <= _WHOLE for width in widths]
+    columns = (Column(Text(name), no_wrap=keep) for name, keep in zip(rows[0], whole, strict=True))
+    table = Table(*columns, box=box.SIMPLE)  # Text: "[...]" in a text is not markup
+    for row in rows[1:]:
         table.add_row(*map(Text, row))
-    Console().print(table)
+    needed = 2 + sum(3 + (width if keep else _WHOLE) for width, keep in zip(widths, whole, strict=True))
+    Console(width=max(Console().width, needed)).print(table)
 
 
 def print_results(rows: list[Result]) -> None:
@@ -182,7 +200,7 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Li
                 [score, "where", f"nearest to: {query}"], [[f"{x.score:.3f}", _where(x), _snippet(x)] for x in hits]
             )
         else:
-            print_line(f"nothing found for: {query}")
+            print_line(f"nothing found for: {shown(query)}")
 
 
 def _where(hit: Hit) -> str:
@@ -258,7 +276,7 @@ def print_explanation(explanation: Explanation) -> None:
         style = (
             f"black on rgb(255,{255 - round(160 * mean[i] / top)},{255 - round(220 * mean[i] / top)})" if top else ""
         )
-        line.append(token.replace("\n", "\\n"), style + (" underline" if first <= i < end else ""))
+        line.append(shown(token.replace("\n", "\\n")), style + (" underline" if first <= i < end else ""))
     console.print(line)
     cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
     chunks = f"; chunk 1 of {explanation.chunks}" if explanation.chunks > 1 else ""

@@ -209,6 +209,8 @@ class Corpus:
                         self.passed_over[os.path.splitext(name)[1] or "without ending"] += 1
                     elif os.path.commonpath([real, os.path.realpath(path)]) != real:
                         self.passed_over["link out of its folder"] += 1
+                    elif os.path.exists(path) and not os.path.isfile(path):
+                        self.passed_over["no regular file"] += 1  # a pipe would be waited for
                     else:
                         yield path
 

@@ -50,7 +50,7 @@ def find(
     depth = max(top, DEPTH) if mode == "hybrid" else top
 
     def found(search: Any, score: str) -> Any:
-        search = search if where is None else search.where(where)
+        search = search if where is None else search.where(f"({where}\n)")  # or what follows a ; is not read
         return search.limit(depth).select([*names, score]).with_row_id(True).to_arrow()
 
     try:

@@ -85,8 +85,24 @@ def load(
     source = _local_folder(name) or _on_hub(name, revision)
     with _readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch_dtype)
+        model = _whole(name, source, revision=revision, dtype=torch_dtype)
     return model.eval().requires_grad_(False).to(place), tokenizer
+
+
+def _whole(name: str, *source: Any, **options: Any) -> PreTrainedModel:
+    """The model. Raises `ModelNotFound` for one whose files lack weights: transformers draws those at random."""
+    model, told = AutoModelForCausalLM.from_pretrained(
+        *source, **options, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    head = model.get_output_embeddings()  # no vector depends on it
+    spared = {id(weight) for weight in head.parameters()} if head is not None else set()
+    names = {key: weight for key, weight in model.named_parameters(remove_duplicate=False) if id(weight) in spared}
+    for what, keys in (("no", told["missing_keys"]), ("another shape of", told["mismatched_keys"])):
+        lacking = sorted({key if isinstance(key, str) else key[0] for key in keys} - names.keys())
+        if lacking:
+            more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+            raise ModelNotFound(f"can't load {name}: its files have {what} {lacking[0]}{more}, which config.json wants")
+    return model
 
 
 def pull(name: str, *, revision: str | None = None) -> Path:
@@ -240,7 +256,7 @@ def _convert(source: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         # Left to itself, transformers 5.23 marks the model as quantised, and then can't save it.
         whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _HAS_GGUF_CONFIG else {}
-        model = AutoModelForCausalLM.from_pretrained(**place, **whole, dtype=torch.float32)
+        model = _whole(source.name, **place, **whole, dtype=torch.float32)
     try:
         with bars_off():
             model.save_pretrained(folder)
@@ -302,4 +318,5 @@ def bars_off() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    told = " ".join(line.strip() for line in lines[: 1 + (lines[:1] != [] and lines[0].rstrip().endswith(":"))])
+    return told or type(error).__name__

@@ -61,6 +61,8 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
         InputError: `folder` is a file, or the model is not a plain transformers model.
     """
     target, model, transform = Path(folder), embedder.model, embedder.transform
+    if not os.fspath(folder):
+        raise InputError("the folder's name is empty")
     if not isinstance(model, PreTrainedModel):
         raise InputError("only a plain transformers model can be saved; with an adapter, call merge_and_unload() first")
     if target.exists() and not target.is_dir():
@@ -68,8 +70,11 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
-            with bars_off():
-                model.save_pretrained(scratch)
+            try:
+                with bars_off():
+                    model.save_pretrained(scratch)
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                raise InputError(f"transformers can't save this model: {error}") from error
             embedder.tokenizer.save_pretrained(scratch)
             target.mkdir(exist_ok=True)
             # What was saved here before goes first: of two sets of weights the old one might be opened, and a stop on

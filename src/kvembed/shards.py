@@ -106,8 +106,12 @@ class Plan:
                 raise InputError(f"{path} changed while it was read; give the job another folder")
 
 
-def find_inputs(source: Path) -> tuple[Path, list[str]]:
+def find_inputs(source: Path, *, tell: bool = True) -> tuple[Path, list[str]]:
     """The folder, and the files in it to read, sorted; names that begin with `.` or `_` are passed over.
+
+    Args:
+        source: a file or a folder.
+        tell: log how many others are passed over.
 
     Raises:
         InputError: there are none.
@@ -122,7 +126,7 @@ def find_inputs(source: Path) -> tuple[Path, list[str]]:
     found = [path.as_posix() for path in plain if path.suffix.lower() in ROW_ENDINGS]
     if not found:
         raise InputError(f"{source}: no {', '.join(ROW_ENDINGS)} files in this folder")
-    if others := len(plain) - len(found):
+    if tell and (others := len(plain) - len(found)):
         logger.info("%s: %d files are passed over, being none of %s", source, others, ", ".join(ROW_ENDINGS))
     return source, found
 
@@ -130,7 +134,7 @@ def find_inputs(source: Path) -> tuple[Path, list[str]]:
 def check_folders(source: Path, out: Path) -> None:
     """Fail before a model is loaded. Raises `InputError` if there is nothing to read, or `out` is not for us."""
     needed("pyarrow.parquet", "parquet")
-    find_inputs(source)
+    find_inputs(source, tell=False)
     check_folder(out, "bulk job", MANIFEST, ())
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{out} is inside {source}: the job would read what it writes")

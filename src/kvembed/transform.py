@@ -113,6 +113,7 @@ class Transform:
     def load(cls, path: Path) -> Transform:
         """The inverse of `save`. Raises `InputError` for anything else, or no file."""
         try:
+            path.stat()  # safetensors' own error names the file once more
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 info = json.loads((file.metadata() or {})["info"])
