@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvembed.batcher import Batcher, QueueFull
+from kvembed.batcher import Batcher, QueueFull, _Request
 
 
 class Recorder:
@@ -42,6 +42,16 @@ async def until(condition):
     while not condition():
         assert time.monotonic() < end
         await asyncio.sleep(0.001)
+
+
+@given(lengths=st.lists(st.integers(1, 60), max_size=20), wanted=st.integers(1, 60))
+def test_what_is_nearest_in_length_comes_first(lengths, wanted):
+    waiting = sorted(range(len(lengths)), key=lengths.__getitem__)
+    request = _Request("a", lengths, lengths, waiting, {}, None)
+    found = list(request.nearest(wanted))
+    assert sorted(place for _, _, place in found) == sorted(waiting)
+    assert [apart for apart, _, _ in found] == sorted(abs(length - wanted) for length in lengths)
+    assert all(apart == abs(lengths[place] - wanted) for apart, _, place in found)
 
 
 @settings(max_examples=50)

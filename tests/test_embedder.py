@@ -495,6 +495,11 @@ def test_the_two_halves_of_encode(embedder, tokenizer):
     ids = [tokenizer(text)["input_ids"] for text in NOTICES[:5]]
     assert embedder.prompts(ids) == embedder.prompts(NOTICES[:5])
     assert embedder.encode_prompts([]).vectors.shape == (0, embedder.dim)
+    views = embedder.encode_views(NOTICES[:5]).vectors
+    np.testing.assert_array_equal(embedder.join(views.tolist()), embedder.encode(NOTICES[:5]))
+    for odd in (views[0], views[:, :, :-1], views[:, None]):
+        with pytest.raises(InputError, match="views are of shape"):
+            embedder.join(odd)
     long = " ".join(NOTICES)
     assert embedder.prompts([long])[0][0].tokens_cut > 0
     with pytest.raises(InputError, match=r"text 1 takes [\d,]+ tokens with its template; the most is 400"):

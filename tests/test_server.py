@@ -469,6 +469,16 @@ def test_a_client_that_does_not_read_its_answer_makes_room_again():
     assert sent[0] == 404  # and not 429
 
 
+@pytest.mark.parametrize("names", [[""], ["a", "a"], ["a", "a:query"], ["b:document"]])
+def test_names_that_clients_could_not_tell_apart_are_refused(embedder, names):
+    with pytest.raises(InputError, match="--name"):
+        create_app(embedder, names)
+    options = [part for name in names for part in ("--name", name)]
+    result = CliRunner().invoke(cli, ["serve", "nosuch", *options])  # before a model is looked for
+    assert result.exit_code == 1
+    assert "--name" in result.stderr
+
+
 def test_keys_are_asked_for_wherever_the_application_is_mounted(embedder):
     app = fastapi.FastAPI()
     app.mount("/below", create_app(embedder, ["tiny"], keys=["key"]))

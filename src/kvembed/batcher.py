@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import dataclasses
+import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 from .batching import computed
@@ -42,6 +45,13 @@ class _Request(Generic[Item, Row]):
     waiting: list[int]
     rows: dict[int, Row]
     done: asyncio.Future[None]
+
+    def nearest(self, length: int) -> Iterator[tuple[int, _Request[Item, Row], int]]:
+        """Of what waits, shortest first as it is: how far from a length, the request, and the place; nearest first."""
+        after = bisect.bisect_left(self.waiting, length, key=self.lengths.__getitem__)
+        shorter = ((length - self.lengths[place], self, place) for place in reversed(self.waiting[:after]))
+        longer = ((self.lengths[place] - length, self, place) for place in self.waiting[after:])
+        return heapq.merge(shorter, longer, key=itemgetter(0))
 
     def fail(self, error: Exception) -> None:
         self.waiting.clear()
@@ -166,13 +176,13 @@ class Batcher(Generic[Item, Row]):
         first = head.waiting.pop()
         batch = [(head, first)]
         wanted = longest = used = head.lengths[first]
-        same = [request for request in self._turns if request.group == head.group]
-        alike = [(request, place) for request in same for place in request.waiting]
-        for request, place in sorted(alike, key=lambda one: abs(one[0].lengths[one[1]] - wanted)):
+        same = [request.nearest(wanted) for request in self._turns if request.group == head.group]
+        for _, request, place in heapq.merge(*same, key=itemgetter(0)):  # not all that waits has to be looked at
             longest, used = max(longest, request.lengths[place]), used + request.lengths[place]
             if computed(len(batch) + 1, longest, used, packed=self.packed) > self.batch_tokens:
                 break
             batch.append((request, place))
+        for request, place in batch[1:]:
             request.waiting.remove(place)
         return batch
 

@@ -643,13 +643,15 @@ def serve(
             needed(module, "server")
         import_models()
         from .server import api_keys, listen_at, serve
-        from .service import Limits
+        from .service import Limits, check_names
 
+        names = name or [_label(model)]
+        check_names(names)
         known = api_keys(keys)
         listener = listen_at(host, port)
         embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         limits = Limits(queue_tokens=queue_tokens)
-        serve(embedder, name or [_label(model)], listener, keys=known, limits=limits)
+        serve(embedder, names, listener, keys=known, limits=limits)
 
 
 @app.command()

@@ -453,7 +453,15 @@ class Embedder:
         return self._joined(self._read(by_template, report), role)
 
     def join(self, views: NDArray[np.float32], *, role: Role = "document") -> NDArray[np.float32]:
-        """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1."""
+        """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1.
+
+        Raises:
+            InputError: views of another shape.
+        """
+        views = np.asarray(views, np.float32)
+        shape = len(self.config.views), self.backbone.dim
+        if views.ndim != 3 or views.shape[1:] != shape:
+            raise InputError(f"views are of shape (n, {shape[0]}, {shape[1]}) here, not {views.shape}")
         vectors = views.mean(1) if self.transform is None else self.transform(views, role, self.config.dim)
         return unit(vectors)
 

@@ -21,7 +21,7 @@ from .errors import InputError
 from .openai_api import ApiError, Input
 from .prompts import Prompt
 
-__all__ = ["Limits", "Service"]
+__all__ = ["Limits", "Service", "check_names"]
 
 BYTES_PER_TOKEN = 16  # a text with more bytes than that for each token it may have is refused before it is tokenised
 
@@ -49,6 +49,7 @@ class Service:
     """The embedder, its queue, and what is counted."""
 
     def __init__(self, embedder: Embedder, names: Sequence[str], limits: Limits, registry: CollectorRegistry) -> None:
+        check_names(names)
         self.embedder, self.names, self.limits = embedder, names, limits
         self.batcher: Batcher[Prompts, NDArray[np.float32]] = Batcher(
             self._embed,
@@ -120,6 +121,15 @@ class Service:
         size = sum if self.batcher.packed else max
         lengths = [size(prompt.tokens for prompt in one) for one in prompts]
         return np.stack(await self.batcher.submit(role, prompts, lengths))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises `InputError` for names of a model that clients could not tell apart, or from a role."""
+    if "" in names or len({*names}) < len(names):
+        raise InputError("--name: every name of the model must be another, and none empty")
+    for name in names:
+        if name.endswith((":query", ":document")):
+            raise InputError(f"--name {name}: the end of a name says the role, so none may be called so")
 
 
 def _bad_input(message: str, too_long: bool) -> ApiError:
