@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import tiny
 from safetensors.torch import load_file, save_file
 
 from kvembed import Embedder, InputError, ModelNotFound, models
@@ -216,6 +217,17 @@ def test_a_model_without_all_its_weights_is_refused(llama, tokenizer, tmp_path, 
     with pytest.raises(ModelNotFound, match=message) as caught:
         models.load(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_is_the_embeddings_too_is_needed(tokenizer, tmp_path):
+    model = tiny(tie_word_embeddings=True)
+    Embedder.from_model(model, tokenizer, method="mean").save_pretrained(tmp_path)
+    assert Embedder.from_pretrained(tmp_path, dtype="float32").encode("a").any()
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelNotFound, match=r"no lm_head\.weight and 1 more"):
+        models.load(str(tmp_path))
 
 
 def test_a_model_without_a_head_is_whole(llama, tokenizer, tmp_path):

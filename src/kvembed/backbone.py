@@ -81,7 +81,8 @@ class Backbone:
         first: Tensor = next(self.decoder.parameters())  # the embeddings, in a model spread over devices
         if first.is_meta:  # offloaded: accelerate's hook brings it where it is needed
             hook = getattr(self.decoder.get_input_embeddings(), "_hf_hook", None)
-            return torch.device(getattr(hook, "execution_device", None) or first.device)
+            place = getattr(hook, "execution_device", None)
+            return first.device if place is None else torch.device(place)
         return first.device
 
     def _probe(self) -> None:

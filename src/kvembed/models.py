@@ -94,11 +94,12 @@ def _whole(name: str, *source: Any, **options: Any) -> PreTrainedModel:
     model, told = AutoModelForCausalLM.from_pretrained(
         *source, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    head = model.get_output_embeddings()  # no vector depends on it
-    spared = {id(weight) for weight in head.parameters()} if head is not None else set()
-    names = {key: weight for key, weight in model.named_parameters(remove_duplicate=False) if id(weight) in spared}
+    inside = {id(weight) for weight in model.get_decoder().parameters()}
+    head = model.get_output_embeddings()  # no vector depends on it, unless it is the input's too
+    spared = {id(weight) for weight in head.parameters()} - inside if head is not None else set()
+    names = {key for key, weight in model.named_parameters() if id(weight) in spared}
     for what, keys in (("no", told["missing_keys"]), ("another shape of", told["mismatched_keys"])):
-        lacking = sorted({key if isinstance(key, str) else key[0] for key in keys} - names.keys())
+        lacking = sorted({key if isinstance(key, str) else key[0] for key in keys} - names)
         if lacking:
             more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
             raise ModelNotFound(f"can't load {name}: its files have {what} {lacking[0]}{more}, which config.json wants")
@@ -317,6 +318,7 @@ def bars_off() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    told = " ".join(line.strip() for line in lines[: 1 + (lines[:1] != [] and lines[0].rstrip().endswith(":"))])
-    return told or type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
