@@ -736,6 +736,16 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_gone(embedder, tmp_path, mo
     assert len(index) == 2
 
 
+def test_a_damaged_index_says_so(embedder, tmp_path):
+    (tmp_path / "a.txt").write_text("The ferry leaves.\n")
+    index, _ = made(embedder, tmp_path, tmp_path / "a.txt")
+    shutil.rmtree(index.folder / f"{index.name}.lance" / "_versions")
+    again = Index.open(index.folder)
+    with pytest.raises(InputError, match="the index is damaged") as caught:
+        again.search("ferry", mode="text")
+    assert "\n" not in str(caught.value)
+
+
 def test_odd_names_and_broken_links_are_passed_over(embedder, tmp_path, caplog):
     folder = tmp_path / "notes"
     folder.mkdir()

@@ -21,7 +21,7 @@ from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
 from .files import check_folder, naming, needed, only_writer, why, write_json
-from .hits import Hit, Mode, find
+from .hits import Hit, Mode, find, lancedb_reason
 from .identity import first_difference, identity, identity_hash
 from .indexing import Indexed, update
 
@@ -236,13 +236,19 @@ class Index:
         """LanceDB's table as it is now, whatever is written to it later.
 
         Raises:
-            InputError: nothing has been written yet.
+            InputError: nothing has been written yet, or it is damaged.
         """
         if not self.has_table:
             if self.current().name != self.name:
                 raise InputError(f"{self.folder}: --refit has replaced this index; open it again")
             raise InputError(f"{self.folder}: nothing has been indexed yet")
-        table: Table = self.connection.open_table(self.name)
+        try:
+            table: Table = self.connection.open_table(self.name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(
+                f"{self.folder}: the index is damaged ({lancedb_reason(error)}); make it anew with `kvembed index` in "
+                "another folder"
+            ) from None
         return table
 
     @property
