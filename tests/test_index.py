@@ -606,6 +606,10 @@ def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
             ("search", "--queries", "twice.jsonl", "--id-field", "id", "--trec", "--db", "db"),
             "twice.jsonl: two queries have the id '7', which a run file can't tell apart",
         ),
+        (
+            ("search", "--queries", "spaced.jsonl", "--id-field", "id", "--trec", "--db", "db"),
+            "an id that is empty or has white space can't stand in a run file: 'a b'",
+        ),
         (("search", "--queries", "gone.txt", "--db", "db"), "gone.txt: no such file or directory"),
         (("search", "x", "--db", "db", "--model", "./gone"), "no such file or folder"),
         (("index", "gone", "--db", "db"), "gone: no such file or folder, and db has nothing from it"),
@@ -620,6 +624,7 @@ def test_mistakes_are_one_line(folder, notes, args, message):
     (notes / "notes" / "latin.txt").unlink()
     (notes / "none.txt").write_text("")
     jsonl(notes / "twice.jsonl", [{"id": 7, "text": "one"}, {"id": 7, "text": "two"}])
+    jsonl(notes / "spaced.jsonl", [{"id": "a b", "text": "one"}])
     run("index", "notes", "--db", "db", "--model", folder, "--dtype", "float32")
     done = run(*args)
     assert (done.exit_code, done.stdout) == (1, "")

@@ -192,8 +192,9 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Li
                 print_json({"query": key, **dataclasses.asdict(hit)})
         elif form == "trec":
             for hit in hits:
-                if len(f"{key} {hit.id}".split()) != 2:
-                    raise InputError(f"ids with white space can't be told in a run file: {key!r}, {hit.id!r}")
+                for one in (key, hit.id):
+                    if one.split() != [one]:
+                        raise InputError(f"an id that is empty or has white space can't stand in a run file: {one!r}")
                 print_line(f"{key} Q0 {hit.id} {hit.rank} {hit.score:.6f} kvembed")
         elif hits:
             print_table(
