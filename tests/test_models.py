@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import tiny
 from safetensors.torch import load_file, save_file
+from transformers import T5Config
 
 from kvembed import Embedder, InputError, ModelNotFound, models
 from kvembed.saved import usual_method
@@ -244,6 +245,9 @@ def test_folders_and_files_that_are_not_models(tmp_path):
     with pytest.raises(ModelNotFound, match="can't load") as error:
         models.load(str(tmp_path))
     assert "\n" not in str(error.value)
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFound, match=r"no decoder-only language model for its config.json \(T5Config\)"):
+        models.load(str(tmp_path))
     (tmp_path / "model.bin").write_text("")
     with pytest.raises(ModelNotFound, match=r"neither a folder nor a \.gguf file"):
         models.load(str(tmp_path / "model.bin"))

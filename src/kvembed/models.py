@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -302,7 +303,10 @@ def _readable_errors(name: str) -> Iterator[None]:
     except KvembedError:
         raise
     except Exception as error:  # transformers, gguf, safetensors and the hub raise what they like
-        raise ModelNotFound(f"can't load {name}: {_first_line(error)}") from error
+        told = _first_line(error)
+        if found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", told):
+            told = f"transformers has no decoder-only language model for its config.json ({found[1]})"
+        raise ModelNotFound(f"can't load {name}: {told}") from error
 
 
 @contextlib.contextmanager
