@@ -479,6 +479,8 @@ class Embedder:
             told = "the transform was fitted for another model"
             if self.dtype == "float16":
                 told += ", or this one not in float16, which rounds weights: take float32 or bfloat16, or fit anew"
+            else:
+                told += ", or this one cast to float16 before it was saved: then take float16, or fit anew"
             raise InputError(told)
 
         def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
