@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from .indexing import Indexed
     from .results import Result
 
-_WHOLE = 12  # characters; columns of no more are shown whole in a table
-
 __all__ = [
     "hint_at_files",
     "interrupt_again",
@@ -47,6 +45,8 @@ __all__ = [
     "print_table",
     "print_tuned",
 ]
+
+_WHOLE = 12  # characters; columns of no more are shown whole in a table
 
 
 def interrupt_again(event: Any) -> None:
@@ -100,7 +100,7 @@ def hint_at_files(texts: Sequence[str], command: str) -> None:
             )
 
 
-def shown(text: str) -> str:
+def _shown(text: str) -> str:
     """A text without what would steer a terminal: control characters, and those that turn the direction of writing."""
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: repr(found[0])[1:-1], text)
 
@@ -125,7 +125,7 @@ def print_table(head: list[str], body: list[list[str]]) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    rows = [[shown(cell) for cell in row] for row in (head, *body)]
+    rows = [[_shown(cell) for cell in row] for row in (head, *body)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     whole = [width <= _WHOLE for width in widths]
     columns = (Column(Text(name), no_wrap=keep) for name, keep in zip(rows[0], whole, strict=True))
@@ -201,7 +201,7 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Li
                 [score, "where", f"nearest to: {query}"], [[f"{x.score:.3f}", _where(x), _snippet(x)] for x in hits]
             )
         else:
-            print_line(f"nothing found for: {shown(query)}")
+            print_line(f"nothing found for: {_shown(query)}")
 
 
 def _where(hit: Hit) -> str:
@@ -277,7 +277,7 @@ def print_explanation(explanation: Explanation) -> None:
         style = (
             f"black on rgb(255,{255 - round(160 * mean[i] / top)},{255 - round(220 * mean[i] / top)})" if top else ""
         )
-        line.append(shown(token.replace("\n", "\\n")), style + (" underline" if first <= i < end else ""))
+        line.append(_shown(token.replace("\n", "\\n")), style + (" underline" if first <= i < end else ""))
     console.print(line)
     cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
     chunks = f"; chunk 1 of {explanation.chunks}" if explanation.chunks > 1 else ""
