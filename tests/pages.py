@@ -91,7 +91,7 @@ class Runner:
         monkeypatch.setattr(models, "_local_folder", self.folder)
         monkeypatch.setattr(server, "serve", self.serve)
 
-    def folder(self, name):
+    def folder(self, name, revision=None):
         """In place of `models._local_folder`."""
         is_tiny = self.is_tiny and not os.path.isdir(name)  # a folder that the page has made is what it is
         return self.folders["tiny"] if is_tiny else self.folders.get(name) or self.known(name)

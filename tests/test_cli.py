@@ -162,6 +162,22 @@ def test_pull_prints_the_folder(run, folder):
     assert run("pull", folder).stdout == f"{folder}\n"
 
 
+def test_a_revision_of_what_is_no_hub_id_is_refused(run, folder):
+    for name in (folder, "smollm2"):
+        result = run("pull", name, "--revision", "main")
+        assert result.exit_code == 1
+        assert result.stderr == f"kvembed: a revision is of a hub id, and {name} is none: leave 'main' out\n"
+
+
+def test_a_lone_surrogate_in_a_file_is_named_by_its_line(run, folder, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "fine"}\n\n{"text": "a\\ud83d"}\n')
+    result = run("embed", file, "--model", folder, "-o", tmp_path / "out.npy")
+    assert result.exit_code == 1
+    assert result.stderr == f"kvembed: {file}, line 3 holds a lone surrogate (U+D83D) at character 1: not valid Unicode\n"
+    assert [*tmp_path.iterdir()] == [file]
+
+
 def test_parse_layers():
     assert parse_layers("6-9") == (6, 7, 8, 9)
     assert parse_layers("4,5,10-12") == (4, 5, 10, 11, 12)
@@ -252,8 +268,14 @@ def test_a_closed_pipe_is_no_error(folder):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("seconds", [0.7, 2, 15])
-def test_ctrl_c_is_one_line_and_no_file(folder, tmp_path, seconds):
+@pytest.mark.parametrize(
+    ("number", "seconds", "code", "told"),
+    [
+        *((signal.SIGINT, seconds, 130, "kvembed: interrupted\n") for seconds in (0.7, 2, 15)),
+        *((signal.SIGTERM, seconds, 143, "kvembed: terminated\n") for seconds in (2, 15)),
+    ],
+)
+def test_a_signal_is_one_line_and_no_file(folder, tmp_path, number, seconds, code, told):
     """At any moment: while libraries are imported (0.7 s, 2 s) and while texts are embedded (15 s)."""
     (tmp_path / "in.txt").write_text("some words to embed\n" * 200_000)
     with subprocess.Popen(
@@ -265,10 +287,10 @@ def test_ctrl_c_is_one_line_and_no_file(folder, tmp_path, seconds):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error == "kvembed: interrupted\n"
+    assert process.returncode == code
+    assert error == told
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import logging
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from .console import (
     print_results,
     print_table,
     print_tuned,
+    terminated,
 )
 from .errors import InputError
 from .files import check_writable, naming, needed, whole_file, why
@@ -670,6 +672,7 @@ def pull(
 def main() -> None:
     """The `kvembed` command."""
     sys.unraisablehook = interrupt_again
+    signal.signal(signal.SIGTERM, terminated)
     keep_for_the_next_batch()
     if os.environ.get("COLUMNS") == "0":  # not known, that is; tables would have no room at all
         del os.environ["COLUMNS"]

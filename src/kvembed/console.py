@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,15 +45,26 @@ __all__ = [
     "print_results",
     "print_table",
     "print_tuned",
+    "terminated",
 ]
 
 _WHOLE = 12  # characters; columns of no more are shown whole in a table
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler or a container's host sends it: no less a wish to stop in good order than Ctrl-C."""
+
+
+def terminated(*_: object) -> None:
+    """What SIGTERM does."""
+    raise Terminated
+
+
 def interrupt_again(event: Any) -> None:
-    """Python drops a Ctrl-C that lands in a finaliser, as it may during seconds of imports: send it once more."""
+    """Python drops a signal that lands in a finaliser, as it may during seconds of imports: send it once more."""
     if issubclass(event.exc_type, KeyboardInterrupt):
-        threading.Timer(0.1, _thread.interrupt_main).start()
+        which = signal.SIGTERM if issubclass(event.exc_type, Terminated) else signal.SIGINT
+        threading.Timer(0.1, _thread.interrupt_main, [which]).start()
     else:
         sys.__unraisablehook__(event)
 
@@ -61,7 +73,7 @@ def interrupt_again(event: Any) -> None:
 def one_line_errors(kept: str = "") -> Iterator[None]:
     """Whatever goes wrong, one line on standard error and a non-zero exit; KVEMBED_DEBUG=1 shows where.
 
-    `kept` is told after an interrupt: what is left of the work, and how to go on.
+    `kept` is told after Ctrl-C or SIGTERM: what is left of the work, and how to go on.
     """
     logger = logging.getLogger("kvembed")
     handler = logging.StreamHandler()
@@ -70,12 +82,13 @@ def one_line_errors(kept: str = "") -> Iterator[None]:
     logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
     try:
         yield
-    except KeyboardInterrupt:
-        logger.error(f"interrupted; {kept}" if kept else "interrupted")
+    except KeyboardInterrupt as wish:
+        what, code = ("terminated", 143) if isinstance(wish, Terminated) else ("interrupted", 130)
+        logger.error(f"{what}; {kept}" if kept else what)
         # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the signal
         # whatever the exit code, unless another `exec` has run since.
         exec("")  # noqa: S102
-        raise typer.Exit(130) from None
+        raise typer.Exit(code) from None
     except (BrokenPipeError, typer.Exit):
         raise
     except Exception as error:

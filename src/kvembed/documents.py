@@ -248,7 +248,6 @@ class Corpus:
         csv = kind in (".csv", ".tsv")
         for row in read_rows(path, self._field, self._id_field, others=True):
             at = place_of(path, row.line)
-            check_unicode(row.text, at)
             fields = {_column(name, named, at): _plain(value, csv) for name, value in row.others.items()}
             for name, value in fields.items():
                 check_unicode(f"{name} {value}", at)

@@ -76,14 +76,14 @@ def load(
         revision: of a hub id.
 
     Raises:
-        InputError: unknown dtype or device.
+        InputError: unknown dtype or device; a revision of what is not on a hub.
         ModelNotFound: no such model, no network, or a file that can't be read.
     """
     place = best_device() if device == "auto" else usable_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES[best_dtype(place) if dtype == "auto" else dtype]
-    source = _local_folder(name) or _on_hub(name, revision)
+    source = _local_folder(name, revision) or _on_hub(name, revision)
     with _readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = _whole(name, source, revision=revision, dtype=torch_dtype)
@@ -117,9 +117,9 @@ def pull(name: str, *, revision: str | None = None) -> Path:
         The folder it is in.
 
     Raises:
-        ModelNotFound: as in `load`.
+        InputError, ModelNotFound: as in `load`.
     """
-    folder = _local_folder(name)
+    folder = _local_folder(name, revision)
     if folder is None:
         _on_hub(name, revision)
         with _readable_errors(name):
@@ -143,8 +143,10 @@ def local_path(name: str) -> Path | None:
     return Path(path) if name and name not in BUNDLED and os.path.exists(path) else None
 
 
-def _local_folder(name: str) -> Path | None:
+def _local_folder(name: str, revision: str | None = None) -> Path | None:
     """A folder that transformers can load, made now if need be; None for a hub id."""
+    if revision is not None and (name in BUNDLED or local_path(name)):
+        raise InputError(f"a revision is of a hub id, and {name} is none: leave {revision!r} out")
     if name in BUNDLED:
         bundled = BUNDLED[name]
         return _convert_once(f"{name}-{bundled.sha256[:12]}", lambda folder: _download(bundled, folder))

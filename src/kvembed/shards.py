@@ -12,7 +12,7 @@ from pathlib import Path
 from .bars import Bar
 from .errors import InputError
 from .files import check_folder, naming, needed, sha256_of
-from .texts import ROW_ENDINGS, Mark, Row, check_unicode, place_of, read_rows
+from .texts import ROW_ENDINGS, Mark, Row, place_of, read_rows
 
 __all__ = [
     "MANIFEST",
@@ -160,7 +160,6 @@ def make_plan(source: Path, *, field: str, id_field: str | None, shard_rows: int
                 if total % shard_rows == 0:
                     shards.append(Shard(len(shards), total, shard_rows, number, *mark))
                 total, mark = total + 1, row.next
-                check_unicode(row.text, place_of(path, row.line))
                 if id_field is not None:
                     kind = "string" if isinstance(row.id, str) else "int64"
                     if id_type is None:

@@ -223,6 +223,7 @@ def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
             if isinstance(row, dict) and field in row:
                 raise InputError(f"{place}: field {field!r} holds {json.dumps(value):.40}, not text")
             raise InputError(f"{place}: no text in field {field!r}{_fields(row)} (choose with --field)")
+        check_unicode(value, place)
         if id_field is not None and not (isinstance(row, dict) and id_field in row):
             raise InputError(f"{place}: no field {id_field!r}{_fields(row)} (choose with --id-field)")
         row_id = None if id_field is None else _id(row[id_field], place, id_field)
