@@ -174,7 +174,8 @@ def test_a_lone_surrogate_in_a_file_is_named_by_its_line(run, folder, tmp_path):
     file.write_text('{"text": "fine"}\n\n{"text": "a\\ud83d"}\n')
     result = run("embed", file, "--model", folder, "-o", tmp_path / "out.npy")
     assert result.exit_code == 1
-    assert result.stderr == f"kvembed: {file}, line 3 holds a lone surrogate (U+D83D) at character 1: not valid Unicode\n"
+    place = f"{file}, line 3"
+    assert result.stderr == f"kvembed: {place} holds a lone surrogate (U+D83D) at character 1: not valid Unicode\n"
     assert [*tmp_path.iterdir()] == [file]
 
 
