@@ -43,7 +43,7 @@ TITLES = {
 
 NOTES = {
     "llama": " llama.cpp was built on the machine, for its own instructions. kvembed reads the first file; llama.cpp "
-    "made the other of it.",
+    "made the others of it.",
 }
 
 
