@@ -51,19 +51,19 @@ __all__ = [
 _WHOLE = 12  # characters; columns of no more are shown whole in a table
 
 
-class Terminated(KeyboardInterrupt):
+class _Terminated(KeyboardInterrupt):
     """SIGTERM, as a scheduler or a container's host sends it: no less a wish to stop in good order than Ctrl-C."""
 
 
 def terminated(*_: object) -> None:
     """What SIGTERM does."""
-    raise Terminated
+    raise _Terminated
 
 
 def interrupt_again(event: Any) -> None:
     """Python drops a signal that lands in a finaliser, as it may during seconds of imports: send it once more."""
     if issubclass(event.exc_type, KeyboardInterrupt):
-        which = signal.SIGTERM if issubclass(event.exc_type, Terminated) else signal.SIGINT
+        which = signal.SIGTERM if issubclass(event.exc_type, _Terminated) else signal.SIGINT
         threading.Timer(0.1, _thread.interrupt_main, [which]).start()
     else:
         sys.__unraisablehook__(event)
@@ -83,7 +83,7 @@ def one_line_errors(kept: str = "") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as wish:
-        what, code = ("terminated", 143) if isinstance(wish, Terminated) else ("interrupted", 130)
+        what, code = ("terminated", 143) if isinstance(wish, _Terminated) else ("interrupted", 130)
         logger.error(f"{what}; {kept}" if kept else what)
         # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the signal
         # whatever the exit code, unless another `exec` has run since.
