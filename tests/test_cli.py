@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from kvembed import Embedder
 from kvembed.cli import app
 from kvembed.config import parse_layers
+from kvembed.console import stop
 from kvembed.saved import usual_method
 
 KVEMBED = [sys.executable, "-m", "kvembed"]
@@ -293,6 +294,24 @@ def test_a_signal_is_one_line_and_no_file(folder, tmp_path, number, seconds, cod
     assert process.returncode == code
     assert error == told
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_turns_into_an_error_is_told_as_the_signal(run, folder, monkeypatch, number, code):
+    monkeypatch.setattr("kvembed.console._asked_to_stop", [])
+
+    def importing(*_, **__):
+        usual = signal.signal(number, stop)
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            signal.signal(number, usual)
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from None
+
+    monkeypatch.setattr(Embedder, "encode_stream", importing)
+    result = run("embed", "--model", folder, stdin="x\n")
+    assert result.exit_code == code
+    assert result.stderr == f"kvembed: {'terminated' if code == 143 else 'interrupted'}\n"
 
 
 def test_version(run):

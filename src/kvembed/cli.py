@@ -30,7 +30,7 @@ from .console import (
     print_results,
     print_table,
     print_tuned,
-    terminated,
+    stop,
 )
 from .errors import InputError
 from .files import check_writable, naming, needed, whole_file, why
@@ -672,7 +672,9 @@ def pull(
 def main() -> None:
     """The `kvembed` command."""
     sys.unraisablehook = interrupt_again
-    signal.signal(signal.SIGTERM, terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what it runs in the background
+            signal.signal(number, stop)
     keep_for_the_next_batch()
     if os.environ.get("COLUMNS") == "0":  # not known, that is; tables would have no room at all
         del os.environ["COLUMNS"]

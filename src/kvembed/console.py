@@ -45,26 +45,25 @@ __all__ = [
     "print_results",
     "print_table",
     "print_tuned",
-    "terminated",
+    "stop",
 ]
 
 _WHOLE = 12  # characters; columns of no more are shown whole in a table
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as a scheduler or a container's host sends it: no less a wish to stop in good order than Ctrl-C."""
+_asked_to_stop: list[int] = []  # the signals that came
 
 
-def terminated(*_: object) -> None:
-    """What SIGTERM does."""
-    raise _Terminated
+def stop(number: int, _frame: object) -> None:
+    """What SIGINT and SIGTERM do; a scheduler's or a container host's SIGTERM is no less in good order than Ctrl-C."""
+    _asked_to_stop.append(number)
+    raise KeyboardInterrupt
 
 
 def interrupt_again(event: Any) -> None:
     """Python drops a signal that lands in a finaliser, as it may during seconds of imports: send it once more."""
     if issubclass(event.exc_type, KeyboardInterrupt):
-        which = signal.SIGTERM if issubclass(event.exc_type, _Terminated) else signal.SIGINT
-        threading.Timer(0.1, _thread.interrupt_main, [which]).start()
+        threading.Timer(0.1, _thread.interrupt_main, _asked_to_stop[-1:]).start()
     else:
         sys.__unraisablehook__(event)
 
@@ -82,16 +81,17 @@ def one_line_errors(kept: str = "") -> Iterator[None]:
     logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
     try:
         yield
-    except KeyboardInterrupt as wish:
-        what, code = ("terminated", 143) if isinstance(wish, _Terminated) else ("interrupted", 130)
-        logger.error(f"{what}; {kept}" if kept else what)
-        # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the signal
-        # whatever the exit code, unless another `exec` has run since.
-        exec("")  # noqa: S102
-        raise typer.Exit(code) from None
     except (BrokenPipeError, typer.Exit):
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        # Imports turn an interrupt into errors of their own: once a signal has come, whatever ends the work is its.
+        if _asked_to_stop or isinstance(error, KeyboardInterrupt):
+            what, code = ("terminated", 143) if signal.SIGTERM in _asked_to_stop else ("interrupted", 130)
+            logger.error(f"{what}; {kept}" if kept else what)
+            # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the
+            # signal whatever the exit code, unless another `exec` has run since.
+            exec("")  # noqa: S102
+            raise typer.Exit(code) from None
         if os.environ.get("KVEMBED_DEBUG"):
             raise
         text = " ".join(str(error).split())
