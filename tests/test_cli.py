@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from kvembed import Embedder
 from kvembed.cli import app
-from kvembed.config import parse_layers
 from kvembed.console import stop
+from kvembed.options import parse_layers
 from kvembed.saved import usual_method
 
 KVEMBED = [sys.executable, "-m", "kvembed"]

@@ -25,7 +25,7 @@ from conftest import NOTICES
 from fastapi.testclient import TestClient
 from pages import blocks
 
-from kvembed import Embedder, KvembedError
+from kvembed import Embedder, InputError, KvembedError
 
 SERVE = Path(sys.executable).with_name("serve")
 OFF = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "1"}
@@ -54,6 +54,9 @@ def test_arguments_as_the_command_line_gives_them(serve_ray, folder):
     for wrong in ({"modell": "x"}, {"replicas": "many"}, {"cpus": "0"}, {"queue_tokens": "0"}, {"model": ""}):
         with pytest.raises(pydantic.ValidationError):
             serve_ray.Arguments.model_validate(wrong)
+    for unused in ({"bias": 3.0}, {"method": "static", "layers": "2-3"}):  # as the command line refuses them
+        with pytest.raises(InputError, match=r"--(bias|layers)"):
+            serve_ray.Arguments(**{"model": str(folder), "method": "mean"} | unused).embedder()
 
 
 def test_the_page_tells_what_is_taken(serve_ray):

@@ -10,13 +10,11 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .config import parse_layers
 from .console import (
     hint_at_files,
     interrupt_again,
@@ -35,12 +33,13 @@ from .console import (
 from .errors import InputError
 from .files import check_writable, naming, needed, whole_file, why
 from .methods import METHODS, preset
+from .options import loader, parse_layers
 from .process import import_models, keep_for_the_next_batch
 from .texts import read_rows, read_texts, stream_rows
 from .vectors import check_output, write_vectors
 
 if TYPE_CHECKING:
-    from .embedder import Embedder
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,7 +126,7 @@ def embed(
             rows, again = itertools.tee(rows)  # an id waits until its vector is written
             ids = (row.id for row in again if row.id is not None)
         texts = (row.text for row in rows)
-        embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
+        embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         from .quantize import quantize
         from .workers import Recipe, encode_on, give_room
 
@@ -187,7 +186,7 @@ def bulk_command(
         check_folders(source, out)
         if engine == "ray":
             needed("ray.data", "ray")
-        load = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        load = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         import_models()
         from .bulk import bulk
         from .workers import give_room
@@ -274,7 +273,7 @@ def index_command(
             method = method or usual_method(name)
             is_fitted = method is not None and preset(method).transform != "none" and fitted is None
             texts = corpus.calibration() if is_fitted else None
-            embedder = _loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts)()
+            embedder = loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts)()
             index = Index.create(db, embedder, model=name, refit=refit)
         print_indexed(index.update(corpus, language=language, progress=True), db)
 
@@ -356,7 +355,7 @@ def similarity(
     with one_line_errors():
         hint_at_files(texts or [], "kvembed similarity < FILE")
         texts = texts or read_texts([])
-        embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
+        embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         vectors = embedder.encode(texts, role=role)
         rows = query or texts
         scores = embedder.similarity(embedder.encode_query(query) if query else vectors, vectors).tolist()
@@ -436,7 +435,7 @@ def explain(
     """What happens to a text: prompt, tokens, layers, and how much each token reads the slot (beta)."""
     with one_line_errors():
         hint_at_files([text], 'kvembed explain "$(cat FILE)"')
-        embedder = _loader(model, method, layers, bias, dtype, max_tokens, fitted=fitted)()
+        embedder = loader(model, method, layers, bias, dtype, max_tokens, fitted=fitted)()
         explanation = embedder.explain(text, role=role)
         if as_json:
             print_json(explanation.to_dict())
@@ -471,7 +470,7 @@ def tune(
                 raise InputError(f"{output}: a transform is a .safetensors file")
             check_writable(output)
         given = None if texts is None else read_texts([texts], field)
-        embedder = _loader(model, method, layers, bias, dtype, texts=given)()
+        embedder = loader(model, method, layers, bias, dtype, texts=given)()
         if output is not None and embedder.transform is not None:
             with naming(output):
                 embedder.transform.save(output)
@@ -521,7 +520,7 @@ def evaluate(
         if data is None:
             from .mteb_encoder import run_mteb
 
-            embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
+            embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
             scores = run_mteb(embedder, name or _label(model), mteb or [], progress=True)
             if as_json:
                 print_json(scores)
@@ -554,7 +553,7 @@ def evaluate(
         if reference:
             subjects = [tfidf_subject() if reference == "tf-idf" else sentence_transformer_subject(model, name)]
         else:
-            embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
+            embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
             limited = at_limits(embedder, suite) if max_tokens is None else [embedder]
             subjects = [embedder_subject(one, name or _label(model)) for one in limited]
         if vectors is not None and len(subjects) > 1:
@@ -602,7 +601,7 @@ def report(
         if not scores and not sweep:
             raise InputError(f"{results}: holds no results of mini or full; `kvembed eval --results` writes some")
         listed = read_texts([texts]) if texts else []
-        embedder = _loader(model, method, layers, bias, dtype, fitted=fitted)() if text or listed else None
+        embedder = loader(model, method, layers, bias, dtype, fitted=fitted)() if text or listed else None
         vectors = embedder.encode(listed) if embedder and listed else None
         page = report_html(
             scores,
@@ -651,7 +650,7 @@ def serve(
         check_names(names)
         known = api_keys(keys)
         listener = listen_at(host, port)
-        embedder = _loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
+        embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         limits = Limits(queue_tokens=queue_tokens)
         serve(embedder, names, listener, keys=known, limits=limits)
 
@@ -697,49 +696,6 @@ def _give_up_output(error: OSError) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it would be flushed again at exit
     if not isinstance(error, BrokenPipeError):  # of a reader such as `head`, which wants no more
         sys.exit(f"kvembed: standard output: {why(error)}")
-
-
-def _loader(
-    model: str,
-    method: str | None,
-    layers: str | None,
-    bias: float | None,
-    dtype: str,
-    max_tokens: int | None = None,
-    batch_tokens: int | None = None,
-    dim: int | None = None,
-    fitted: Path | None = None,
-    texts: list[str] | None = None,
-) -> Callable[[], Embedder]:
-    """What loads the model; a bad option is told at once, before seconds of imports."""
-    options: dict[str, Any] = {"bias": bias, "max_tokens": max_tokens, "dim": dim}
-    options = {name: value for name, value in options.items() if value is not None}
-    if layers is not None:
-        options["layers"] = parse_layers(layers)
-    checked = preset(method or "auto", **options)
-    if layers is not None and not checked.forward_passes:
-        raise InputError(f"--layers: method {method} runs no layer")
-
-    def load() -> Embedder:
-        import_models()
-        from .embedder import Embedder
-        from .saved import usual_method
-
-        embedder = Embedder.from_pretrained(
-            model,
-            method=method or usual_method(model),
-            dtype=dtype,
-            batch_tokens=batch_tokens,
-            fitted=fitted,
-            texts=texts,
-            progress=True,
-            **options,
-        )
-        if bias is not None and not (embedder.config.layers and embedder.config.attention == "reroute"):
-            raise InputError(f"--bias is the slot's, and method {embedder.config.method} re-routes nothing")
-        return embedder
-
-    return load
 
 
 def _label(model: str) -> str:

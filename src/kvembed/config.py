@@ -23,7 +23,6 @@ __all__ = [
     "SlotPosition",
     "TransformKind",
     "is_whole",
-    "parse_layers",
 ]
 
 Role = Literal["document", "query"]
@@ -221,24 +220,6 @@ class EmbedConfig:
         told = {name: value for name, value in self.to_dict().items() if value != defaults[name]}
         text = json.dumps(told, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def parse_layers(text: str) -> tuple[int, ...] | Literal["all"] | None:
-    """`layers` as the command line has them: `6-9`, `4,5,10-12`, `none`, `all` or `auto`. Raises `InputError`."""
-    if text == "all":
-        return "all"
-    if text in ("none", "auto"):
-        return () if text == "none" else None
-    chosen: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            chosen += range(int(first), min(int(last or first), 9999) + 1)  # no model is as deep
-    except ValueError:
-        chosen = []
-    if not chosen:
-        raise InputError(f"--layers takes 6-9 or 4,5,10 or none or all or auto, not {text!r}")
-    return tuple(chosen)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

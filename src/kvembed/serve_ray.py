@@ -11,12 +11,11 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from .config import parse_layers
 from .embedder import Embedder
 from .errors import KvembedError
 from .files import needed
 from .models import label
-from .saved import usual_method
+from .options import loader
 from .server import api_keys, create_app
 from .service import Limits
 
@@ -51,12 +50,10 @@ class Arguments(BaseModel):
 
     def embedder(self) -> Embedder:
         """Load the model."""
-        options = self.model_dump(include={"bias", "dim", "max_tokens", "fitted", "batch_tokens"})
-        options = {name: value for name, value in options.items() if value is not None}
-        options["method"] = self.method or usual_method(self.model)
-        if self.layers is not None:
-            options["layers"] = parse_layers(self.layers)
-        return Embedder.from_pretrained(self.model, dtype=self.dtype, revision=self.revision, **options)
+        options = self.model_dump(
+            include={"method", "layers", "bias", "dtype", "dim", "fitted", "max_tokens", "batch_tokens", "revision"}
+        )
+        return loader(self.model, **options)()
 
 
 class Replica:
