@@ -13,7 +13,8 @@ from reference import fast_attention, rerouted_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvembed import EmbedConfig, UnsupportedModel
-from kvembed.attention import Reroute, attending, closed, delegated, prepended, stock_attention, turn_back
+from kvembed.attention import Reroute, closed, delegated, prepended, turn_back
+from kvembed.attention_interface import attending, stock_attention
 from kvembed.backbone import Backbone
 
 LOWEST = torch.finfo(torch.float32).min

@@ -25,11 +25,9 @@ KVEMBED = [sys.executable, "-m", "kvembed"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, llama, tokenizer):
-    """A saved tiny model, its kv layers spelled out."""
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    Embedder.from_model(llama, tokenizer, layers=[1, 2]).save_pretrained(path)
-    return path
+def embedder(llama, tokenizer):
+    """Its `kv` layers spelled out, so that they are not looked for."""
+    return Embedder.from_model(llama, tokenizer, layers=[1, 2])
 
 
 @pytest.fixture

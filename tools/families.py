@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
-from kvembed.attention import attending, stock_attention
+from kvembed.attention_interface import attending, stock_attention
 from kvembed.backbone import Backbone
 from kvembed.errors import UnsupportedModel
 

@@ -12,58 +12,39 @@ The same thing is written three ways below, and tests hold them equal:
     closed      softmax splits exactly, so with the log-sum-exp (lse) of the causal logits, which fused kernels return,
                     out = (1 - beta) * out_causal + beta * v_n,   beta = sigmoid(scale * q . k_n + bias - lse)
                 no extra key, no mask; exact for full causal attention over right-padded texts with Dk = Dv
+                (and once more for packed texts, all in one call; a sliding window may be there, too)
     delegated   prepended, then the model's own eager function, for what changes the logits or their sum
                 (soft cap, sinks, position bias)
 
 Packed texts in bfloat16 on a CPU have a faster way to the prepended form, `kvembed.tiles`.
 
-It reaches any model through transformers' attention interface: while `attending(decoder, f)` is open, this thread's
-forwards of that decoder call `f` in place of the model's attention. Other threads that use the same model meanwhile get
-the model's own attention, and the model's configuration is put back when the last user leaves.
+It reaches any model through transformers' attention interface, see `kvembed.attention_interface`.
 
 Letters: B texts, Hq query heads, Hkv key-value heads, G = Hq / Hkv, n tokens, Dk and Dv head sizes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import sdpa_mask
 
 from . import flash
+from .attention_interface import changes_logits, eager_function, float_mask, stock_attention, unfit
 from .errors import UnsupportedModel
 from .prefix import Prefix
 from .tiles import Tiles, suits
 
-__all__ = ["Attention", "Reroute", "attending", "stock_attention", "turn_back", "unfit"]
-
-# The call of transformers' attention interface: (module, q (B,Hq,n,Dk), k (B,Hkv,n,Dk), v (B,Hkv,n,Dv), mask, **kwargs)
-# -> (out (B,n,Hq,Dv), weights or None); q, k and v are after rotary embedding, k and v before they are repeated for G.
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
-
-# Arguments that change the logits or their normalisation; only the model's own eager function knows how.
-LOGIT_CHANGES = ("softcap", "s_aux", "sinks", "position_bias")
-
-# What else models pass to their attention that leaves the logits alone (a window is in the mask). Anything unknown is
-# refused: a sparse indexer's `indices`, say, would be ignored without a word.
-_HARMLESS = frozenset(
-    """scaling dropout is_causal sliding_window position_ids output_attentions use_cache cache_position past_key_values
-    past_key_value layer_idx output_router_logits return_dict""".split()  # noqa: SIM905 (a list would take 13 lines)
-)
+__all__ = ["Reroute", "turn_back"]
 
 
 class Places(NamedTuple):
@@ -169,6 +150,18 @@ class Reroute:
             last = torch.full((texts,), n - 1, device=key.device)
             outs.append(self._attend(module, layer, last, q, k, v, mask, scaling, kwargs)[0].flatten(0, 1))
         return torch.cat(outs)[None], None  # (1,T,Hq,Dv)
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The mask of a forward, as `sdpa_mask` makes it; of packed texts the longest one's, of which any other's is a
+        corner. None where it would be the plain causal one, which transformers itself says of padded batches only.
+        """
+        if self.packed:
+            if self.prefix:
+                kwargs["attention_mask"] = None  # of ones, see `Backbone`
+            plain = not kwargs.get("use_vmap", False)  # or else it is another
+            kwargs |= {"q_length": self.longest, "kv_length": self.longest, "allow_is_causal_skip": plain}
+        mask: Tensor | None = sdpa_mask(*args, **kwargs)
+        return mask
 
     @property
     def _first(self) -> int:
@@ -297,13 +290,13 @@ class Reroute:
             out, share = closed(query, key, value, slot_key, slot_value, scale, self.bias, blind)
             beta: Tensor | None = share
         else:
-            mask = _float_mask(query, key, attention_mask)  # (B or 1, 1 or Hq, n, n)
+            mask = float_mask(query, key, attention_mask)  # (B or 1, 1 or Hq, n, n)
             limits = torch.finfo(mask.dtype)
             bias = min(max(self.bias, limits.min), limits.max)
             slot_mask = mask.new_full((len(last), mask.shape[1], mask.shape[2]), bias)  # (B, 1 or Hq, n)
             if not self.slot_self:
                 slot_mask[torch.arange(len(last), device=last.device), :, last] = limits.min
-            form = functools.partial(delegated, module, kwargs) if _changes_logits(kwargs) else prepended
+            form = functools.partial(delegated, module, kwargs) if changes_logits(kwargs) else prepended
             out, beta = form(query, key, value, slot_key, slot_value, mask, slot_mask, scale, self.betas is not None)
         if self.betas is not None and beta is not None:
             self.betas[layer] = beta
@@ -409,7 +402,7 @@ def delegated(
     if kwargs.get("position_bias") is not None:
         # 0 for the slot, which has no relative position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (1, 0))
-    out, weights = _eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)  # (B,n,Hq,Dv)
+    out, weights = eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)  # (B,n,Hq,Dv)
     beta = weights[..., 0].float() if want_beta and weights is not None else None
     return out.transpose(1, 2), beta
 
@@ -426,22 +419,11 @@ def unmasked(
     mask = visible[:, None, None].expand(-1, 1, query.shape[2], -1)  # (B,1,n,n)
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModel(f"{type(module).__name__} has a causal position bias; its mask can't be taken off")
-    if _changes_logits(kwargs):
-        return _eager_function(module)(
-            module, query, key, value, _float_mask(query, key, mask), scaling=scale, **kwargs
-        )[0]
+    if changes_logits(kwargs):
+        return eager_function(module)(module, query, key, value, float_mask(query, key, mask), scaling=scale, **kwargs)[
+            0
+        ]
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scale, is_causal=False)[0]  # type: ignore[no-any-return]
-
-
-def unfit(module: nn.Module, query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> str | None:
-    """Why an attention call can't be re-routed, or None if it can."""
-    if not _is_causal(module, kwargs):
-        return "its attention is not causal, so there is nothing to re-route around"
-    if key.shape[2] != query.shape[2]:
-        return f"its attention sees {key.shape[2]} keys for {query.shape[2]} tokens (compressed or shared keys)"
-    if unknown := sorted(name for name in kwargs.keys() - _HARMLESS - {*LOGIT_CHANGES} if kwargs[name] is not None):
-        return f"its attention takes {', '.join(unknown)} (sparse or special), which re-routing would ignore"
-    return None
 
 
 def turn_back(
@@ -470,19 +452,6 @@ def turn_back(
     return (turned / (cos**2 + sin**2).sqrt()[:, None])[:, :, 0]
 
 
-def stock_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Plain causal attention for a layer that is not re-routed, given a mask of the sdpa kind (None, bool or float)."""
-    if _changes_logits(kwargs):
-        return _eager_function(module)(module, query, key, value, _float_mask(query, key, attention_mask), **kwargs)
-    out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
-    return out, None
-
-
-# --- pieces -----------------------------------------------------------------------------------------------------------
-
-
 def _with_slot(
     key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, mask: Tensor, slot_mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -492,109 +461,6 @@ def _with_slot(
     return key, value, torch.cat([slot_mask[..., None], mask], -1)  # (B, 1 or Hq, n, n+1)
 
 
-def _float_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Any causal mask of the sdpa kind as an additive one, of 0 and the dtype's lowest number; by default (1,1,n,n)."""
-    if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
-    if mask.dtype == torch.bool:
-        # Not -inf: a padding row with no visible key must not become NaN.
-        lowest = torch.finfo(query.dtype).min
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
-    return mask.to(query.dtype)
-
-
 def _is_plain(key: Tensor, value: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> bool:
     """Full causal softmax attention with one head size: what the kernels of `kvembed.flash` do."""
-    return mask is None and key.shape[-1] == value.shape[-1] and not _changes_logits(kwargs)
-
-
-def _changes_logits(kwargs: Mapping[str, Any]) -> bool:
-    return any(kwargs.get(name) is not None for name in LOGIT_CHANGES)
-
-
-def _is_causal(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether an attention call without a mask means causal attention, as transformers decides it."""
-    stated = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if stated is None else stated)
-
-
-def _eager_function(module: nn.Module) -> Attention:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
-        raise UnsupportedModel(f"{type(module).__name__} changes its attention logits and has no eager function to ask")
-    return eager  # type: ignore[no-any-return]
-
-
-# --- the door: transformers' attention interface ----------------------------------------------------------------------
-
-_ACTIVE: ContextVar[Attention | None] = ContextVar("kvembed_attention", default=None)
-_SWITCHED: dict[int, tuple[int, str | None]] = {}  # id(config) -> users now, the model's own implementation
-_SWITCH_LOCK = threading.Lock()
-
-
-@contextlib.contextmanager
-def attending(decoder: nn.Module, attend: Attention) -> Iterator[None]:
-    """While open, this thread's forwards of `decoder` call `attend` for every attention.
-
-    Masks come as for sdpa: None (plain causal), bool (True = attend) or additive. The decoder's configuration is put
-    back on the way out, also after an exception; with several users, when the last one leaves.
-
-    Args:
-        decoder: a transformers model.
-        attend: an attention function, called as `Attention` says.
-    """
-    held = (getattr(module, "config", None) for module in decoder.modules())
-    configs: dict[int, Any] = {id(config): config for config in held if hasattr(config, "_attn_implementation")}
-    with _SWITCH_LOCK:
-        for key, config in configs.items():
-            users, stock = _SWITCHED.get(key, (0, config._attn_implementation))
-            _SWITCHED[key] = users + 1, stock
-            if users == 0:
-                config._attn_implementation = {"": _hook(stock or "eager")}  # {"": name} leaves sub-configs alone
-    token = _ACTIVE.set(attend)
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
-        with _SWITCH_LOCK:
-            for key, config in configs.items():
-                users, stock = _SWITCHED[key]
-                if users > 1:
-                    _SWITCHED[key] = users - 1, stock
-                else:
-                    del _SWITCHED[key]
-                    config._attn_implementation = {"": stock}
-
-
-@functools.cache
-def _hook(stock: str) -> str:
-    """Register, once, an attention and its mask that stand in for `stock`; returns their name.
-
-    Both must be registered under one name: with the attention alone, transformers silently drops the padding mask.
-    Threads without an open `attending` are sent on to `stock`, so a model can be used by others at the same time.
-    """
-    # Not named after `stock`: words like "flash" or "sdpa" in a name switch other code paths in transformers.
-    name = f"kvembed_{_hook.cache_info().currsize}"
-
-    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        attend = _ACTIVE.get()
-        if attend is None:
-            attend = ALL_ATTENTION_FUNCTIONS.get(stock) or _eager_function(module)
-        return attend(module, *args, **kwargs)
-
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        attend = _ACTIVE.get()
-        if isinstance(attend, Reroute) and attend.packed:
-            # The longest text's mask: a corner of it is any other's. And none if it would be the plain causal one,
-            # which transformers leaves out for a padded batch but not for packed texts. `use_vmap`: it is another.
-            plain = not kwargs.get("use_vmap", False)
-            if attend.prefix:
-                kwargs["attention_mask"] = None  # of ones, see `Backbone`
-            kwargs |= {"q_length": attend.longest, "kv_length": attend.longest, "allow_is_causal_skip": plain}
-        make = sdpa_mask if attend is not None else ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
-        return None if make is None else make(*args, **kwargs)
-
-    # A compiled graph can't ask which of a forward's calls this is, and whose.
-    AttentionInterface.register(name, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
-    AttentionMaskInterface.register(name, mask)
-    return name
+    return mask is None and key.shape[-1] == value.shape[-1] and not changes_logits(kwargs)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import flash
-from .attention import Reroute, attending, stock_attention, turn_back, unfit
+from .attention import Reroute, turn_back
+from .attention_interface import attending, stock_attention, unfit
 from .batching import is_out_of_memory
 from .config import EmbedConfig
 from .errors import InputError, UnsupportedModel
@@ -455,7 +456,7 @@ class Backbone:
         with contextlib.ExitStack() as stack:
             if reroute.turned:
                 stack.enter_context(self._keeping_rotations(rotations))
-            stack.enter_context(attending(self.decoder, reroute))
+            stack.enter_context(attending(self.decoder, reroute, reroute.make_mask))
             yield
 
     @contextlib.contextmanager
