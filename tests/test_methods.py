@@ -103,11 +103,10 @@ def test_bidirectional_lets_every_token_see_the_last_one(tokenizer, model_type):
 
 
 def test_costs():
-    costs = {name: (config.forward_passes, config.text_copies) for name, config in METHODS.items()}
-    assert costs.pop("meta-eol") == (8, 8)
-    assert costs.pop("echo") == (1, 2)
-    assert costs.pop("static") == (0, 0)
-    assert set(costs.values()) == {(1, 1)}
+    costs = {name: config.forward_passes for name, config in METHODS.items()}
+    assert costs.pop("meta-eol") == 8
+    assert costs.pop("static") == 0
+    assert set(costs.values()) == {1}
 
 
 def test_token_counts_are_those_of_all_passes(llama, tokenizer):

@@ -402,7 +402,8 @@ class Backbone:
         alone = self._states(texts, lengths, config, None, None, {}, None)
         real = (torch.arange(8, device=self.device) < lengths[:, None]).to(padded.device)
         apart, effect = ((states - padded)[real].float() for states in (ours, alone))
-        # Of the largest state's rounding much could hide in the others; of the beginning's own effect, it must not.
+        # A wrong beginning could hide below the rounding of the largest state: so the error must also be small against
+        # what the beginning does to the states.
         near = float(apart.abs().max()) <= _ROUNDING[padded.dtype] * float(padded.abs().max())
         return near and float(apart.norm()) <= 0.3 * float(effect.norm())
 

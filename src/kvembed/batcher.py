@@ -197,7 +197,7 @@ class Batcher(Generic[Item, Row]):
                     request.fail(error)
             elif len(batch) > 1:  # one item may be to blame, and the others must not pay for it
                 for one in batch:
-                    if not one[0].done.done():  # nor by what an item before it did to them all
+                    if not one[0].done.done():  # a retry before it may have failed them all
                         await self._answer([one])
             else:
                 batch[0][0].fail(error)

@@ -13,17 +13,16 @@ from .workers import Recipe, run_on
 __all__ = ["devices_engine"]
 
 
-def devices_engine(devices: Sequence[str], model: str, *, revision: str | None = None) -> Engine:
+def devices_engine(devices: Sequence[str], model: str) -> Engine:
     """An engine for `bulk` that makes shards on several devices.
 
     Args:
         devices: as in `kvembed.workers.run_on`; errors too.
         model: a bundled name, a hub id, a folder or a `.gguf` file.
-        revision: of a hub id.
     """
 
     def run(job: Job, embedder: Embedder, shards: Sequence[Shard], report: Report) -> Iterator[Written]:
-        recipe = Recipe.of(embedder, model, revision)
+        recipe = Recipe.of(embedder, model)
         made = run_on(devices, recipe, functools.partial(_make, job), shards)
         for shard, written in zip(shards, made, strict=True):
             report(shard.rows, written.tokens)

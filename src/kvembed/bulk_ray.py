@@ -51,14 +51,11 @@ class _Actor:
         return {name: [value] for name, value in row.items()}
 
 
-def ray_engine(
-    model: str, *, revision: str | None = None, address: str | None = None, workers: int | None = None
-) -> Engine:
+def ray_engine(model: str, *, address: str | None = None, workers: int | None = None) -> Engine:
     """An engine for `bulk` that makes the shards on Ray.
 
     Args:
         model: a bundled name, a hub id, a folder or a `.gguf` file that every node can load.
-        revision: of a hub id.
         address: of a running cluster, as `ray.init` takes it. Default: `$RAY_ADDRESS`, or else Ray is started on this
             machine for the job.
         workers: how many actors at most, each with a copy of the model. Default: one a GPU, or else one a node.
@@ -73,7 +70,7 @@ def ray_engine(
             return
         plan = dataclasses.replace(job.plan, folder=job.plan.folder.resolve())
         sent = dataclasses.replace(job, plan=plan, out=job.out.resolve())
-        recipe = Recipe.of(embedder, model, revision)
+        recipe = Recipe.of(embedder, model)
         with _connected(ray, address):
             data.DataContext.get_current().enable_progress_bars = False
             logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -20,8 +20,6 @@ __all__ = [
     "Precision",
     "Readout",
     "Role",
-    "SlotPosition",
-    "TransformKind",
     "is_whole",
 ]
 
@@ -183,17 +181,8 @@ class EmbedConfig:
 
     @property
     def forward_passes(self) -> int:
-        """Cost: how many times the model runs for a document."""
-        return len(self._passes)
-
-    @property
-    def text_copies(self) -> int:
-        """Cost: how often the model reads a document's text, over all passes."""
-        return sum(template.count("{text}") for template in self._passes)
-
-    @property
-    def _passes(self) -> tuple[str, ...]:
-        return () if self.pooling == "static" else self.templates("document")
+        """Cost: how many times the model runs for a document that is read in one piece."""
+        return 0 if self.pooling == "static" else len(self.templates("document"))
 
     def replace(self, **changes: Any) -> EmbedConfig:
         """A copy with some fields changed. Raises `InputError` for an unknown field or a bad value."""

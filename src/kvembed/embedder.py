@@ -94,7 +94,7 @@ class Embedder:
         transform: what the config's transform was fitted to, or None if it has none.
         dim: length of a vector.
         max_tokens: the longest prompt in tokens, without a beginning that texts share: the config's, or else the
-            model's own limit. Where no layer is run there is none.
+            model's own limit. Where neither says any, or no layer is run, more than any text has (2**31).
     """
 
     def __init__(
@@ -107,7 +107,6 @@ class Embedder:
         texts: Sequence[str] | None = None,
         transform: Transform | None = None,
         name: str = "",
-        revision: str | None = None,
         progress: bool = False,
     ) -> None:
         """Prefer `from_pretrained` or `from_model`, which say what the arguments mean."""
@@ -137,7 +136,6 @@ class Embedder:
                 lambda: self._own_texts(progress),
                 texts=texts,
                 model=name,
-                revision=revision,
                 progress=progress,
             )
             config = config.replace(layers=profile.layers)
@@ -236,7 +234,6 @@ class Embedder:
             texts=texts,
             transform=transform,
             name=models.label(source),
-            revision=revision,
             progress=progress,
         )
         if compile:

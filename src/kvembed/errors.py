@@ -18,7 +18,7 @@ class ModelNotFound(KvembedError, OSError):
 
 
 class UnsupportedModel(KvembedError, TypeError):
-    """The model can't be re-routed, or would be re-routed wrongly; the message names it and the reason."""
+    """The model or its tokenizer can't do what is asked, or would do it wrongly; the message says which and why."""
 
 
 class OutOfMemory(KvembedError, MemoryError):

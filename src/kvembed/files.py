@@ -40,7 +40,7 @@ _LOCK = "_lock"  # readers of folders of Parquet pass over names that begin with
 
 @contextlib.contextmanager
 def naming(place: object) -> Iterator[None]:
-    """What goes wrong with a file or folder while this is open, as an `InputError` that names it."""
+    """Turns an `OSError` that is raised inside into an `InputError` that names `place`."""
     try:
         yield
     except (KvembedError, BrokenPipeError):  # a model that is not found is an OSError too, and has its own words

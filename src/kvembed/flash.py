@@ -184,8 +184,8 @@ def _on_gpu(
     """The kernel's own call."""
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # (T,H,D)
     places = query_starts, key_starts, most_queries, most_keys
-    # Tokens that are seen before and after; -1: all. A text's only query stands at its keys' end: the same, and the
-    # kernel would lay it out in another way.
+    # Tokens that are seen before and after; -1: all. With one query a text, causal and full are the same; as causal
+    # the kernel keeps its usual output layout.
     before, after = -1 if window is None else window - 1, 0 if causal or most_queries == 1 else -1
     options = {"scale": scale, "window_size_left": before, "window_size_right": after}
     out, lse, *_ = _GPU(q, k, v, *places, 0.0, causal, False, **options)  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +56,7 @@ def cosine_map(texts: Sequence[str], cosines: NDArray[Any]) -> str:
         raise InputError(f"similarity needs a ({len(texts)}, {len(texts)}) array, not {cosines.shape}")
     if not len(texts):
         return ""
-    others = cosines[~np.eye(len(texts), dtype=bool) & np.isfinite(cosines)].tolist() or [0.0, 1.0]
+    others = cosines[~np.eye(len(texts), dtype=bool)].tolist() or [0.0, 1.0]
     low, high = min(others), max(others)
     rows = []
     for i, row in enumerate(cosines.tolist()):
@@ -93,9 +92,9 @@ def panel(name: str, inside: str, model: str = "") -> str:
     return f'<article data-model="{safe(model)}">{f"<h3>{safe(name)}</h3>" if name else ""}{inside}</article>'
 
 
-def _step(value: float, low: float, high: float) -> int | None:
+def _step(value: float, low: float, high: float) -> int:
     share = (value - low) / (high - low) if high > low else 0.5
-    return round(min(1.0, max(0.0, share)) * (STEPS - 1)) if math.isfinite(value) else None
+    return round(min(1.0, max(0.0, share)) * (STEPS - 1))
 
 
 def _short(text: str, length: int) -> str:
@@ -104,7 +103,7 @@ def _short(text: str, length: int) -> str:
 
 def number(value: float, digits: int = 1) -> str:
     """A value to read."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "n/a"
+    return f"{value:.{digits}f}"
 
 
 def count(amount: int, noun: str) -> str:

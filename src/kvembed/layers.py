@@ -41,7 +41,7 @@ class Profile:
     """A stored choice of layers, with everything it came from.
 
     Attributes:
-        model: name it was loaded by, and `revision` if it has one; for people.
+        model: name it was loaded by; for people.
         fingerprint: of the model (`kvembed.fingerprint`); what a profile is found by.
         template: the document template the texts were put in.
         texts: where they came from: `"self-written"` or `"given"`.
@@ -53,7 +53,6 @@ class Profile:
     """
 
     model: str
-    revision: str | None
     fingerprint: str
     template: str
     texts: str
@@ -70,7 +69,8 @@ class Profile:
     @classmethod
     def from_json(cls, text: str) -> Profile:
         """The inverse of `to_json`. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
-        fields: Any = json.loads(text)
+        stored: Any = json.loads(text)
+        fields = {field.name: stored[field.name] for field in dataclasses.fields(cls)}
         return cls(**fields | {name: tuple(fields[name]) for name in ("curve", "attention_layers", "layers")})
 
 
@@ -188,7 +188,6 @@ def choose_layers(
     *,
     texts: Sequence[str] | None = None,
     model: str = "",
-    revision: str | None = None,
     progress: bool = False,
 ) -> Profile:
     """The layers for this model: from a shipped or cached profile, or worked out now and cached.
@@ -200,7 +199,7 @@ def choose_layers(
         template: the document template in use; the last token's states depend on it.
         write: gives texts that the model wrote itself; called if there are no others and nothing is stored.
         texts: calibration texts.
-        model, revision: names to write into the profile.
+        model: name to write into the profile.
         progress: show bars on a terminal.
 
     Raises:
@@ -225,7 +224,6 @@ def choose_layers(
     curve = id_curve(backbone, prompter, texts, template, progress=progress)
     profile = Profile(
         model=model or backbone.model_type,
-        revision=revision,
         fingerprint=fingerprint,
         template=template,
         texts=source,

@@ -60,7 +60,7 @@ BUNDLED = {
 
 
 def cache_folder() -> Path:
-    """Where converted models, profiles and written texts are kept: `$KVEMBED_CACHE`, or the user's cache folder."""
+    """Where all that was made once is kept (converted models, profiles, fits): `$KVEMBED_CACHE`, or the user's."""
     return Path(os.environ.get("KVEMBED_CACHE") or user_cache_path("kvembed"))
 
 

@@ -47,7 +47,7 @@ def pack(ids: Tensor, lengths: Tensor, multiple: int = 1) -> Packed:
     Args:
         ids: (B,n) int64, right-padded.
         lengths: (B,) int64, real tokens, all >= 1.
-        multiple: a text of nothing is added that makes T a multiple of it.
+        multiple: T is rounded up to a multiple of it, by one dummy text at the end.
     """
     shape = ids.shape[0], ids.shape[1]
     if multiple > 1 and (filling := -int(lengths.sum()) % multiple):

@@ -20,7 +20,7 @@ from .prompts import Prompt
 __all__ = ["Beginnings", "Prefix", "Where", "beginning", "can_begin", "without"]
 
 _SHORTEST = 16  # tokens; a shorter beginning is not worth the extra keys
-_LONGEST_REST = 16  # times the beginning; of a longer prompt too little is saved to give up the plainest attention
+_LONGEST_REST = 16  # times the beginning; with a longer rest, sharing saves too little to leave the causal kernel for
 _MOST = 16  # beginnings that are kept; one of 200 tokens takes 9 MB in float32 for smollm2
 # By how much a probe's read-outs may change, relatively: more than rounding does in another batch.
 _ROUNDING = {torch.float32: 5e-3, torch.float64: 5e-3}

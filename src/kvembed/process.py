@@ -56,7 +56,7 @@ def import_models() -> None:
 
 
 def leave_computing() -> None:
-    """Call in a thread that has computed and leaves it to another from now on.
+    """Call in a thread that has run torch and will run no more.
 
     OpenMP keeps a team of threads for each thread that ever computed. Where that makes more than there are processors,
     GNU's puts a team to sleep at the end of every tensor operation and wakes it for the next; a server that had loaded

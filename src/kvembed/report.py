@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,14 +130,9 @@ def _rows(results: Sequence[Result], columns: Sequence[Column]) -> list[_Row]:
 
 
 def _mean(cells: Sequence[Result]) -> tuple[float, ...]:
-    """Mean over tasks and, if every task has equally many replicates, its interval; nothing without finite scores."""
-    value = float(np.mean([cell.score for cell in cells]))
-    if not math.isfinite(value):
-        return ()
-    if len({len(cell.replicates) for cell in cells} | {0}) != 2:
-        return (value,)
+    """Mean over tasks, and its interval."""
     whole = mean(cells)
-    return (value, whole.low, whole.high) if math.isfinite(whole.low) and math.isfinite(whole.high) else (value,)
+    return whole.value, whole.low, whole.high
 
 
 def _labels(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -217,7 +211,7 @@ def _cost_cells(row: _Row) -> list[str]:
 
 def _ranks(values: Sequence[float | None]) -> list[int | None]:
     """Steps of the colour scale by rank, equal values alike; a lone one stands in the middle."""
-    known = sorted(value for value in values if value is not None and math.isfinite(value))
+    known = sorted(value for value in values if value is not None)
     if len(known) == 1:
         return [None if value is None else STEPS // 2 for value in values]
     shares = {value: (known.index(value) + (known.count(value) - 1) / 2) / (len(known) - 1) for value in known}

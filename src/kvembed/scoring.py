@@ -84,7 +84,7 @@ def score(task: Task, documents: NDArray[np.float32], queries: NDArray[np.float3
     draw = np.random.default_rng(zlib.crc32(f"{task.name} {task.n}".encode()))
     whole = value(np.arange(task.n))
     drawn = np.array([value(draw.integers(0, task.n, task.n)) for _ in range(REPLICATES)])
-    # Items drawn twice flatter the V-measure: the replicates' spread is meant, so they are moved to the score.
+    # Duplicates in a sample raise the V-measure; only the replicates' spread is wanted, so they are centred.
     replicates = drawn - drawn.mean() + whole
     least = -100 if task.kind == "sts" else 0
     low, high = np.percentile(replicates, [2.5, 97.5]).clip(least, 100).tolist()

@@ -31,9 +31,11 @@ from torch import Tensor
 __all__ = ["Tiles", "suits"]
 
 TILES = (32, 64, 128)  # tokens
-_MOST_WIDTHS = 8  # of tiles of a long text: each is two more shapes, and the command line keeps 32 (`kvembed.process`)
+# Widths that a long text's tiles may have: each compiles two matrix products, and the command line keeps 32 of them
+# (`kvembed.process`).
+_MOST_WIDTHS = 8
 _AT_ONCE = 2  # long texts: heads may be too few for all processors, but logits must not outgrow their cache
-_ROW = 100  # columns that cost as much as a row does, however few it has; measured (docs/decisions.md)
+_ROW = 100  # a row's fixed cost, as a number of columns; measured (docs/decisions.md)
 _STEP = 32  # columns in front come in multiples of it: numbers in a vector
 _HIDDEN = float("-inf")
 

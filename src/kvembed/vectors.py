@@ -28,7 +28,7 @@ class Encoded:
     """What `Embedder.encode_with_report` gives.
 
     Attributes:
-        vectors: (n, dim) float32, rows of norm 1.
+        vectors: (n, dim) float32, rows of norm 1; of `encode_views` (n, V, D), raw; quantised ones int8 or uint8.
         token_counts: (n,) int64, tokens of each prompt as it was embedded, template included (once, however many
             chunks there are), but for a long beginning that texts share, computed once (see `kvembed.prefix`).
         tokens_cut: (n,) int64, tokens of each text that were left out to fit `max_tokens`.

@@ -44,7 +44,6 @@ class Recipe:
     """How another process gets the embedder that this one has. Make one with `of`."""
 
     name: str
-    revision: str | None
     dtype: str
     config: EmbedConfig
     transform: Transform | None
@@ -52,12 +51,11 @@ class Recipe:
     fingerprint: str
 
     @classmethod
-    def of(cls, embedder: Embedder, name: str, revision: str | None = None) -> Recipe:
+    def of(cls, embedder: Embedder, name: str) -> Recipe:
         """Of an embedder whose model was loaded by `name`: a bundled name, a hub id, a folder or a `.gguf` file."""
         local = local_path(name)
         return cls(
             name=name if local is None else str(local.resolve()),
-            revision=revision,
             dtype=embedder.dtype,
             config=embedder.config,
             transform=embedder.transform,
@@ -67,10 +65,8 @@ class Recipe:
 
     def load(self, device: str = "auto") -> Embedder:
         """The same embedder. Raises `InputError` if the model or its tokenizer is another here."""
-        model, tokenizer = load(self.name, dtype=self.dtype, device=device, revision=self.revision)
-        embedder = Embedder(
-            model, tokenizer, self.config, batch_tokens=self.batch_tokens, transform=self.transform, name=self.name
-        )
+        model, tokenizer = load(self.name, dtype=self.dtype, device=device)
+        embedder = Embedder(model, tokenizer, self.config, batch_tokens=self.batch_tokens, transform=self.transform)
         if embedder.fingerprint() != self.fingerprint:
             raise InputError(f"{self.name} is another model on a worker, or has another tokenizer, than at the start")
         return embedder
