@@ -49,7 +49,6 @@ def run(clock, **options):
                 for n, left in ((300, "02:55"), (600, "01:40"), (900, "00:25"))
             ],
         ),
-        ({"total": 4000, "unit_scale": 0.5}, ["embedding: 150 of 2,000 texts, 15:25 left"]),
         ({}, ["embedding: 300 texts", "embedding: 600 texts", "embedding: 900 texts"]),
     ],
 )

@@ -15,7 +15,7 @@ from kvembed import backbone as backbones
 from kvembed.backbone import Backbone
 from kvembed.config import Readout
 from kvembed.methods import preset
-from kvembed.prefix import Beginnings, beginning, can_begin, without
+from kvembed.prefix import PrefixCache, can_share_prefix, shared_prefix, without
 from kvembed.prompts import Prompt, Prompter
 
 EXAMPLES = "A committee approved the budget: finance. A jockey riding a horse: sport. {text}:"
@@ -170,7 +170,7 @@ def test_out_of_memory_in_the_beginning_is_told_as_any_other(llama, tokenizer, m
         raise torch.OutOfMemoryError
 
     assert embedder.backbone.can_share
-    monkeypatch.setattr(embedder._beginnings, "_compute", fail)
+    monkeypatch.setattr(embedder._reader.prefixes, "_compute", fail)
     with pytest.raises(OutOfMemory):
         embedder.encode(NOTICES)
 
@@ -180,7 +180,7 @@ def test_limits_and_counts_are_without_what_is_shared(llama, tokenizer):
     embedder = Embedder(llama, tokenizer, config)
     long, short = (rendered[0] for rendered in embedder.prompts(["word " * 100, "a"]))
     assert (long.tokens, long.tokens_cut > 0, short.tokens_cut) == (30, True, 0)
-    assert long.shared == short.shared == len(beginning(short)) == len(short.ids) - short.tokens > 40
+    assert long.prefix_tokens == short.prefix_tokens == len(shared_prefix(short)) == len(short.ids) - short.tokens > 40
     report = embedder.encode_with_report(["word " * 100, "a"])
     assert report.token_counts.tolist() == [30, short.tokens]
     assert report.tokens_cut.tolist() == [long.tokens_cut, 0]
@@ -203,7 +203,7 @@ WHERE = (torch.device("cpu"), torch.float32)
 
 
 def grouped(prompts):
-    return Beginnings(lambda ids: pytest.fail("computed")).groups(prompts, WHERE)
+    return PrefixCache(lambda ids: pytest.fail("computed")).groups(prompts, WHERE)
 
 
 def prompts_of(model, tokenizer, config):
@@ -224,17 +224,17 @@ def test_a_copy_of_the_text_is_no_beginning(llama, tokenizer):
     embedder = Embedder.from_model(llama, tokenizer, method="echo")
     embedder.encode([NOTICES[0], NOTICES[0], NOTICES[1]])
     embedder.encode(NOTICES[:2])
-    assert embedder._beginnings._kept == {}
+    assert embedder._reader.prefixes._kept == {}
 
 
 def test_a_short_beginning_or_a_long_rest_is_not_worth_it(tokenizer):
     prompter = Prompter(tokenizer)
-    prompts = prompter(NOTICES, EXAMPLES, 512, shared=40)
+    prompts = prompter(NOTICES, EXAMPLES, 512, prefix_tokens=40)
     (_, alone), (_, some) = grouped(prompts)
     assert len(some) > 40
-    assert grouped(prompter(NOTICES, "a: {text}", 512, shared=3)) == [((), list(range(len(NOTICES))))]
+    assert grouped(prompter(NOTICES, "a: {text}", 512, prefix_tokens=3)) == [((), list(range(len(NOTICES))))]
     assert grouped([]) == [((), [])]
-    long = prompter(["long " * 1000], EXAMPLES, 4096, shared=40)  # little would be saved of it
+    long = prompter(["long " * 1000], EXAMPLES, 4096, prefix_tokens=40)  # little would be saved of it
     assert grouped([*prompts, *long]) == [((), [*alone, len(prompts)]), *grouped(prompts)[1:]]
 
 
@@ -251,7 +251,7 @@ def test_a_single_text_is_computed_whole_the_first_time_and_others_after_it_are_
         second, third = embedder.encode(NOTICES[:1]), embedder.encode(NOTICES[:1])
     finally:
         hook.remove()
-    begun = len(beginning(whole))
+    begun = len(shared_prefix(whole))
     own = len(whole.ids) - begun
     assert sizes == [begun, own + 1, own + 1]  # the beginning once, and a probe with each batch
     for again in (second, third):
@@ -289,7 +289,7 @@ def test_a_beginning_is_computed_again_in_another_dtype(tokenizer):
 def test_few_beginnings_are_kept(llama, tokenizer):
     backbone = Backbone(llama)
     computed = []
-    beginnings = Beginnings(lambda ids: computed.append(ids) or backbone.prefix(ids))
+    beginnings = PrefixCache(lambda ids: computed.append(ids) or backbone.prefix(ids))
     prompts = Prompter(tokenizer)(NOTICES[:2], EXAMPLES, 512)
 
     def forward(some, prefix):
@@ -314,8 +314,8 @@ def test_few_beginnings_are_kept(llama, tokenizer):
 )
 def test_not_where_the_beginning_is_read_or_changed(changes):
     config = EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last")
-    assert can_begin(EXAMPLES, config)
-    assert not can_begin(EXAMPLES, config.replace(**changes))
+    assert can_share_prefix(EXAMPLES, config)
+    assert not can_share_prefix(EXAMPLES, config.replace(**changes))
 
 
 @given(
@@ -328,7 +328,7 @@ def test_every_prompt_is_in_one_group(kinds):
     prompts = []
     for length, which, own, times in kinds:
         ids = (*(which + 10 * place for place in range(length)), *[7] * own, 5)
-        prompts += [Prompt("", ids, ((0, 0),) * len(ids), (length, length + own), shared=length)] * times
+        prompts += [Prompt("", ids, ((0, 0),) * len(ids), (length, length + own), prefix_tokens=length)] * times
     found = grouped(prompts)
     assert sorted(index for _, some in found for index in some) == list(range(len(prompts)))
     for ids, some in found[1:]:

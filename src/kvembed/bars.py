@@ -26,8 +26,6 @@ class Bar(tqdm):  # type: ignore[type-arg]  # its type parameter is for what it 
     def __init__(self, *, progress: bool, **options: Any) -> None:
         super().__init__(disable=None if progress else True, **options)
         self._in_log = progress and self.disable
-        scale = options.get("unit_scale")
-        self._scale = scale if isinstance(scale, float) else 1.0
         self._what, self._unit = options["desc"], options["unit"]
         self._first, self._started = self.n, time.monotonic()
         self._told = self._started
@@ -40,11 +38,11 @@ class Bar(tqdm):  # type: ignore[type-arg]  # its type parameter is for what it 
         now = time.monotonic()
         if now - self._told >= _SECONDS:
             self._told = now
-            told = f"{self.n * self._scale:,.0f}"
+            told = f"{self.n:,.0f}"
             if self.total:
                 pace = max(self.n - self._first, 1e-9) / max(now - self._started, 1e-9)
                 left = self.format_interval(max(self.total - self.n, 0) / pace)
-                told += f" of {self.total * self._scale:,.0f} {self._unit}s, {left} left"
+                told += f" of {self.total:,.0f} {self._unit}s, {left} left"
             else:
                 told += f" {self._unit}s"
             logger.info("%s: %s", self._what, told)

@@ -186,7 +186,7 @@ class ShardMaker:
             try:
                 prompts = self._embedder.prompts([row.text for row in block], role=self._job.role)
                 tokens = sum(prompt.tokens for one in prompts for prompt in one)
-                each = functools.partial(_share, report, len(prompts), tokens, len(prompts) * len(prompts[0]))
+                each = functools.partial(_report, report, tokens / len(prompts))
                 part = self._embedder.encode_prompts(prompts, role=self._job.role, report=each)
             except InputError as error:
                 first = shard.first_row + len(ids)
@@ -202,9 +202,9 @@ class ShardMaker:
             return Written(shard.index, int(encoded.token_counts.sum()), encoded.truncated, sha256_of(path))
 
 
-def _share(report: Report, rows: int, tokens: int, prompts: int, done: int) -> None:
-    """Of a block's rows and tokens, what falls to `done` of its prompts."""
-    report(rows * done / prompts, tokens * done / prompts)
+def _report(report: Report, tokens: float, rows: int) -> None:
+    """Rows that are done, with a block's mean of `tokens` each."""
+    report(rows, tokens * rows)
 
 
 def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) -> None:

@@ -10,7 +10,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import models
 from .backbone import Backbone
 from .bars import Bar
-from .batching import blocks, characters, run_batches
-from .config import EmbedConfig, Readout, Role, is_whole
-from .errors import InputError, KvembedError
+from .batching import blocks, characters
+from .config import EmbedConfig, Role, is_whole
+from .errors import InputError
 from .fingerprint import fingerprint
 from .layers import choose_layers
 from .methods import preset
-from .pooling import pool
-from .prefix import Beginnings, Prefix, Where, beginning, can_begin
+from .prefix import can_share_prefix, shared_prefix
 from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
-from .saved import TRANSFORM_FILE, read_config, save_embedder, save_st_files
-from .self_written import SELF_WRITTEN, own_texts
+from .reading import Reader, refuse_training
+from .saved import read_config, save_embedder, save_st_files, saved_transform
+from .self_written import own_texts
 from .transform import Transform
-from .tuning import FIT_TOKENS, choose_transform, fitted_for
+from .tuning import FIT_TOKENS, choose_transform, fitted_for, warn_of_refit
 from .vectors import Encoded
 
 __all__ = ["Embedder", "Explanation"]
@@ -114,12 +113,11 @@ class Embedder:
         if batch_tokens is not None:
             self.batch_tokens = batch_tokens
         _check_loaded(model, tokenizer)
-        _refuse_training(model)
+        refuse_training(model)
         texts = None if texts is None else _listed(texts)
         self.model = model
         self.tokenizer = tokenizer
         self.backbone = Backbone(model)
-        self._beginnings = Beginnings(self.backbone.prefix)
         limit = None
         if config.forward_passes:
             limit = self.backbone.max_tokens
@@ -155,11 +153,9 @@ class Embedder:
         if config.max_tokens and limit and config.max_tokens > limit and not config.chunk_tokens:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
         self.max_tokens = config.max_tokens or limit or UNLIMITED
-        self._shared: dict[str, int] = {}  # template -> tokens of its beginning that texts share
+        self._prefixes: dict[str, int] = {}  # template -> tokens of the prefix that its texts share
         self._texts = texts
-        needed = [one.output_layer for one in config.readouts if one.pooling != "static"]
-        top = None if None in needed else max((layer for layer in needed if layer is not None), default=None)
-        self._run_config = config.replace(output_layer=top)  # runs the model as high as any read-out needs
+        self._reader = Reader(self.backbone, config, self._prompter.size)
         self.transform: Transform | None = None
         if transform is not None and config.transform == "none":
             raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
@@ -222,7 +218,7 @@ class Embedder:
         if fitted is not None:
             transform = Transform.load(Path(fitted).expanduser())
         elif folder is not None and as_saved is not None and texts is None:
-            transform = _own_transform(folder, as_saved, config)
+            transform = saved_transform(folder, as_saved, config)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
         if transform is not None and fitted is None and model.dtype == torch.float16:
             transform = _taken_for(model, tokenizer, transform)
@@ -278,7 +274,7 @@ class Embedder:
             transform = None
         elif transform is not None and not transform.is_for(fitted_for(self.fingerprint(), config)):
             if self._texts is None:
-                _say_left_behind(transform)
+                warn_of_refit(transform)
             transform = None
         return Embedder(
             self.model,
@@ -373,14 +369,7 @@ class Embedder:
             InputError: as `encode`, when the text is reached.
         """
         _refuse_what_is_no_list(texts)
-        templates = len(self.config.templates(role))
-        bar = Bar(
-            total=total and total * templates,
-            desc="embedding",
-            unit="text",
-            unit_scale=1 / templates,  # it counts prompts
-            progress=progress,
-        )
+        bar = Bar(total=total, desc="embedding", unit="text", progress=progress)
         seen = cut = 0
         with ThreadPoolExecutor(1, "kvembed-tokenizing") as tokenizing, bar:
             ahead: deque[Future[list[list[Prompt]]]] = deque()
@@ -389,7 +378,7 @@ class Embedder:
                     ahead.append(tokenizing.submit(self._prompts, block, role, self.max_tokens, seen))
                     seen += len(block)
                 if ahead and (len(ahead) == 2 or block is None):
-                    read = self._read(ahead.popleft().result(), bar.update)
+                    read = self._reader(ahead.popleft().result(), self.batch_tokens, bar.update)
                     cut += read.truncated
                     yield self._joined(read, role)
         if cut:
@@ -401,7 +390,7 @@ class Embedder:
         Neither normalised nor transformed; `join` does the rest. For trying transforms without embedding anew.
         Arguments and errors as in `encode`.
         """
-        return self._read(self._prompts(_listed(texts), role, self.max_tokens))
+        return self._reader(self._prompts(_listed(texts), role, self.max_tokens), self.batch_tokens)
 
     def prompts(
         self,
@@ -443,11 +432,10 @@ class Embedder:
     ) -> Encoded:
         """The second half of `encode`: what `prompts` gave for the same role, to vectors. Errors as in `encode`.
 
-        `report`, if given, is called after every batch with the number of prompts that are done; a text has one for
-        each template.
+        `report`, if given, is called after every batch with the number of texts that are done.
         """
         by_template = [list(rendered) for rendered in zip(*prompts, strict=True)] or [[]]
-        return self._joined(self._read(by_template, report), role)
+        return self._joined(self._reader(by_template, self.batch_tokens, report), role)
 
     def join(self, views: NDArray[np.float32], *, role: Role = "document") -> NDArray[np.float32]:
         """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1.
@@ -473,18 +461,16 @@ class Embedder:
                 return transform
             if transform.info.get("fingerprint") == self.fingerprint():
                 raise InputError("the transform was fitted for another config")
-            told = "the transform was fitted for another model"
+            rounded = "cast to float16 before it was saved: then take float16, or fit anew"
             if self.dtype == "float16":
-                told += ", or this one not in float16, which rounds weights: take float32 or bfloat16, or fit anew"
-            else:
-                told += ", or this one cast to float16 before it was saved: then take float16, or fit anew"
-            raise InputError(told)
+                rounded = "not in float16, which rounds weights: take float32 or bfloat16, or fit anew"
+            raise InputError(f"the transform was fitted for another model, or this one {rounded}")
 
         def read(texts: Sequence[str], role: Role, templates: Sequence[int]) -> NDArray[np.float32]:
             rendered = self._prompts(["a"], role, UNLIMITED)
             around = max(prompt.tokens - len(prompt.content_ids) for (prompt,) in rendered)
             prompts = self._prompts(texts, role, around + FIT_TOKENS, chunked=False)  # whatever max_tokens is
-            return self._read([prompts[index] for index in templates]).vectors
+            return self._reader([prompts[index] for index in templates], self.batch_tokens).vectors
 
         def report(done: int, total: int) -> None:
             bar.total = total
@@ -502,77 +488,6 @@ class Embedder:
 
     def _own_texts(self, progress: bool) -> list[str]:
         return own_texts(self.model, self.tokenizer, self.fingerprint(), progress=progress)
-
-    def _read(self, by_template: Sequence[Sequence[Prompt]], report: Callable[[int], Any] | None = None) -> Encoded:
-        """For each template a prompt for each text -> the texts' views."""
-        _refuse_training(self.model)
-        whole = [prompt for rendered in by_template for prompt in rendered]
-        self._check_ids(whole)
-        prompts = [chunk for prompt in whole for chunk in prompt.chunks or (prompt,)]
-        chunks = np.array([len(prompt.chunks) or 1 for prompt in whole], np.int64)
-        owner = np.repeat(np.arange(len(whole)), chunks)
-        begins = np.diff(owner, prepend=-1)  # 1 for a prompt's first chunk
-        lengths = [len(prompt.ids) for prompt in prompts]
-        readouts = self.config.readouts
-        static = [index for index, one in enumerate(readouts) if one.pooling == "static"]
-        others = [index for index, one in enumerate(readouts) if one.pooling != "static"]
-        states = np.zeros((len(whole), len(readouts), self.backbone.dim), np.float32)
-        if static:
-            states[:, static] = self._static(whole, None if others else report)[:, None]
-        if others:
-            summed = np.zeros((len(whole), len(others), self.backbone.dim), np.float32)
-            packed = len(prompts) > 1 and self.backbone.packs
-            where = (self.backbone.device, self.model.dtype)
-            alike = self._beginnings.groups(prompts, where)
-            if len(alike) > 1 and not self.backbone.can_share:
-                alike = [((), list(range(len(prompts))))]
-            for shared, places in alike:
-                own = [lengths[place] - len(shared) for place in places]
-                run = partial(self._run, [prompts[place] for place in places], shared, where)
-                for batch, rows in run_batches(own, self.batch_tokens, run, self.backbone.rope_border, packed=packed):
-                    done = [places[index] for index in batch]
-                    np.add.at(summed, owner[done], rows.numpy())
-                    if report is not None:
-                        report(int(begins[done].sum()))
-            states[:, others] = summed / chunks[:, None, None]
-        if not np.isfinite(states).all():
-            way = "try dtype=bfloat16 or float32" if self.dtype == "float16" else "its weights may be damaged"
-            raise KvembedError(f"the model's states are not finite in {self.dtype}; {way}")
-        shape = len(by_template), len(by_template[0])
-        tokens = np.array([prompt.tokens for prompt in whole], np.int64).reshape(shape).sum(0)
-        cut = np.array([prompt.tokens_cut for prompt in whole], np.int64).reshape(shape).max(0)
-        views = states.reshape(*shape, *states.shape[1:]).swapaxes(0, 1)  # (n, templates, read-outs, D)
-        return Encoded(views.reshape(shape[1], shape[0] * states.shape[1], states.shape[2]), tokens, cut)
-
-    def _check_ids(self, prompts: Sequence[Prompt]) -> None:
-        """Raises `InputError` for a token that the model has no embedding of, before a device stumbles over it."""
-        rows = getattr(self.backbone.decoder.get_input_embeddings(), "num_embeddings", UNLIMITED)
-        if self._prompter.size > rows:
-            highest = max((max(prompt.ids) for prompt in prompts), default=0)
-            if highest >= rows:
-                raise InputError(f"the tokenizer gives token {highest:,}, but the model embeds only {rows:,}")
-
-    def _static(self, prompts: Sequence[Prompt], report: Callable[[int], Any] | None) -> NDArray[np.float32]:
-        """(N,D) of whole texts, not their chunks: there is no limit, and a word that comes again counts less."""
-        content = [prompt.content_ids for prompt in prompts]
-        vectors = self.backbone.static
-        found = np.zeros((len(prompts), self.backbone.dim), np.float32)
-
-        def run(batch: Sequence[int]) -> torch.Tensor:
-            with torch.autocast(self.backbone.device.type, enabled=False):
-                return vectors([content[index] for index in batch]).cpu()
-
-        for batch, rows in run_batches([*map(len, content)], self.batch_tokens, run, packed=True):
-            found[batch] = rows.numpy()
-            if report is not None:
-                report(len(batch))
-        return found
-
-    def _run(
-        self, prompts: Sequence[Prompt], shared: tuple[int, ...], where: Where, batch: Sequence[int]
-    ) -> torch.Tensor:
-        some = [prompts[index] for index in batch]
-        return (self._beginnings.run(shared, where, some, self._forward) if shared else self._forward(some)).cpu()
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1].
@@ -593,12 +508,7 @@ class Embedder:
         """
         whole = self._prompts([text], role, self.max_tokens)[0][0]
         prompt = (whole.chunks or (whole,))[0]
-        betas: dict[int, torch.Tensor] = {}  # layer -> (1, Hq, n)
-        _refuse_training(self.model)
-        self._check_ids([prompt])
-        if self.config.forward_passes:
-            for _ in run_batches([len(prompt.ids)], self.batch_tokens, lambda _: self._forward([prompt], betas=betas)):
-                pass
+        betas = self._reader.betas(prompt)  # layer -> (1, Hq, n)
         names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
         ends = [0, *itertools.accumulate((end for _, end in prompt.offsets), max)]
         return Explanation(
@@ -655,87 +565,29 @@ class Embedder:
         for template in self.config.templates(role):
             chunk_tokens = self.config.chunk_tokens if chunked else None
             most = self._most(template, max_tokens, chunk_tokens) if cut else UNLIMITED
-            found.append(self._prompter(texts, template, most, first, self._begun(template), chunk_tokens))
+            found.append(self._prompter(texts, template, most, first, self._prefix_tokens(template), chunk_tokens))
         return found
 
     def _most(self, template: str, max_tokens: int, chunk_tokens: int | None) -> int:
         """The longest prompt in tokens."""
-        return max_tokens if chunk_tokens else min(max_tokens, self._limit - self._begun(template))
+        return max_tokens if chunk_tokens else min(max_tokens, self._limit - self._prefix_tokens(template))
 
-    def _begun(self, template: str) -> int:
-        """Tokens of its beginning that texts share. Raises `InputError` if they leave no room in the model."""
-        if template not in self._shared:
+    def _prefix_tokens(self, template: str) -> int:
+        """Tokens of the prefix that its texts share. Raises `InputError` if they leave no room in the model."""
+        if template not in self._prefixes:
             (prompt,) = self._prompter(["a"], template, UNLIMITED)
-            self._shared[template] = len(beginning(prompt)) if can_begin(template, self.config) else 0
-        if self._shared[template] >= self._limit:
+            self._prefixes[template] = len(shared_prefix(prompt)) if can_share_prefix(template, self.config) else 0
+        if self._prefixes[template] >= self._limit:
             raise InputError(
                 f"the template alone takes more than the {self._limit} tokens that the model takes at most"
             )
-        return self._shared[template]
-
-    @torch.inference_mode()
-    def _forward(
-        self,
-        prompts: Sequence[Prompt],
-        prefix: Prefix | None = None,
-        betas: dict[int, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """One forward of the decoder, pooled by the read-outs that are not static: (B, read-outs, D) float32.
-
-        With a `prefix`, prompts are what follows it.
-        """
-        readouts = [one for one in self.config.readouts if one.pooling != "static"]
-        pooled: dict[Readout, torch.Tensor] = {}
-        ids, lengths = self.backbone.pad([prompt.ids for prompt in prompts])  # (B,n), (B,)
-        placeholders = torch.tensor([prompt.placeholder or 0 for prompt in prompts])  # (B,)
-        spans = torch.tensor([prompt.span for prompt in prompts])  # (B,2)
-
-        def read(layer: int | None, states: torch.Tensor) -> None:
-            """Pools at once, so that no layer's states (B,n,D) outlive it."""
-            with torch.autocast(states.device.type, enabled=False):
-                for one in readouts:
-                    if one.output_layer == layer:
-                        device = states.device
-                        found = pool(states, lengths.to(device), spans.to(device), one.pooling, one.mean_tokens)
-                        pooled[one] = found.to(self.backbone.device)
-
-        top = self._run_config.output_layer
-        readers = {k: partial(read, k) for one in readouts if (k := one.output_layer) is not None and k != top}
-        read(top, self.backbone.states(ids, lengths, self._run_config, betas, placeholders, readers, prefix))
-        return torch.stack([pooled[one] for one in readouts], 1)
-
-
-def _own_transform(folder: Path, as_saved: EmbedConfig, config: EmbedConfig) -> Transform | None:
-    """A saved embedder's transform, if `config` can have it."""
-    if config.transform == "none" or not (folder / TRANSFORM_FILE).is_file():
-        return None
-    transform = Transform.load(folder / TRANSFORM_FILE)
-    if fitted_for("", config) == fitted_for("", as_saved):
-        return transform
-    _say_left_behind(transform)
-    return None
+        return self._prefixes[template]
 
 
 def _taken_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, transform: Transform) -> Transform:
     """Whose weights were rounded to float16, nobody can tell: a fit that was saved beside them is theirs."""
     told = fingerprint(Backbone(model), Prompter(tokenizer))
     return dataclasses.replace(transform, info=transform.info | {"fingerprint": told})
-
-
-def _say_left_behind(transform: Transform) -> None:
-    """A change of config may leave a fit behind that can't be made again."""
-    if transform.info.get("texts") != SELF_WRITTEN:
-        logger.warning(
-            "the transform is not for this config, and was fitted on given texts, which are not at hand: another is "
-            "fitted, on self-written text; texts=... gives them again"
-        )
-
-
-def _refuse_training(model: PreTrainedModel) -> None:
-    # What joined the model after eval() is in training mode, which matters to dropout alone.
-    drops = (module.training and module.p > 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    if model.training or any(drops):
-        raise InputError("the model is in training mode, so dropout would change its states: call model.eval()")
 
 
 def _check_loaded(model: Any, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import EmbedConfig, Readout
 from .prompts import Prompt
 
-__all__ = ["Beginnings", "Prefix", "Where", "beginning", "can_begin", "without"]
+__all__ = ["Placement", "Prefix", "PrefixCache", "can_share_prefix", "shared_prefix", "without"]
 
 _SHORTEST = 16  # tokens; a shorter beginning is not worth the extra keys
 _LONGEST_REST = 16  # times the beginning; with a longer rest, sharing saves too little to leave the causal kernel for
@@ -26,7 +26,7 @@ _MOST = 16  # beginnings that are kept; one of 200 tokens takes 9 MB in float32 
 _ROUNDING = {torch.float32: 5e-3, torch.float64: 5e-3}
 _ROUNDING_OF_OTHERS = 5e-2  # half precision
 
-Where = tuple[torch.device, torch.dtype]
+Placement = tuple[torch.device, torch.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Prefix:
     layers: list[tuple[Tensor, Tensor]]
 
 
-def can_begin(template: str, config: EmbedConfig) -> bool:
+def can_share_prefix(template: str, config: EmbedConfig) -> bool:
     """Whether what stands before the text can be computed once for all texts.
 
     Only where no token of it is read, or counted, and nothing in it changes with the text, as a slot would.
@@ -51,7 +51,7 @@ def can_begin(template: str, config: EmbedConfig) -> bool:
     return not changed and bool(config.forward_passes) and all(map(_reads_own, config.readouts))
 
 
-def beginning(prompt: Prompt) -> tuple[int, ...]:
+def shared_prefix(prompt: Prompt) -> tuple[int, ...]:
     """Token ids of what stands before the text in a prompt, if it is worth computing apart; else none."""
     start, end = prompt.span
     own = len(prompt.ids) - start
@@ -59,8 +59,8 @@ def beginning(prompt: Prompt) -> tuple[int, ...]:
     return prompt.ids[:start] if start >= _SHORTEST and end > start and own <= _LONGEST_REST * start else ()
 
 
-class Beginnings:
-    """Beginnings as they were computed, kept for the texts to come.
+class PrefixCache:
+    """Shared prefixes as they were computed, kept for the texts to come.
 
     A model's weights and adapters are their owner's, and may change between calls. So a probe goes with every batch, a
     text of one token, whose read-outs must come out as they did when the beginning was computed, but for half a percent
@@ -72,25 +72,25 @@ class Beginnings:
 
     def __init__(self, compute: Callable[[Sequence[int]], Prefix]) -> None:
         self._compute = compute
-        self._kept: dict[tuple[tuple[int, ...], Where], tuple[Prefix, Tensor] | None] = {}
+        self._kept: dict[tuple[tuple[int, ...], Placement], tuple[Prefix, Tensor] | None] = {}
 
-    def groups(self, prompts: Sequence[Prompt], where: Where) -> list[tuple[tuple[int, ...], list[int]]]:
+    def groups(self, prompts: Sequence[Prompt], placement: Placement) -> list[tuple[tuple[int, ...], list[int]]]:
         """Which prompts to compute together: token ids of the beginning they share, which may be none, and indices.
 
         A single prompt is as quick computed whole, the first time.
 
         Args:
-            prompts: in any order, of any templates; those with `Prompt.shared` have a beginning.
-            where: the model's device and dtype.
+            prompts: in any order, of any templates; those with `Prompt.prefix_tokens` have a beginning.
+            placement: the model's device and dtype.
         """
         begun: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
-            begun[beginning(prompt) if prompt.shared else ()].append(index)
+            begun[shared_prefix(prompt) if prompt.prefix_tokens else ()].append(index)
         alone = begun.pop((), [])
         shared = []
         for ids, some in begun.items():
-            if len(some) == 1 and (ids, where) not in self._kept:
-                self._keep(ids, where, None)
+            if len(some) == 1 and (ids, placement) not in self._kept:
+                self._keep(ids, placement, None)
                 alone += some
             else:
                 shared.append((ids, some))
@@ -99,43 +99,43 @@ class Beginnings:
     def run(
         self,
         ids: tuple[int, ...],
-        where: Where,
+        placement: Placement,
         prompts: Sequence[Prompt],
         forward: Callable[[Sequence[Prompt], Prefix], Tensor],
     ) -> Tensor:
         """Rows (B,R,D) of prompts that begin with `ids`, as `forward` gives them for what comes after a `Prefix`."""
         probe = Prompt("", ids[-1:], ((0, 0),), (0, 1))
         rest = [*(without(prompt, len(ids)) for prompt in prompts), probe]
-        if kept := self._kept.get((ids, where)):
+        if kept := self._kept.get((ids, placement)):
             prefix, expected = kept
             rows = forward(rest, prefix)
-            if _same(rows[-1], expected, where):
+            if _same(rows[-1], expected, placement):
                 return rows[:-1]
         prefix = self._compute(ids)
         rows = forward(rest, prefix)
-        self._keep(ids, where, (prefix, rows[-1].clone()))  # not the whole batch's rows
+        self._keep(ids, placement, (prefix, rows[-1].clone()))  # not the whole batch's rows
         return rows[:-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}  # it would take a device with it to another process
 
-    def _keep(self, ids: tuple[int, ...], where: Where, kept: tuple[Prefix, Tensor] | None) -> None:
-        self._kept[ids, where] = kept
+    def _keep(self, ids: tuple[int, ...], placement: Placement, kept: tuple[Prefix, Tensor] | None) -> None:
+        self._kept[ids, placement] = kept
         for oldest in list(self._kept)[:-_MOST]:  # a list at once, since other threads may add to it
             self._kept.pop(oldest, None)
 
 
-def _same(found: Tensor, expected: Tensor, where: Where) -> bool:
+def _same(found: Tensor, expected: Tensor, placement: Placement) -> bool:
     """Whether read-outs (R,D) differ by rounding only."""
     apart = (found - expected).norm(dim=-1)
-    return bool((apart <= _ROUNDING.get(where[1], _ROUNDING_OF_OTHERS) * expected.norm(dim=-1)).all())
+    return bool((apart <= _ROUNDING.get(placement[1], _ROUNDING_OF_OTHERS) * expected.norm(dim=-1)).all())
 
 
 def without(prompt: Prompt, tokens: int) -> Prompt:
     """The same prompt, but for its first tokens."""
     start, end = prompt.span
     ids, offsets = prompt.ids[tokens:], prompt.offsets[tokens:]
-    return dataclasses.replace(prompt, ids=ids, offsets=offsets, span=(start - tokens, end - tokens), shared=0)
+    return dataclasses.replace(prompt, ids=ids, offsets=offsets, span=(start - tokens, end - tokens), prefix_tokens=0)
 
 
 def _reads_own(readout: Readout) -> bool:

@@ -37,7 +37,7 @@ class Prompt:
         own: first character of that copy in `text` and one past its last.
         tokens_cut: tokens of the text that were left out to fit `max_tokens`; 0 if it is whole.
         placeholder: position of the template's `{pst}`, whose id is 0 and means nothing; None if it has none.
-        shared: tokens at the beginning that all texts share and that are not counted (see `kvembed.prefix`).
+        prefix_tokens: tokens at the beginning that all texts share and that are not counted (see `kvembed.prefix`).
         chunks: what is read instead of a long text, as whole prompts, without the white space at their ends; empty
             where the text is read at once.
     """
@@ -49,13 +49,13 @@ class Prompt:
     own: tuple[int, int] = (0, 0)
     tokens_cut: int = 0
     placeholder: int | None = None
-    shared: int = 0
+    prefix_tokens: int = 0
     chunks: tuple[Prompt, ...] = ()
 
     @property
     def tokens(self) -> int:
         """How many it has, but for what is shared; with its template once, however many chunks there are."""
-        return len(self.ids) - self.shared
+        return len(self.ids) - self.prefix_tokens
 
     def without_text(self) -> Prompt:
         """What embedding needs of it: the token ids and their spans, without the characters."""
@@ -114,7 +114,7 @@ class Prompter:
         template: str,
         max_tokens: int,
         first: int = 0,
-        shared: int = 0,
+        prefix_tokens: int = 0,
         chunk_tokens: int | None = None,
     ) -> list[Prompt]:
         """Tokenise each text in the template.
@@ -129,7 +129,7 @@ class Prompter:
             template: holds `{text}`, as often as it likes, and before it `{pst}` at most once.
             max_tokens: longest prompt, template and special tokens included, but for what is shared.
             first: the first text's number, for what is said of a bad one.
-            shared: tokens of the template's beginning that all texts share.
+            prefix_tokens: tokens of the template's beginning that all texts share.
             chunk_tokens: texts with more tokens of their own are given `Prompt.chunks`, and so are those whose prompt
                 is longer than the model takes. None: none are.
 
@@ -141,7 +141,7 @@ class Prompter:
         for index, text in enumerate(texts, first):
             if _PLACEHOLDER in text and "{pst}" in template:
                 raise InputError(f"text {index} holds the noncharacter U+FDD0, which stands for {{pst}}")
-        prompts = self._tokenize(texts, template, shared, first)
+        prompts = self._tokenize(texts, template, prefix_tokens, first)
         found = [
             prompt if prompt.tokens <= max_tokens else self._cut(prompt, template, max_tokens) for prompt in prompts
         ]
@@ -188,7 +188,7 @@ class Prompter:
         rules.encode_special_tokens = True  # a copy does not keep it
         return rules
 
-    def _tokenize(self, texts: Sequence[str], template: str, shared: int, first: int = 0) -> list[Prompt]:
+    def _tokenize(self, texts: Sequence[str], template: str, prefix_tokens: int, first: int = 0) -> list[Prompt]:
         if not texts:
             return []
         before, *between = template.replace("{pst}", _PLACEHOLDER).split("{text}")
@@ -215,7 +215,15 @@ class Prompter:
             ids = [0 if position == place else token for position, token in enumerate(ids)]
             shown = text if place is None else text.replace(_PLACEHOLDER, "▮")  # of one character, for the offsets
             prompts.append(
-                Prompt(shown, tuple(ids), tuple(offsets), span, (start, end), placeholder=place, shared=shared)
+                Prompt(
+                    shown,
+                    tuple(ids),
+                    tuple(offsets),
+                    span,
+                    (start, end),
+                    placeholder=place,
+                    prefix_tokens=prefix_tokens,
+                )
             )
         return prompts
 
@@ -227,19 +235,19 @@ class Prompter:
         keep = min((max_tokens - around) // copies, end - start)
         while keep > 0:
             last = min(prompt.offsets[start + keep - 1][1], past)
-            (shorter,) = self._tokenize([prompt.text[own:last]], template, prompt.shared)
+            (shorter,) = self._tokenize([prompt.text[own:last]], template, prompt.prefix_tokens)
             excess = shorter.tokens - max_tokens
             if excess <= 0:
                 lost = sum(offset > last for _, offset in prompt.offsets[start:end])
                 return dataclasses.replace(shorter, tokens_cut=lost)
             keep -= -(-excess // copies)  # cutting can split a merge in two, so a shorter text may still be too long
-        (empty,) = self._tokenize([""], template, prompt.shared)
+        (empty,) = self._tokenize([""], template, prompt.prefix_tokens)
         if max_tokens > empty.tokens:  # room, but not for the first character, which takes several tokens
             return dataclasses.replace(empty, tokens_cut=end - start)
-        raise self._no_room(max_tokens, empty.tokens, prompt.shared)
+        raise self._no_room(max_tokens, empty.tokens, prompt.prefix_tokens)
 
     def _chunked(self, prompt: Prompt, template: str, tokens: int) -> Prompt:
-        copies, limit = template.count("{text}"), self._limit - prompt.shared
+        copies, limit = template.count("{text}"), self._limit - prompt.prefix_tokens
         start, end = prompt.span
         own = end - start
         around = prompt.tokens - copies * own
@@ -247,7 +255,7 @@ class Prompter:
             return prompt
         room = (limit - around) // copies
         if own < 2 or room < 1:
-            raise self._no_room(limit, around, prompt.shared)
+            raise self._no_room(limit, around, prompt.prefix_tokens)
         count = max(-(-own // max(min(tokens, room - _WORD), 1)), 2)
         while count <= max(own, 2):
             inner = {_border(prompt, start + own * chunk // count, own // count) for chunk in range(1, count)}
@@ -255,16 +263,18 @@ class Prompter:
             borders = [first, *sorted(border for border in inner if first < border < last), last]
             # Without the white space between them, which would stand where no text has it.
             parts = [part for a, b in itertools.pairwise(borders) if (part := prompt.text[a:b].strip())]
-            chunks = tuple(self._tokenize(parts or [""], template, prompt.shared))
+            chunks = tuple(self._tokenize(parts or [""], template, prompt.prefix_tokens))
             if all(chunk.tokens <= limit for chunk in chunks):
                 return dataclasses.replace(prompt, chunks=chunks)
             count += 1 + count // 8
-        raise self._no_room(limit, around, prompt.shared)
+        raise self._no_room(limit, around, prompt.prefix_tokens)
 
-    def _no_room(self, most: int, around: int, shared: int) -> InputError:
-        if most + shared < self._limit:
+    def _no_room(self, most: int, around: int, prefix_tokens: int) -> InputError:
+        if most + prefix_tokens < self._limit:
             return InputError(f"max_tokens is {most}, but the template alone takes {around} tokens")
-        return InputError(f"the model takes {most + shared} tokens, but the template alone takes {around + shared}")
+        return InputError(
+            f"the model takes {most + prefix_tokens} tokens, but the template alone takes {around + prefix_tokens}"
+        )
 
 
 def check_texts(texts: Sequence[Any], first: int = 0) -> None:

@@ -17,11 +17,22 @@ from .config import EmbedConfig
 from .errors import InputError
 from .files import naming, usual_mode, write_json
 from .models import bars_off, local_path
+from .transform import Transform
+from .tuning import fitted_for, warn_of_refit
 
 if TYPE_CHECKING:
     from .embedder import Embedder
 
-__all__ = ["CONFIG_FILE", "PROMPTS", "TRANSFORM_FILE", "read_config", "save_embedder", "save_st_files", "usual_method"]
+__all__ = [
+    "CONFIG_FILE",
+    "PROMPTS",
+    "TRANSFORM_FILE",
+    "read_config",
+    "save_embedder",
+    "save_st_files",
+    "saved_transform",
+    "usual_method",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +51,17 @@ _ST_FILES: dict[str, Any] = {
     },
     "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "kvembed.sentence_transformer.EmbedderModule"}],
 }
+
+
+def saved_transform(folder: Path, as_saved: EmbedConfig, config: EmbedConfig) -> Transform | None:
+    """A saved embedder's transform, if `config` can have it."""
+    if config.transform == "none" or not (folder / TRANSFORM_FILE).is_file():
+        return None
+    transform = Transform.load(folder / TRANSFORM_FILE)
+    if fitted_for("", config) == fitted_for("", as_saved):
+        return transform
+    warn_of_refit(transform)
+    return None
 
 
 def usual_method(model: str) -> str | None:

@@ -23,7 +23,7 @@ from .models import cache_folder
 from .self_written import SELF_WRITTEN, texts_digest
 from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
 
-__all__ = ["FIT_TOKENS", "choose_transform", "fitted_for"]
+__all__ = ["FIT_TOKENS", "choose_transform", "fitted_for", "warn_of_refit"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,15 @@ def fitted_for(fingerprint: str, config: EmbedConfig) -> dict[str, str]:
         plain = EmbedConfig()
         views = views.replace(**{name: getattr(plain, name) for name in _OF_CHANGED_LAYERS})
     return {"fingerprint": fingerprint, "config_hash": views.hash()}
+
+
+def warn_of_refit(transform: Transform) -> None:
+    """A change of config may leave a fit behind that can't be made again."""
+    if transform.info.get("texts") != SELF_WRITTEN:
+        logger.warning(
+            "the transform is not for this config, and was fitted on given texts, which are not at hand: another is "
+            "fitted, on self-written text; texts=... gives them again"
+        )
 
 
 def choose_transform(
