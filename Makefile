@@ -36,7 +36,7 @@ audit: $(INSTALLED)
 
 # build/site: the documentation; a warning is an error. `.venv/bin/mkdocs serve` shows it while it is written.
 site: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # docs/cli.md and docs/python.md, from help texts and docstrings
 reference: $(INSTALLED)

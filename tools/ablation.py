@@ -6,7 +6,7 @@ tables and plots from it.
 
     python tools/ablation.py --data ../shared/eval-data [--model smollm2] [--name NAME] [PART ...]
 
-Parts: controls, bias, windows, precision; by default all.
+Parts: controls, bias, windows, precision; by default all. `rerouting` is the one control that matters most, alone.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ CONTROLS: dict[str, type[Reroute] | dict[str, Any]] = {
     "last token only": {"pooling": "last"},
     "mean only": {"pooling": "mean"},
 }
+REROUTING = ("kv", "no re-routing", "slot from another text")
 
 
 def asked(description: str | None, parts: Sequence[str]) -> argparse.Namespace:
@@ -111,13 +112,15 @@ def asked(description: str | None, parts: Sequence[str]) -> argparse.Namespace:
 
 def main() -> None:
     """Run what is asked for."""
-    arguments = asked(__doc__, ("controls", "bias", "windows", "precision"))
+    arguments = asked(__doc__, ("controls", "bias", "windows", "precision", "rerouting"))
     parts = arguments.parts
     tasks = [mini(task) for task in load_tasks(arguments.data, TASKS)]
     kv = Embedder.from_pretrained(arguments.model, method="kv", dtype="bfloat16", max_tokens=MINI_TOKENS)
     subjects: dict[str, Subject] = {}
     name = arguments.name
-    for control, change in CONTROLS.items() if "controls" in parts else ():
+    wanted = CONTROLS if "controls" in parts else REROUTING if "rerouting" in parts else ()
+    for control in wanted:
+        change = CONTROLS[control]
         if isinstance(change, dict):
             subjects[control] = embedder_subject(kv.replace(**change), name)
         else:

@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 from kvembed.layers import Profile, shipped_profiles
 from kvembed.results import Result, by_method, mean
 
+_BOLD = {"kv": "black", "auto": "darkred"}  # lines among many
+
 __all__ = ["draw"]
 
 # The same file for the same data: fixed ids, no date.
@@ -86,13 +88,17 @@ def _long(results: list[Result], folder: Path) -> None:
                 lines.setdefault(result.method, []).append(result)
         for index, (method, rows) in enumerate(sorted(lines.items())):
             rows.sort(key=lambda row: row.config["max_tokens"])
-            style: dict[str, Any] = {"lw": 2.5, "color": "black"} if method == "kv" else {"lw": 1, "color": f"C{index}"}
-            line = "o-" if index < 10 else "o--"  # there are ten colours
+            style: dict[str, Any] = {"lw": 1, "color": f"C{index % 10}"}
+            if method in _BOLD:
+                style = {"lw": 2, "color": _BOLD[method]}
+            line = "o-" if method in _BOLD or index < 10 else "o--"  # there are ten colours
             axis.plot(
                 [r.config["max_tokens"] for r in rows], [r.score for r in rows], line, ms=3, label=method, **style
             )
         axis.set_xscale("log", base=2)
-        axis.set_xticks([512, 1024, 2048, 4096], ["512", "1,024", "2,048", "4,096"])
+        limits = sorted({row.config["max_tokens"] for rows in lines.values() for row in rows})
+        axis.set_xticks(limits, [f"{limit:,}" for limit in limits])
+        axis.minorticks_off()
         axis.set(xlabel="tokens read of a meeting", title=model)
     axes[0][0].set_ylabel("nDCG@10, QMSum summaries")
     axes[0][-1].legend(frameon=False, bbox_to_anchor=(1.02, 1), loc="upper left")
@@ -104,11 +110,14 @@ def _growth(found: list[dict[str, Any]], folder: Path) -> None:
     for index, told in enumerate(found):
         tokens, seconds = ([row[name] for row in told["rows"]] for name in ("tokens", "seconds"))
         axis.loglog(tokens, seconds, "o-", ms=4, color=f"C{index}", label=told["dtype"])
+        for power, style in ((1, ":"), (2, "--")):
+            line = [seconds[-1] * (n / tokens[-1]) ** power for n in tokens]
+            axis.loglog(tokens, line, style, color=f"C{index}", lw=0.7, alpha=0.6)
+    for style, name in ((":", "n"), ("--", "n²")):
+        axis.plot([], [], style, color="0.6", lw=1, label=f"as {name}")
     least = min(row["seconds"] for told in found for row in told["rows"])
-    for power, style, name in ((1, ":", "n"), (2, "--", "n²")):
-        line = [seconds[-1] * (n / tokens[-1]) ** power for n in tokens]
-        axis.loglog(tokens, line, style, color="0.6", lw=1, label=f"as {name}")
     axis.set_xticks(tokens, [f"{n:,}" for n in tokens])
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set(xlabel="tokens of a text (n)", ylabel="seconds", ylim=(least / 3, None))
     axis.set_title(f"{told['model']}, a text re-routed in every layer, {told['device']}, {told['threads']} threads")

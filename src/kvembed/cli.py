@@ -416,7 +416,7 @@ def layers(
         ]
         print_table(["layer", "ID", f"{profile.model}, {profile.count} {profile.texts} texts"], body)
         chosen = ",".join(map(str, profile.layers))
-        print_line(f"* re-routed. To use them anywhere: --layers {chosen}")
+        print_line(f"* re-routed. To use them anywhere: --method kv --layers {chosen}")
 
 
 @app.command()
