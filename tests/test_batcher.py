@@ -122,6 +122,28 @@ def test_a_large_request_does_not_hold_up_a_small_one_and_lengths_are_matched():
     assert sum(len(items) * max(items) - sum(items) for _, items in run.batches) < 100  # hardly any padding
 
 
+def test_calls_take_turns_with_batches():
+    async def main():
+        run, calls = Recorder(), []
+        async with batcher(run) as queue:
+            run.open.clear()
+            first = asyncio.create_task(queue.submit("a", [1], [10]))
+            await until(lambda: run.batches)
+            others = [
+                asyncio.create_task(queue.call(lambda n=n: calls.append((n, len(run.batches))))) for n in range(3)
+            ]
+            late = [asyncio.create_task(queue.submit("a", [n], [90])) for n in (2, 3)]
+            others[1].cancel()
+            await asyncio.sleep(0.01)
+            run.open.set()
+            await asyncio.gather(first, *late, others[0], others[2])
+            with pytest.raises(ZeroDivisionError):
+                await queue.call(lambda: 1 / 0)
+        return calls
+
+    assert asyncio.run(main()) == [(0, 1), (2, 2)]
+
+
 def test_a_full_queue_says_when_to_come_back():
     run = Recorder()
 

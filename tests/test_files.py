@@ -204,6 +204,15 @@ def test_the_header_says_the_delimiter(tmp_path, delimiter):
         read_texts([path], "body")
 
 
+def test_a_tsv_whose_quotes_mean_nothing_is_not_read_as_one_row(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_text('id\ttext\n1\t"Hello there\n2\tplain\n3\tworld"\n')
+    with pytest.raises(InputError, match=r"x\.tsv, line 2: a quote that opens a cell here closes in another line"):
+        read_texts([path])
+    path.write_text('id\ttext\n1\t"two\nlines"\n')
+    assert read_texts([path]) == ["two\nlines"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

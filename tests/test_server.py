@@ -41,7 +41,7 @@ from typer.testing import CliRunner
 from kvembed import Embedder, InputError
 from kvembed.cli import app as cli
 from kvembed.gate import Gate, JsonLines
-from kvembed.server import api_keys, create_app, listen_at
+from kvembed.server import api_keys, create_app, listen_at, serve
 from kvembed.service import Limits
 
 SECRET = "xyzzy plugh"  # stands in every text that must not be logged
@@ -227,7 +227,7 @@ def hostile():
     for index, value in enumerate(odd):
         yield f"input {index}", {"body": good | {"input": value}}
         for field in ("model", "encoding_format", "dimensions", "input_type", "truncate"):
-            null = value is None and field in ("dimensions", "input_type")
+            null = value is None and field in ("dimensions", "input_type", "encoding_format")
             boolean = isinstance(value, bool) and field == "truncate"
             if index < 18 and not null and not boolean:
                 yield f"{field} {index}", {"body": good | {field: value}}
@@ -450,7 +450,8 @@ def test_too_many_requests_at_once_are_429(start, embedder):
 
 def test_a_client_that_does_not_read_its_answer_makes_room_again():
     """One that asks on and on: the server can't hold all its answers, and waits no longer than for a body."""
-    gate = Gate(fastapi.FastAPI(), keys=[], max_requests=1, max_bytes=9, body_seconds=0.1, registry=CollectorRegistry())
+    limits = {"max_requests": 1, "max_bytes": 9, "held_bytes": 99, "body_seconds": 0.1}
+    gate = Gate(fastapi.FastAPI(), keys=[], **limits, registry=CollectorRegistry())
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
 
     async def receive():
@@ -467,6 +468,83 @@ def test_a_client_that_does_not_read_its_answer_makes_room_again():
 
     asyncio.run(gate(dict(scope), receive, keep))
     assert sent[0] == 404  # and not 429
+
+
+def test_an_unread_answer_is_sent_in_pieces_and_its_connection_ends(start, embedder, monkeypatch):
+    def small(*address):
+        listener = listen_at(*address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or else the kernel takes all of the answer
+        return listener
+
+    monkeypatch.setattr("kvembed.server.listen_at", small)
+    monkeypatch.setattr(Limits, "body_seconds", 0.5)
+    server = start(embedder, limits=Limits(body_seconds=0.5))
+    body = json.dumps({"model": "tiny", "input": ["a"] * 2048}).encode()
+    unread = socket.socket()
+    unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    unread.settimeout(20)
+    with unread:
+        unread.connect(("127.0.0.1", server.port))
+        unread.sendall(HEAD.replace(b"1000", str(len(body)).encode()) + body)
+        until(lambda: 'status="499"} 1.0' in call(server, path="/metrics", method="GET")[2].decode())
+        time.sleep(1)
+        taken = 0
+        with contextlib.suppress(ConnectionResetError):
+            while block := unread.recv(65536):
+                taken += len(block)
+    whole = call(server, {"model": "tiny", "input": ["a"] * 2048})
+    assert whole[0] == 200
+    assert 0 < taken < len(whole[2]) / 2
+
+
+def test_bodies_of_all_requests_together_have_a_limit(start, embedder):
+    server = start(embedder, limits=Limits(held_bytes=50_000, body_seconds=20))
+    with socket.create_connection(("127.0.0.1", server.port)) as large:
+        large.sendall(HEAD.replace(b"1000", b"60000") + b" " * 45_000)
+        until(lambda: call(server, raw=b" " * 10_000)[0] == 429)
+        status, headers, content = call(server, raw=b" " * 10_000)
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert error_of(content)["code"] == "rate_limit_exceeded"
+        assert call(server, {"model": "tiny", "input": "a"})[0] == 200
+    until(lambda: call(server, raw=b" " * 10_000)[0] == 400)
+
+
+def test_a_small_request_is_not_held_up_by_the_tokenising_of_large_ones(start, embedder, monkeypatch):
+    server = start(embedder, limits=Limits(queue_tokens=2**30))
+    read = server.service._read
+
+    def slowly(*args):
+        time.sleep(0.1)
+        return read(*args)
+
+    monkeypatch.setattr(server.service, "_read", slowly)
+    monkeypatch.setattr("kvembed.service._PIECE", 2**11)
+    large = {"model": "tiny", "input": ["some text " * 10] * 600}  # 30 pieces each
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(call, server, large) for _ in range(4)]
+        time.sleep(0.5)
+        started = time.perf_counter()
+        assert call(server, {"model": "tiny", "input": "hi"})[0] == 200
+        assert time.perf_counter() - started < 4
+        assert not any(one.done() for one in asked)
+        for one in asked:
+            one.cancel()
+
+
+def test_two_servers_at_one_address(embedder):
+    first, second = (listen_at("127.0.0.1", 0), socket.socket())
+    second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    second.bind(first.getsockname())
+    with first, second:
+        first.listen()
+        with pytest.raises(InputError, match="can't listen on 127"):
+            serve(embedder, ["tiny"], second)
+
+
+def test_a_slash_at_the_end_is_another_path(server):
+    for path, method in (("/health/", "GET"), ("/v1/embeddings/", "POST")):
+        status, _, content = call(server, {} if method == "POST" else None, path, method)
+        assert (status, error_of(content)["code"]) == (404, "not_found")
 
 
 @pytest.mark.parametrize("names", [[""], ["a", "a"], ["a", "a:query"], ["b:document"]])

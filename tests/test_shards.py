@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 
 import pyarrow as pa
@@ -79,6 +80,32 @@ def test_shards_in_any_order(tmp_path, shard_rows):
         rows = list(reader.read(shard))
         wanted = range(shard.first_row, shard.first_row + shard.rows)
         assert [(row.id, row.text) for row in rows] == [(i, texts[i]) for i in wanted]
+
+
+def test_what_cannot_be_listed_is_an_error_and_links_to_folders_are_told(tmp_path, monkeypatch, caplog):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.jsonl", ["a"])
+    write(tmp_path / "b.jsonl", ["b"])
+    (tmp_path / "in" / "linked.jsonl").symlink_to(tmp_path / "b.jsonl")
+    (tmp_path / "in" / "folder").symlink_to(tmp_path)
+    with caplog.at_level("INFO"):
+        assert find_inputs(tmp_path / "in")[1] == ["a.jsonl", "linked.jsonl"]
+    assert "in: 1 links to folders are passed over" in caplog.text
+    (tmp_path / "in" / "broken.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"broken\.jsonl: no such file"):
+        find_inputs(tmp_path / "in")
+    (tmp_path / "in" / "broken.jsonl").unlink()
+    (tmp_path / "in" / "closed").mkdir()
+    scan = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(InputError, match=r"closed: permission denied"):
+        find_inputs(tmp_path / "in")
 
 
 def test_a_reader_stopped_inside_a_shard_begins_it_again(tmp_path):

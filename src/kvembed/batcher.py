@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .batching import computed
 
@@ -88,6 +88,7 @@ class Batcher(Generic[Item, Row]):
         self._run, self._is_fatal = run, is_fatal
         self._fatal: Exception | None = None
         self._turns: deque[_Request[Item, Row]] = deque()
+        self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._tokens_per_second = 0.0
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "kvembed-batches")
@@ -150,20 +151,40 @@ class Batcher(Generic[Item, Row]):
             raise QueueFull(round(min(60.0, max(1.0, seconds / 2))))  # by then half has been done
 
     async def call(self, function: Callable[[], Answer]) -> Answer:
-        """Run something else in the thread, between batches."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        """Run something else in the thread; between two batches, one such call at most. Cancelled, it is left out."""
+        done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._calls.append((function, done))
+        self._arrived.set()
+        return await done
 
     async def _work(self) -> None:
         while self._fatal is None:
             await self._arrived.wait()
             batch = self._take()
-            if not batch:
+            if batch:
+                started = time.perf_counter()
+                await self._answer(batch)
+                speed = sum(request.lengths[place] for request, place in batch) / (time.perf_counter() - started)
+                self._tokens_per_second = 0.8 * (self._tokens_per_second or speed) + 0.2 * speed
+            if self._calls:
+                await self._call(*self._calls.popleft())
+            elif not batch:
                 self._arrived.clear()
-                continue
-            started = time.perf_counter()
-            await self._answer(batch)
-            speed = sum(request.lengths[place] for request, place in batch) / (time.perf_counter() - started)
-            self._tokens_per_second = 0.8 * (self._tokens_per_second or speed) + 0.2 * speed
+
+    async def _call(self, function: Callable[[], Any], done: asyncio.Future[Any]) -> None:
+        if done.done():
+            return
+        try:
+            answer = await self._in_thread(function)
+        except Exception as error:
+            if not done.done():
+                done.set_exception(error)
+        else:
+            if not done.done():
+                done.set_result(answer)
+
+    async def _in_thread(self, function: Callable[[], Answer]) -> Answer:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     def _take(self) -> list[tuple[_Request[Item, Row], int]]:
         """The next batch: requests and places in them; empty if nothing waits."""
@@ -189,7 +210,7 @@ class Batcher(Generic[Item, Row]):
     async def _answer(self, batch: Sequence[tuple[_Request[Item, Row], int]]) -> None:
         group, items = batch[0][0].group, [request.items[place] for request, place in batch]
         try:
-            rows = await self.call(lambda: self._run(group, items))
+            rows = await self._in_thread(lambda: self._run(group, items))
         except Exception as error:
             if self._is_fatal(error):
                 self._fatal = error

@@ -27,7 +27,7 @@ from .batching import blocks
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .files import naming, needed, only_writer, sha256_of, whole_file, write_json
+from .files import naming, needed, only_writer, sha256_of, whole_file, why, write_json
 from .identity import first_difference, identity, identity_hash
 from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
@@ -144,7 +144,7 @@ def bulk(
         todo = [shard for shard in plan.shards if shard.index not in done]
         rows_left = sum(shard.rows for shard in todo)
         with _bar(plan.rows, plan.rows - rows_left, progress) as report:
-            for written in (engine or run_here)(job, embedder, todo, report):
+            for written in (engine or run_here)(job, embedder, todo, report) if todo else ():
                 done[written.index] = written
         if len(done) < len(plan.shards):
             raise KvembedError(f"{len(plan.shards) - len(done)} shards were not made; run the same command again")
@@ -217,7 +217,7 @@ def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) 
     }
     keys = arrow.array(ids, getattr(arrow, job.plan.id_type)())
     table = as_table("id", keys, encoded).replace_schema_metadata({"kvembed": json.dumps(told)})
-    parquet.write_table(table, file, use_dictionary=False)
+    parquet.write_table(table, file, use_dictionary=False, write_page_checksum=True)
 
 
 def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | None:
@@ -228,8 +228,12 @@ def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | 
         meta = parquet.read_metadata(path)
         told = json.loads(meta.metadata[b"kvembed"])
         wanted = (job.hash, [shard.first_row, shard.first_row + shard.rows], shard.rows)
-        if (told["job_hash"], told["rows"], meta.num_rows) == wanted and sha256 in (None, sha256_of(path)):
-            return Written(shard.index, told["tokens"], told["texts_cut"], sha256 or "")
+        if (told["job_hash"], told["rows"], meta.num_rows) == wanted:
+            if sha256 is None:  # of a job that was stopped: by the checksums that are in the file itself
+                for _ in parquet.ParquetFile(path, page_checksum_verification=True).iter_batches():
+                    pass
+            if sha256 in (None, sha256_of(path)):
+                return Written(shard.index, told["tokens"], told["texts_cut"], sha256 or "")
     except FileNotFoundError:
         if sha256 is None:  # it has not been made yet
             return None
@@ -304,6 +308,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
             return cast("dict[str, Any]", manifest)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise InputError(f"{path}: {why(error)}") from None
     except (ValueError, KeyError, TypeError):
         pass
     raise InputError(f"{path} is not the manifest of a bulk job; give another folder")

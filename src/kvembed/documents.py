@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from .bars import Bar
 from .errors import InputError
-from .files import why
+from .files import raise_named
 from .passages import passages
 from .texts import DOCUMENT_ENDINGS, MARKDOWN, ROW_ENDINGS, check_unicode, place_of, read_lines, read_rows
 from .transform import LEAST_TEXTS
@@ -194,7 +194,7 @@ class Corpus:
                     yield root
                 continue
             real = os.path.realpath(root)
-            for folder, inner, names in os.walk(root, onerror=_raise):
+            for folder, inner, names in os.walk(root, onerror=raise_named):
                 inner[:] = sorted(name for name in inner if not name.startswith(".") and INDEX_FILE not in names)
                 if INDEX_FILE in names:
                     continue
@@ -271,10 +271,6 @@ def _is_unicode(path: str) -> bool:
 
 def _is_kept(path: str) -> bool:
     return os.path.isfile(path) or os.path.isdir(path)
-
-
-def _raise(error: OSError) -> None:
-    raise InputError(f"{error.filename}: {why(error)}") from None
 
 
 def _hash(value: Any) -> str:

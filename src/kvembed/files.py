@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -24,6 +24,7 @@ __all__ = [
     "naming",
     "needed",
     "only_writer",
+    "raise_named",
     "sha256_of",
     "store",
     "usual_mode",
@@ -57,6 +58,11 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: the folder {path.parent} can't be written to")
+
+
+def raise_named(error: OSError) -> NoReturn:
+    """For `os.walk`, which would pass over what it can't read. Raises `InputError` that names it."""
+    raise InputError(f"{error.filename}: {why(error)}") from None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -23,6 +23,9 @@ from .openai_api import ApiError
 __all__ = ["Gate", "JsonLines"]
 
 logger = logging.getLogger(__name__)
+
+
+_PIECE = 2**16  # bytes
 
 
 class JsonLines(logging.Formatter):
@@ -52,6 +55,7 @@ class Gate:
         keys: API keys, any of which opens a path below `/v1/` and the page's own; none: all is open.
         max_requests: with a body, being read or worked on at the same time.
         max_bytes: of a body.
+        held_bytes: of all bodies that are worked on, and of answers that are not taken yet, together.
         body_seconds: for a body to arrive, and for a client to take what it is sent.
         registry: where its metrics go.
     """
@@ -63,13 +67,15 @@ class Gate:
         keys: Sequence[str],
         max_requests: int,
         max_bytes: int,
+        held_bytes: int,
         body_seconds: float,
         registry: CollectorRegistry,
     ) -> None:
         self.app = app
         self._keys = [_digest(key) for key in keys]
         self._max_requests, self._max_bytes, self._body_seconds = max_requests, max_bytes, body_seconds
-        self._working = 0
+        self._held_bytes = held_bytes
+        self._working = self._held = 0
         labels = ["path", "status"]
         self._count = Counter("kvembed_requests", "HTTP requests answered.", labels, registry=registry)
         self._seconds = Histogram(
@@ -95,14 +101,20 @@ class Gate:
             if message["type"] == "http.response.start":
                 begun, status = True, message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", fields["id"].encode())]
+            size = len(message.get("body", b""))
+            self._held += size
             try:
-                with anyio.fail_after(self._body_seconds):
-                    await send(message)
+                for part in _parts(message):  # in pieces, so that a client has to take one before there is another
+                    with anyio.fail_after(self._body_seconds):
+                        await send(part)
             except TimeoutError:
                 raise _Unread from None
+            finally:
+                self._held -= size
 
+        body = _Body(self, receive)
         try:
-            await self._pass(scope, self._limited(receive), answer)
+            await self._pass(scope, body.receive, answer)
         except _Unread:
             status = 499
         except Exception as error:
@@ -110,6 +122,7 @@ class Gate:
             if not begun:
                 await ApiError(500, "The server failed; see its log.").response()(scope, receive, answer)
         finally:
+            self._held -= body.taken
             route = getattr(scope.get("route"), "path", "other")  # never the path itself: it may hold anything
             seconds = time.perf_counter() - started
             self._count.labels(route, str(status)).inc()
@@ -151,36 +164,62 @@ class Gate:
                 headers={"Retry-After": "1"},
             )
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that raises on a body too long or too slow; a body too long is read to its end, within reason."""
-        taken, deadline, complete = 0, time.monotonic() + self._body_seconds, False
 
-        async def limited() -> Message:
-            nonlocal taken, complete
-            if complete:
-                return await receive()
-            try:
-                with anyio.fail_after(max(0.0, deadline - time.monotonic())):
-                    while True:
-                        message = await receive()
-                        taken += len(message.get("body", b""))
-                        complete = not message.get("more_body", False)
-                        if taken <= self._max_bytes:
-                            return message
-                        if complete or taken > 16 * self._max_bytes:
-                            break
-            except TimeoutError:
-                complete = True
-                seconds = f"{self._body_seconds:g} seconds"
-                raise _closing(408, f"The body did not arrive within {seconds}.") from None
-            complete = True
-            raise _closing(413, f"The body is larger than {self._max_bytes:,} bytes.")
+class _Body:
+    """A request's body, as it comes: not too long, not too slow, and not while others hold all the memory there is."""
 
-        return limited
+    def __init__(self, gate: Gate, receive: Receive) -> None:
+        self._gate, self._receive = gate, receive
+        self._seconds = gate._body_seconds
+        self._deadline, self._complete = time.monotonic() + self._seconds, False
+        self._length = 0
+        self.taken = 0  # bytes that are held
+
+    async def receive(self) -> Message:
+        """The next message; raises where there is too much. A body too long is read to its end, within reason."""
+        if self._complete:
+            return await self._receive()
+        most = self._gate._max_bytes
+        try:
+            with anyio.fail_after(max(0.0, self._deadline - time.monotonic())):
+                while True:
+                    message = await self._receive()
+                    size = len(message.get("body", b""))
+                    self._length += size
+                    self._complete = not message.get("more_body", False)
+                    if self._length <= most:
+                        self._hold(size)
+                        return message
+                    if self._complete or self._length > 16 * most:
+                        break
+        except TimeoutError:
+            self._complete = True
+            raise _closing(408, f"The body did not arrive within {self._seconds:g} seconds.") from None
+        self._complete = True
+        raise _closing(413, f"The body is larger than {most:,} bytes.")
+
+    def _hold(self, size: int) -> None:
+        if size and self._gate._held + size > self._gate._held_bytes:
+            self._complete = True
+            raise _closing(429, "Too much text is being worked on; try again in 1 second.", {"Retry-After": "1"})
+        self._gate._held += size
+        self.taken += size
 
 
-def _closing(status: int, message: str) -> HTTPException:
-    return HTTPException(status, message, {"Connection": "close"})  # what is left of the body is not read
+def _parts(message: Message) -> Iterator[Message]:
+    """An answer's body in pieces."""
+    body = message.get("body", b"")
+    if len(body) <= _PIECE:
+        yield message
+        return
+    for start in range(0, len(body), _PIECE):
+        more = message.get("more_body", False) or start + _PIECE < len(body)
+        yield {"type": message["type"], "body": body[start : start + _PIECE], "more_body": more}
+
+
+def _closing(status: int, message: str, headers: Mapping[str, str] | None = None) -> HTTPException:
+    # What is left of the body is not read.
+    return HTTPException(status, message, {"Connection": "close"} | dict(headers or {}))
 
 
 def _digest(key: str | bytes) -> bytes:

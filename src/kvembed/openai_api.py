@@ -92,7 +92,9 @@ class EmbeddingRequest(BaseModel):
         list[Input],
         PlainValidator(_inputs, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ] = Field(description=f"One text, or up to {MAX_INPUTS:,}; or texts as ids of the model's own tokenizer.")
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: little-endian float32. Default: float."
+    )
     dimensions: int | None = Field(None, ge=1, description="Keep the best ones, if the model's method orders them.")
     input_type: Literal["query", "document"] | None = Field(None, description="Which template. Default: document.")
     truncate: bool = Field(False, description="Cut texts that are too long, and say so, instead of refusing them.")
@@ -100,7 +102,7 @@ class EmbeddingRequest(BaseModel):
 
 
 def embeddings_json(
-    model: str, vectors: NDArray[np.float32], encoding_format: str, tokens: int, tokens_cut: Sequence[int]
+    model: str, vectors: NDArray[np.float32], encoding_format: str | None, tokens: int, tokens_cut: Sequence[int]
 ) -> Response:
     """The answer for (n, dim) vectors; an item whose text was cut has `tokens_cut`."""
     data = []

@@ -111,6 +111,22 @@ def serve(
 class _Protocol(H11Protocol):
     """HTTP as uvicorn speaks it, but what is no HTTP is told so in OpenAI's format too."""
 
+    _giving_up: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """More is to be sent than the client has taken: it has some time for it, or else its connection ends."""
+        super().pause_writing()
+        self._giving_up = self.loop.call_later(Limits.body_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._giving_up:
+            self._giving_up.cancel()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self.loop.call_later(Limits.body_seconds, self.transport.abort)  # it closes only when all has been taken
+
     def send_400_response(self, msg: str) -> None:
         body = bytes(ApiError(400, msg).response().body)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -129,6 +145,12 @@ class _Server(uvicorn.Server):
         self._told = told
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():
+            try:
+                listener.listen(self.config.backlog)  # uvloop would say nothing of another who was first
+            except OSError as error:
+                host, port = listener.getsockname()[:2]
+                raise InputError(f"can't listen on {host}:{port}: {why(error)}") from None
         await super().startup(sockets)
         logger.info("listening", extra={"fields": self._told})
 
@@ -197,6 +219,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # its pages load their scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         responses={"4XX": {"model": ErrorAnswer, "description": "What was wrong with the request."}},
     )
     app.state.service = service
@@ -205,6 +228,7 @@ def create_app(
         keys=keys,
         max_requests=limits.requests,
         max_bytes=limits.body_bytes,
+        held_bytes=limits.held_bytes,
         body_seconds=limits.body_seconds,
         registry=registry,
     )
@@ -225,7 +249,7 @@ def create_app(
         if dim > embedder.dim or (dim < embedder.dim and embedder.transform is None):
             why_not = "at most" if embedder.transform is not None else "always: its method does not order them"
             raise ApiError(400, f"This model has {embedder.dim} dimensions {why_not}.", param="dimensions")
-        prompts = await service.read(asked.input, role, asked.truncate)
+        prompts = await _while_connected(request, service.read(asked.input, role, asked.truncate))
         tokens = sum(prompt.tokens for one in prompts for prompt in one)
         request.state.log |= {"texts": len(prompts), "tokens": tokens, "role": role}
         vectors = (await _while_connected(request, service.vectors(prompts, role)))[:, :dim]
@@ -276,7 +300,7 @@ def create_app(
         "/compare", dependencies=guarded, summary="What the page shows", responses={200: {"content": {"text/html": {}}}}
     )
     async def compare(asked: CompareRequest, request: Request) -> HTMLResponse:
-        prompts = await service.read(asked.texts, asked.role, False)
+        prompts = await _while_connected(request, service.read(asked.texts, asked.role, False))
         request.state.log |= {"texts": len(prompts), "role": asked.role}
         vectors = await _while_connected(request, service.vectors(prompts, asked.role))
         explained = service.batcher.call(lambda: embedder.explain(asked.texts[0], role=asked.role))
@@ -315,7 +339,7 @@ def _queue_full(_: Request, error: Exception) -> Response:
 
 def _http_error(_: Request, error: Exception) -> Response:
     known = cast(HTTPException, error)
-    codes = {405: "method_not_supported", 404: "not_found"}
+    codes = {405: "method_not_supported", 404: "not_found", 429: "rate_limit_exceeded"}
     code = codes.get(known.status_code)
     return ApiError(known.status_code, f"{known.detail}", code=code, headers=known.headers).response()
 

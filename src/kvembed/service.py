@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from .batcher import Batcher
-from .batching import is_device_lost
+from .batching import blocks, is_device_lost
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError
@@ -23,6 +23,7 @@ from .prompts import Prompt
 
 __all__ = ["Limits", "Service", "check_names"]
 
+_PIECE = 2**15  # characters that are tokenised at a time, some hundredths of a second
 BYTES_PER_TOKEN = 16  # a text with more bytes than that for each token it may have is refused before it is tokenised
 
 Prompts = tuple[Prompt, ...]  # a text's, one for each template
@@ -36,12 +37,14 @@ class Limits:
         queue_tokens: that may wait, over all requests; so also the most for one.
         requests: being read or waiting at the same time.
         body_bytes: of one request.
-        body_seconds: for a body to arrive.
+        held_bytes: of the bodies and answers of all requests together; the text of a body may take six times as much.
+        body_seconds: for a body to arrive, and for a client to take what it is sent.
     """
 
     queue_tokens: int = 2**18
     requests: int = 512
     body_bytes: int = 2**23
+    held_bytes: int = 2**27
     body_seconds: float = 30.0
 
 
@@ -59,6 +62,7 @@ class Service:
             is_fatal=is_device_lost,
         )
         self.readers = ThreadPoolExecutor(2, "kvembed-tokenizing")
+        self._read_tokens = 0  # of requests that are being read
         self._texts = Counter("kvembed_texts", "Texts embedded.", registry=registry)
         self._tokens = Counter("kvembed_tokens", "Tokens embedded, as usage counts them.", registry=registry)
         sizes = tuple(2**i for i in range(12))
@@ -88,14 +92,34 @@ class Service:
         )
 
     async def read(self, inputs: Sequence[Input], role: Role, truncate: bool) -> list[Prompts]:
-        """Tokenise, away from the event loop. Raises `ApiError` for what can't be embedded, `QueueFull`."""
-        self.batcher.check_room(0)
-        return await asyncio.get_running_loop().run_in_executor(self.readers, self._read, inputs, role, truncate)
+        """Tokenise, away from the event loop, in pieces, so that requests take turns.
 
-    def _read(self, inputs: Sequence[Input], role: Role, truncate: bool) -> list[Prompts]:
+        Raises:
+            ApiError: for what can't be embedded.
+            QueueFull: no room for it beside what waits and what else is being read.
+        """
+        loop, most = asyncio.get_running_loop(), self.limits.queue_tokens
+        if len(inputs) > 1 and sum(map(len, inputs)) > BYTES_PER_TOKEN * most:
+            raise _too_much(most, len(inputs))
         found: list[Prompts] = []
-        total, most = 0, BYTES_PER_TOKEN * min(self.embedder.max_tokens, self.limits.queue_tokens)
-        for index, text in enumerate(inputs):
+        total = first = 0
+        try:
+            for piece in blocks(inputs, len, most_characters=_PIECE):
+                self.batcher.check_room(self._read_tokens)
+                prompts = await loop.run_in_executor(self.readers, self._read, piece, first, role, truncate)
+                tokens = sum(prompt.tokens for one in prompts for prompt in one)
+                total, self._read_tokens, first = total + tokens, self._read_tokens + tokens, first + len(piece)
+                if total > most:
+                    raise _too_much(most, len(inputs))
+                found += prompts
+        finally:
+            self._read_tokens -= total
+        return found
+
+    def _read(self, inputs: Sequence[Input], first: int, role: Role, truncate: bool) -> list[Prompts]:
+        found: list[Prompts] = []
+        most = BYTES_PER_TOKEN * min(self.embedder.max_tokens, self.limits.queue_tokens)
+        for index, text in enumerate(inputs, first):
             size = len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else len(text)
             if size > most:
                 unit = "bytes" if isinstance(text, str) else "tokens"
@@ -107,11 +131,6 @@ class Service:
             except InputError as error:
                 message = str(error).removeprefix("text 0 ")
                 raise _bad_input(f"input[{index}]: {message}", too_long="the most is" in message) from None
-            total += sum(prompt.tokens for prompt in prompts)
-            if total > self.limits.queue_tokens:
-                most = self.limits.queue_tokens
-                way = "; split it" if len(inputs) > 1 else ""
-                raise _bad_input(f"the request has more than {most:,} tokens in all{way}", too_long=True)
             found.append(tuple(prompt.without_text() for prompt in prompts))
         return found
 
@@ -130,6 +149,11 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name.endswith((":query", ":document")):
             raise InputError(f"--name {name}: the end of a name says the role, so none may be called so")
+
+
+def _too_much(most: int, inputs: int) -> ApiError:
+    way = "; split it" if inputs > 1 else ""
+    return _bad_input(f"the request has more than {most:,} tokens in all{way}", too_long=True)
 
 
 def _bad_input(message: str, too_long: bool) -> ApiError:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .bars import Bar
 from .errors import InputError
-from .files import check_folder, naming, needed, sha256_of
+from .files import check_folder, naming, needed, raise_named, sha256_of
 from .texts import ROW_ENDINGS, Mark, Row, place_of, read_rows
 
 __all__ = [
@@ -111,24 +111,33 @@ def find_inputs(source: Path, *, tell: bool = True) -> tuple[Path, list[str]]:
 
     Args:
         source: a file or a folder.
-        tell: log how many others are passed over.
+        tell: log how many others are passed over, links to folders among them.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or a folder or a file's link can't be read.
     """
     if os.path.isfile(source):  # Path's own raises for a name that is too long
         return source.parent, [source.name]
     if not os.path.isdir(source):
         piped = "; bulk reads its inputs twice, so none can come from a pipe" if str(source) == "-" else ""
         raise InputError(f"{source}: no such file or folder{piped}")
-    inside = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    plain = [path for path in inside if not any(part.startswith((".", "_")) for part in path.parts)]
-    found = [path.as_posix() for path in plain if path.suffix.lower() in ROW_ENDINGS]
+    inside: list[Path] = []
+    links = 0
+    for folder, inner, names in os.walk(source, onerror=raise_named):
+        inner[:] = [name for name in inner if not name.startswith((".", "_"))]
+        links += sum(os.path.islink(os.path.join(folder, name)) for name in inner)
+        inside += [Path(folder, name) for name in names if not name.startswith((".", "_"))]
+    found = sorted(path.relative_to(source) for path in inside if path.suffix.lower() in ROW_ENDINGS)
+    for path in found:
+        with naming(source / path):
+            os.stat(source / path)  # a link may lead nowhere
     if not found:
         raise InputError(f"{source}: no {', '.join(ROW_ENDINGS)} files in this folder")
-    if tell and (others := len(plain) - len(found)):
+    if tell and (others := len(inside) - len(found)):
         logger.info("%s: %d files are passed over, being none of %s", source, others, ", ".join(ROW_ENDINGS))
-    return source, found
+    if tell and links:
+        logger.info("%s: %d links to folders are passed over", source, links)
+    return source, [path.as_posix() for path in found]
 
 
 def check_folders(source: Path, out: Path) -> None:

@@ -267,6 +267,11 @@ def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start
                 )
             if id_at is not None and not row[id_at]:
                 raise InputError(f"{name}, line {first}: no id in column {id_field!r}")
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in row):
+                raise InputError(
+                    f"{name}, line {first}: a quote that opens a cell here closes in another line, with tabs between; "
+                    "if quotes mean nothing in this file, make it JSONL"
+                )
             more = {columns[i]: row[i] for i in rest if i < len(row)}
             yield Row(row[text_at], None if id_at is None else row[id_at], lines.mark, first, more)
     except csv.Error as error:
