@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvembed import Encoded, InputError
-from kvembed.files import check_writable, needed, whole_file
+from kvembed.extras import needed
+from kvembed.files import check_writable, whole_file
 from kvembed.texts import read_lines, read_rows, read_texts, stream_rows
 from kvembed.vectors import check_output, write_vectors
 

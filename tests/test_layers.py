@@ -10,8 +10,9 @@ import skdim
 import torch
 from conftest import NOTICES, tiny
 
-from kvembed import Embedder, InputError, models
+from kvembed import Embedder, InputError
 from kvembed.backbone import Backbone
+from kvembed.files import cache_folder
 from kvembed.fingerprint import fingerprint
 from kvembed.layers import Profile, choose_layers, id_curve, twonn, window
 from kvembed.prompts import Prompter
@@ -86,7 +87,7 @@ def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypa
     backbone = Backbone(tiny(seed=5))
     monkeypatch.setattr("kvembed.self_written._COUNT", 40)
     first = chosen(backbone, tokenizer, "In: {text}", model="tiny")
-    stored = list((models.cache_folder() / "profiles").iterdir())
+    stored = list((cache_folder() / "profiles").iterdir())
     assert [Profile.from_json(path.read_text()) for path in stored] == [first]
     assert (first.texts, first.count, len(first.curve), first.fingerprint) == (
         "self-written",
@@ -95,7 +96,7 @@ def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypa
         fingerprint(backbone, Prompter(tokenizer)),
     )
     assert first.layers == window(first.curve, first.attention_layers)
-    (written,) = (models.cache_folder() / "texts").iterdir()
+    (written,) = (cache_folder() / "texts").iterdir()
     texts = json.loads(written.read_text())
     assert len(set(texts)) == 40
 
@@ -146,7 +147,7 @@ def test_the_choice_never_depends_on_the_texts_embedded(tokenizer, llama):
 @pytest.mark.parametrize("damage", ['{"model": "half a fi', "{}", "[1]"])
 def test_a_damaged_profile_is_made_anew(tokenizer, llama, caplog, damage):
     first = chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES)
-    (path,) = (models.cache_folder() / "profiles").iterdir()
+    (path,) = (cache_folder() / "profiles").iterdir()
     path.write_text(damage)
     assert chosen(Backbone(llama), tokenizer, "{text}", texts=NOTICES) == first
     assert "ignoring the damaged profile" in caplog.text

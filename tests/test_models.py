@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from kvembed import Embedder, InputError, ModelNotFound, models
+from kvembed.files import cache_folder
 from kvembed.saved import usual_method
 
 
@@ -82,7 +83,7 @@ def merges(tokenizer):
 
 
 def cached():
-    folder = models.cache_folder() / "models"
+    folder = cache_folder() / "models"
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
 
 
@@ -94,7 +95,7 @@ def test_a_gguf_file_is_converted_once(gguf_file, monkeypatch):
     again = Embedder.from_pretrained(gguf_file, layers=[1])
     assert np.array_equal(first.encode("hello"), again.encode("hello"))
     moved = gguf_file.rename(gguf_file.with_name("moved.GGUF"))
-    assert models.pull(str(moved)) == models.cache_folder() / "models" / key
+    assert models.pull(str(moved)) == cache_folder() / "models" / key
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_a_full_disk_leaves_no_broken_cache(gguf_file, monkeypatch):
 
 def test_what_a_killed_process_left_is_cleared_away(gguf_file):
     key = f"gguf-{hashlib.sha256(gguf_file.read_bytes()).hexdigest()[:24]}"
-    left = models.cache_folder() / "models" / f"{key}.tmp123"
+    left = cache_folder() / "models" / f"{key}.tmp123"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     models.load(str(gguf_file))

@@ -27,7 +27,8 @@ from .batching import blocks
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .files import naming, needed, only_writer, sha256_of, whole_file, why, write_json
+from .extras import needed
+from .files import naming, only_writer, sha256_of, whole_file, why, write_json
 from .identity import first_difference, identity, identity_hash
 from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table

@@ -18,7 +18,7 @@ from typing import Any
 from .bulk import Engine, Job, Report, ShardMaker, Written, found_shard
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .files import needed
+from .extras import needed
 from .shards import Shard
 from .workers import Recipe
 

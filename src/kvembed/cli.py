@@ -31,7 +31,8 @@ from .console import (
     stop,
 )
 from .errors import InputError
-from .files import check_writable, naming, needed, whole_file, why
+from .extras import needed
+from .files import check_writable, naming, whole_file, why
 from .methods import METHODS, preset
 from .options import loader, parse_layers
 from .process import import_models, keep_for_the_next_batch

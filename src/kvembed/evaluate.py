@@ -23,8 +23,7 @@ from .bars import Bar
 from .batching import blocks
 from .config import Role
 from .errors import InputError
-from .files import naming, whole_file
-from .models import cache_folder
+from .files import cache_folder, naming, whole_file
 from .results import Result, result_path
 from .scoring import score
 from .subjects import Subject

@@ -1,10 +1,9 @@
-"""Files: written whole or not at all, checked before the work, and what went wrong with them; optional packages."""
+"""Files: where they are kept, written whole or not at all, checked before the work, and what went wrong with them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -15,14 +14,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 
 from .errors import InputError, KvembedError
 
 __all__ = [
+    "cache_folder",
     "check_folder",
     "check_writable",
     "naming",
-    "needed",
     "only_writer",
     "raise_named",
     "sha256_of",
@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 _UMASK = threading.Lock()  # the process has one for all threads
 _LOCK = "_lock"  # readers of folders of Parquet pass over names that begin with "_" or "."
+
+
+def cache_folder() -> Path:
+    """Where all that was made once is kept (converted models, profiles, fits): `$KVEMBED_CACHE`, or the user's."""
+    return Path(os.environ.get("KVEMBED_CACHE") or user_cache_path("kvembed"))
 
 
 @contextlib.contextmanager
@@ -154,11 +159,3 @@ def sha256_of(path: Path) -> str:
 def why(error: OSError) -> str:
     """What went wrong, without errno and path: `no such file or directory`."""
     return (error.strerror or str(error)).lower()
-
-
-def needed(module: str, extra: str) -> Any:
-    """Import an optional dependency. Raises `InputError` with the pip line if it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise InputError(f"this needs {module.split('.')[0]}: pip install 'kvembed[{extra}]'") from None

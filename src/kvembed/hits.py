@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import InputError
-from .files import needed
+from .extras import needed
 
 if TYPE_CHECKING:
     import numpy as np

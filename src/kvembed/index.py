@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
-from .files import check_folder, naming, needed, only_writer, why, write_json
+from .extras import needed
+from .files import check_folder, naming, only_writer, why, write_json
 from .hits import Hit, Mode, find, lancedb_reason
 from .identity import first_difference, identity, identity_hash
 from .indexing import Indexed, update

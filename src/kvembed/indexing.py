@@ -16,7 +16,8 @@ import numpy as np
 from .bars import Bar
 from .documents import Corpus, Document, Kind, Place, check_same, converted, joint_kind
 from .errors import InputError, KvembedError
-from .files import naming, needed
+from .extras import needed
+from .files import naming
 from .hits import lancedb_reason
 from .self_written import SELF_WRITTEN
 from .transform import LEAST_TEXTS

@@ -20,7 +20,7 @@ from typing import Any
 
 from .embedder import Embedder
 from .errors import InputError
-from .files import needed
+from .extras import needed
 from .identity import identity, identity_hash
 
 needed("lancedb", "search")

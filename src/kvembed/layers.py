@@ -21,10 +21,10 @@ from .bars import Bar
 from .batching import token_batches
 from .config import EmbedConfig
 from .errors import InputError
-from .files import store
+from .files import cache_folder, store
 from .fingerprint import fingerprint as fingerprint_of
 from .identity import identity_hash
-from .models import cache_folder, label, load
+from .models import label, load
 from .prompts import Prompter
 from .self_written import SELF_WRITTEN, own_texts, texts_digest
 

@@ -24,14 +24,13 @@ import transformers
 from filelock import FileLock
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError, KvembedError, ModelNotFound
-from .files import sha256_of
+from .files import cache_folder, sha256_of
 
-__all__ = ["BUNDLED", "Bundled", "best_device", "best_dtype", "cache_folder", "label", "load", "pull", "usable_device"]
+__all__ = ["BUNDLED", "Bundled", "best_device", "best_dtype", "label", "load", "pull", "usable_device"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +56,6 @@ BUNDLED = {
         about="SmolLM2-135M-Instruct, 30 layers, Apache-2.0",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Where all that was made once is kept (converted models, profiles, fits): `$KVEMBED_CACHE`, or the user's."""
-    return Path(os.environ.get("KVEMBED_CACHE") or user_cache_path("kvembed"))
 
 
 def load(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .files import needed
+from .extras import needed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

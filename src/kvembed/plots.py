@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .files import check_writable, naming, needed, whole_file
+from .extras import needed
+from .files import check_writable, naming, whole_file
 
 if TYPE_CHECKING:
     from .layers import Profile

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import needed
+from .extras import needed
 from .tasks import Task
 
 __all__ = ["METRICS", "REPLICATES", "Score", "score"]

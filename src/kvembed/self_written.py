@@ -17,8 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .bars import Bar
 from .errors import InputError
-from .files import store
-from .models import cache_folder
+from .files import cache_folder, store
 
 __all__ = ["SEED", "SELF_WRITTEN", "own_texts", "texts_digest", "write_texts"]
 

@@ -13,7 +13,7 @@ import torch
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError
-from .files import needed
+from .extras import needed
 from .prompts import UNLIMITED
 from .saved import save_embedder
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .embedder import Embedder
 from .errors import KvembedError
-from .files import needed
+from .extras import needed
 from .models import label
 from .options import loader
 from .server import api_keys, create_app

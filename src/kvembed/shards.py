@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .bars import Bar
 from .errors import InputError
-from .files import check_folder, naming, needed, raise_named, sha256_of
+from .extras import needed
+from .files import check_folder, naming, raise_named, sha256_of
 from .texts import ROW_ENDINGS, Mark, Row, place_of, read_rows
 
 __all__ = [

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .config import Precision, Role
 from .errors import InputError, ModelNotFound
-from .files import needed
+from .extras import needed
 from .models import bars_off
 from .quantize import dequantize, quantize
 from .tasks import LIMITS

@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import InputError
-from .files import naming, needed
+from .extras import needed
+from .files import naming
 
 __all__ = [
     "DOCUMENT_ENDINGS",

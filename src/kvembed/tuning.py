@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from .config import EmbedConfig, Role
 from .errors import InputError
-from .files import whole_file
+from .files import cache_folder, whole_file
 from .identity import identity_hash
-from .models import cache_folder
 from .self_written import SELF_WRITTEN, texts_digest
 from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import InputError
-from .files import check_writable, naming, needed, whole_file
+from .extras import needed
+from .files import check_writable, naming, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
