@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from kvembed import Embedder
 from kvembed.cli import app
-from kvembed.console import stop
 from kvembed.options import parse_layers
 from kvembed.saved import usual_method
+from kvembed.terminal import stop
 
 KVEMBED = [sys.executable, "-m", "kvembed"]
 
@@ -296,7 +296,7 @@ def test_a_signal_is_one_line_and_no_file(folder, tmp_path, number, seconds, cod
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_that_a_library_turns_into_an_error_is_told_as_the_signal(run, folder, monkeypatch, number, code):
-    monkeypatch.setattr("kvembed.console._asked_to_stop", [])
+    monkeypatch.setattr("kvembed.terminal._asked_to_stop", [])
 
     def importing(*_, **__):
         usual = signal.signal(number, stop)

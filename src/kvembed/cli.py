@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import logging
-import os
-import signal
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .console import (
     hint_at_files,
-    interrupt_again,
-    one_line_errors,
     print_bulk,
     print_explanation,
     print_hits,
     print_indexed,
     print_json,
     print_line,
+    print_profile,
     print_results,
+    print_similarity,
     print_table,
     print_tuned,
-    stop,
 )
 from .errors import InputError
 from .extras import needed
-from .files import check_writable, naming, whole_file, why
+from .files import check_writable, naming, whole_file
 from .methods import METHODS, preset
 from .options import loader, parse_layers
 from .process import import_models, keep_for_the_next_batch
+from .terminal import in_a_terminal, one_line_errors
 from .texts import read_rows, read_texts, stream_rows
 from .vectors import check_output, write_vectors
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -358,22 +351,8 @@ def similarity(
         texts = texts or read_texts([])
         embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         vectors = embedder.encode(texts, role=role)
-        rows = query or texts
         scores = embedder.similarity(embedder.encode_query(query) if query else vectors, vectors).tolist()
-        ranked = [sorted(range(len(texts)), key=row.__getitem__, reverse=True)[:top] for row in scores]
-        if as_json and query:
-            hits = [
-                [{"text": texts[i], "score": row[i]} for i in best] for row, best in zip(scores, ranked, strict=True)
-            ]
-            print_json([{"query": text, "hits": found} for text, found in zip(rows, hits, strict=True)])
-        elif as_json:
-            print_json({"texts": texts, "similarity": scores})
-        elif query:
-            for text, row, best in zip(rows, scores, ranked, strict=True):
-                print_table(["score", f"nearest to: {text}"], [[f"{row[i]:.3f}", texts[i]] for i in best])
-        else:
-            body = [[str(i), *(f"{x:.3f}" for x in row), texts[i]] for i, row in enumerate(scores)]
-            print_table(["", *(str(i) for i in range(len(texts))), "text"], body)
+        print_similarity(texts, query, scores, top, as_json=as_json)
 
 
 @app.command()
@@ -405,19 +384,8 @@ def layers(
             plot_layers(profile, plot)
         if as_json:
             print_line(profile.to_json().rstrip())
-            return
-        widest = max(profile.curve)
-        body = [
-            [
-                str(layer) + (" *" if layer in profile.layers else ""),
-                f"{value:.2f}",
-                "#" * round(30 * value / widest) + ("" if layer in profile.attention_layers else "  (no attention)"),
-            ]
-            for layer, value in enumerate(profile.curve)
-        ]
-        print_table(["layer", "ID", f"{profile.model}, {profile.count} {profile.texts} texts"], body)
-        chosen = ",".join(map(str, profile.layers))
-        print_line(f"* re-routed. To use them anywhere: --method kv --layers {chosen}")
+        else:
+            print_profile(profile)
 
 
 @app.command()
@@ -671,32 +639,9 @@ def pull(
 
 def main() -> None:
     """The `kvembed` command."""
-    sys.unraisablehook = interrupt_again
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what it runs in the background
-            signal.signal(number, stop)
     keep_for_the_next_batch()
-    if os.environ.get("COLUMNS") == "0":  # not known, that is; tables would have no room at all
-        del os.environ["COLUMNS"]
-    if sys.stdout is None:  # closed by whoever started us
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a letter is no reason to stop
-    try:
+    with in_a_terminal():
         app()
-    except OSError as error:
-        _give_up_output(error)
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError as error:
-            _give_up_output(error)
-
-
-def _give_up_output(error: OSError) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it would be flushed again at exit
-    if not isinstance(error, BrokenPipeError):  # of a reader such as `head`, which wants no more
-        sys.exit(f"kvembed: standard output: {why(error)}")
 
 
 def _label(model: str) -> str:

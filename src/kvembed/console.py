@@ -1,25 +1,18 @@
-"""What the command shows: lines, tables, colours, and one line for whatever goes wrong."""
+"""What the command shows: lines, tables, colours."""
 
 from __future__ import annotations
 
-import _thread
-import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import typer
-
-from .errors import InputError, KvembedError
+from .errors import InputError
 from .methods import METHODS
 
 if TYPE_CHECKING:
@@ -30,78 +23,25 @@ if TYPE_CHECKING:
     from .embedder import Embedder, Explanation
     from .hits import Hit, Mode
     from .indexing import Indexed
+    from .layers import Profile
     from .results import Result
 
 __all__ = [
     "hint_at_files",
-    "interrupt_again",
-    "one_line_errors",
     "print_bulk",
     "print_explanation",
     "print_hits",
     "print_indexed",
     "print_json",
     "print_line",
+    "print_profile",
     "print_results",
+    "print_similarity",
     "print_table",
     "print_tuned",
-    "stop",
 ]
 
 _WHOLE = 12  # characters; columns of no more are shown whole in a table
-
-
-_asked_to_stop: list[int] = []  # the signals that came
-
-
-def stop(number: int, _frame: object) -> None:
-    """What SIGINT and SIGTERM do; a scheduler's or a container host's SIGTERM is no less in good order than Ctrl-C."""
-    _asked_to_stop.append(number)
-    raise KeyboardInterrupt
-
-
-def interrupt_again(event: Any) -> None:
-    """Python drops a signal that lands in a finaliser, as it may during seconds of imports: send it once more."""
-    if issubclass(event.exc_type, KeyboardInterrupt):
-        threading.Timer(0.1, _thread.interrupt_main, _asked_to_stop[-1:]).start()
-    else:
-        sys.__unraisablehook__(event)
-
-
-@contextlib.contextmanager
-def one_line_errors(kept: str = "") -> Iterator[None]:
-    """Whatever goes wrong, one line on standard error and a non-zero exit; KVEMBED_DEBUG=1 shows where.
-
-    `kept` is told after Ctrl-C or SIGTERM: what is left of the work, and how to go on.
-    """
-    logger = logging.getLogger("kvembed")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("kvembed: %(message)s"))
-    before = logger.handlers, logger.level, logger.propagate
-    logger.handlers, logger.level, logger.propagate = [handler], logging.INFO, False
-    try:
-        yield
-    except (BrokenPipeError, typer.Exit):
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        # Imports turn an interrupt into errors of their own: once a signal has come, whatever ends the work is its.
-        if _asked_to_stop or isinstance(error, KeyboardInterrupt):
-            what, code = ("terminated", 143) if signal.SIGTERM in _asked_to_stop else ("interrupted", 130)
-            logger.error(f"{what}; {kept}" if kept else what)
-            # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the
-            # signal whatever the exit code, unless another `exec` has run since.
-            exec("")  # noqa: S102
-            raise typer.Exit(code) from None
-        if os.environ.get("KVEMBED_DEBUG"):
-            raise
-        text = " ".join(str(error).split())
-        known = isinstance(error, KvembedError)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            known, text = True, f"{error.filename or 'standard output'}: no space left on the device"
-        logger.error(text if known else f"unexpected {type(error).__name__}: {text} (KVEMBED_DEBUG=1 shows more)")
-        raise typer.Exit(1) from None
-    finally:
-        logger.handlers, logger.level, logger.propagate = before
 
 
 def hint_at_files(texts: Sequence[str], command: str) -> None:
@@ -229,6 +169,44 @@ def _snippet(hit: Hit) -> str:
     own_id = {} if re.fullmatch("[0-9a-f]{32}", hit.id) else {"id": hit.id}
     fields = ", ".join(f"{name}={' '.join(str(value).split()):.40}" for name, value in (own_id | hit.fields).items())
     return (text if len(text) <= 240 else text[:239] + "…") + (f"  [{fields}]" if fields else "")
+
+
+def print_similarity(
+    texts: Sequence[str], queries: Sequence[str] | None, scores: Sequence[Sequence[float]], top: int, *, as_json: bool
+) -> None:
+    """Print cosines: of every text with every other, or the `top` texts nearest to each query."""
+    if queries:
+        ranked = [sorted(range(len(texts)), key=row.__getitem__, reverse=True)[:top] for row in scores]
+        found = [
+            (query, [(texts[i], row[i]) for i in best])
+            for query, row, best in zip(queries, scores, ranked, strict=True)
+        ]
+        if as_json:
+            print_json([{"query": q, "hits": [{"text": t, "score": x} for t, x in hits]} for q, hits in found])
+        else:
+            for query, hits in found:
+                print_table(["score", f"nearest to: {query}"], [[f"{score:.3f}", text] for text, score in hits])
+    elif as_json:
+        print_json({"texts": texts, "similarity": scores})
+    else:
+        body = [[str(i), *(f"{x:.3f}" for x in row), texts[i]] for i, row in enumerate(scores)]
+        print_table(["", *(str(i) for i in range(len(texts))), "text"], body)
+
+
+def print_profile(profile: Profile) -> None:
+    """Print the curve of intrinsic dimension, and the layers chosen by it."""
+    widest = max(profile.curve)
+    body = [
+        [
+            str(layer) + (" *" if layer in profile.layers else ""),
+            f"{value:.2f}",
+            "#" * round(30 * value / widest) + ("" if layer in profile.attention_layers else "  (no attention)"),
+        ]
+        for layer, value in enumerate(profile.curve)
+    ]
+    print_table(["layer", "ID", f"{profile.model}, {profile.count} {profile.texts} texts"], body)
+    chosen = ",".join(map(str, profile.layers))
+    print_line(f"* re-routed. To use them anywhere: --method kv --layers {chosen}")
 
 
 def print_tuned(embedder: Embedder, model: str, output: Path | None, *, as_json: bool) -> None:
