@@ -572,7 +572,7 @@ def test_many_queries(folder, notes, embedder):
     np.testing.assert_allclose([float(x[4]) for x in found], -np.sort(-scores)[:, :4].ravel(), atol=1e-5)
     piped = run("search", "--queries", "-", "--json", *options, stdin="\n".join(NOTICES[12:15]))
     rows = [json.loads(line) for line in piped.stdout.splitlines()]
-    assert [(f"q{row['query']}", row["id"]) for row in rows] == expected
+    assert [(f"q{row['query_id']}", row["id"]) for row in rows] == expected
 
 
 def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):

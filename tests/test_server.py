@@ -227,7 +227,7 @@ def hostile():
     for index, value in enumerate(odd):
         yield f"input {index}", {"body": good | {"input": value}}
         for field in ("model", "encoding_format", "dimensions", "input_type", "truncate"):
-            null = value is None and field in ("dimensions", "input_type", "encoding_format")
+            null = value is None and field in ("dimensions", "input_type", "encoding_format", "truncate")
             boolean = isinstance(value, bool) and field == "truncate"
             if index < 18 and not null and not boolean:
                 yield f"{field} {index}", {"body": good | {field: value}}

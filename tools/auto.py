@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def main() -> None:
             told = f"size {dim or auto.dim} {precision}"
             run(quantized_subject(embedder_subject(auto.replace(dim=dim), name), precision), small, "auto", told)
     for count in (0, 3) if "examples" in parts else ():
-        fewer = {role: _with_examples(auto.config.templates(role)[0], count) for role in ROLES}
+        fewer: dict[str, Any] = {role: _with_examples(auto.config.templates(role)[0], count) for role in ROLES}
         run(embedder_subject(auto.replace(**fewer), name), small, "auto", f"{count or 'no'} examples")
     for task in tasks if "own" in parts else ():
         if texts := _own(task):

@@ -253,6 +253,11 @@ def index_command(
         from .saved import usual_method
 
         there = not refit and Index.is_filled(db)
+        before = Index.open(db) if refit and Index.is_filled(db) else None
+        base = None
+        if before and model is None:  # what is not said stays as it was
+            model, dtype = before.model, before.made_with["dtype"] if dtype == "auto" else dtype
+            base = before.config if method is None else None
         if there:
             index = Index.open(db, model=model, batch_tokens=batch_tokens)
             chosen = None if layers is None else parse_layers(layers)
@@ -263,11 +268,15 @@ def index_command(
         corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=there, progress=True)
         if not there:
             corpus.check_not_empty()
+            if before:
+                before.check_covered(corpus)
             name = model or "smollm2"
             method = method or usual_method(name)
-            is_fitted = method is not None and preset(method).transform != "none" and fitted is None
+            config = base or (None if method is None else preset(method))
+            is_fitted = config is not None and config.transform != "none" and fitted is None
             texts = corpus.calibration() if is_fitted else None
-            embedder = loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts)()
+            load = loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts, base=base)
+            embedder = load()
             index = Index.create(db, embedder, model=name, refit=refit)
         print_indexed(index.update(corpus, language=language, progress=True), db)
 
@@ -312,7 +321,7 @@ def search(
         from .index import Index
 
         index = Index.open(db, model=model)
-        rows = [] if queries is None else list(read_rows(queries, field, id_field))
+        rows = [] if queries is None else [row for row in read_rows(queries, field, id_field) if row.text.strip()]
         if queries is not None and not rows:
             raise InputError(f"{queries} holds no queries")
         asked = [row.text for row in rows] if question is None else [question]
@@ -332,7 +341,7 @@ def similarity(
     query: Annotated[
         list[str] | None, typer.Option("--query", "-q", help="Rank the texts for this query; may be given again.")
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="How many texts a query shows.")] = 5,
+    top: Annotated[int | None, typer.Option("--top", min=1, help="How many texts a query shows. Default: 5.")] = None,
     as_json: Json = False,
     model: Model = "smollm2",
     method: Method = None,
@@ -348,11 +357,13 @@ def similarity(
     """Cosine similarity of every text with every other, or the texts nearest to each query."""
     with one_line_errors():
         hint_at_files(texts or [], "kvembed similarity < FILE")
+        if top is not None and not query:
+            raise InputError("--top is of a --query; without one, every text is compared with every other")
         texts = texts or read_texts([])
         embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         vectors = embedder.encode(texts, role=role)
         scores = embedder.similarity(embedder.encode_query(query) if query else vectors, vectors).tolist()
-        print_similarity(texts, query, scores, top, as_json=as_json)
+        print_similarity(texts, query, scores, top or 5, as_json=as_json)
 
 
 @app.command()
@@ -373,11 +384,13 @@ def layers(
         from .plots import check_plot, plot_layers
 
         check_plot(plot)
+        config = preset(method)
+        if not config.forward_passes:
+            raise InputError(f"method {method} runs no layer")
         given = None if texts is None else read_texts([texts], field)
         import_models()
         from .layers import profile_of
 
-        config = preset(method)
         template = config.templates("document")[0]
         profile = profile_of(model, template, texts=given, dtype=dtype, progress=True)
         if plot is not None:

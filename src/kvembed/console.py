@@ -142,7 +142,7 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Li
     for key, query, hits in found:
         if form == "json":
             for hit in hits:
-                print_json({"query": key, **dataclasses.asdict(hit)})
+                print_json({"query_id": key, "query": query, **dataclasses.asdict(hit)})
         elif form == "trec":
             for hit in hits:
                 for one in (key, hit.id):
@@ -272,7 +272,8 @@ def print_explanation(explanation: Explanation) -> None:
     console.print(line)
     cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
     chunks = f"; chunk 1 of {explanation.chunks}" if explanation.chunks > 1 else ""
-    print_line(f"tokens    {len(explanation.tokens)}; the text's own {end - first} are underlined{cut}{chunks}")
+    own = f"own {end - first} are underlined" if console.is_terminal else f"own are {first + 1} to {end}"
+    print_line(f"tokens    {len(explanation.tokens)}; the text's {own}{cut}{chunks}")
     print_line(f"method    {config.method}, config {config.hash()}")
     _print_readouts(config, explanation.fitted_on)
     if not beta:

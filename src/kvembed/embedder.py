@@ -171,7 +171,7 @@ class Embedder:
         name: str | os.PathLike[str],
         *,
         method: str | None = None,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         device: str = "auto",
         revision: str | None = None,
         batch_tokens: int | None = None,
@@ -186,8 +186,8 @@ class Embedder:
         Args:
             name: a bundled name (`"smollm2"`), a hub id, a folder (one of `save_pretrained` too) or a `.gguf` file.
             method: a preset, see `kvembed.METHODS`. Default: the one saved in the folder, or else `"kv"`.
-            dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"`: bfloat16, or float32 on a CPU or GPU that can't
-                multiply it. Pooling and all after it are in float32.
+            dtype: `"float32"`, `"bfloat16"`, `"float16"` (or torch's own), or `"auto"`: bfloat16, or float32 where the
+                CPU or GPU can't multiply it. Pooling and all after it are in float32.
             device: a torch device, or `"auto"`.
             revision: of a hub id.
             batch_tokens: tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
@@ -207,7 +207,7 @@ class Embedder:
         """
         if not isinstance(name, str | os.PathLike):
             raise InputError(f"a model's name or path is needed, not a {type(name).__name__}; from_model takes a model")
-        source = os.fspath(name)
+        source, dtype = os.fspath(name), str(dtype).removeprefix("torch.")
         folder = models.local_path(source)
         as_saved = None if folder is None else read_config(folder)
         if method is None and as_saved is not None:
@@ -255,7 +255,7 @@ class Embedder:
         config = preset(method, **options)
         return cls(model, tokenizer, config, batch_tokens=batch_tokens, texts=texts, progress=progress)
 
-    def replace(self, **options: Any) -> Embedder:
+    def replace(self, *, progress: bool = False, **options: Any) -> Embedder:
         """The same model under another config: some fields of `config` changed. Weights are shared, not copied.
 
         A transform is kept if the change leaves it valid (`dim`, say), and else fitted anew on the same texts; where
@@ -283,6 +283,7 @@ class Embedder:
             batch_tokens=self._batch_tokens,
             texts=self._texts,
             transform=transform,
+            progress=progress,
         )
 
     def __repr__(self) -> str:
@@ -460,7 +461,9 @@ class Embedder:
             if transform.is_for(fitted_for(self.fingerprint(), self.config)):
                 return transform
             if transform.info.get("fingerprint") == self.fingerprint():
-                raise InputError("the transform was fitted for another config")
+                theirs, ours = transform.info.get("method", self.config.method), self.config.method
+                apart = "another config" if theirs == ours else f"method {theirs}, and this is {ours}"
+                raise InputError(f"the transform was fitted for {apart}")
             rounded = "cast to float16 before it was saved: then take float16, or fit anew"
             if self.dtype == "float16":
                 rounded = "not in float16, which rounds weights: take float32 or bfloat16, or fit anew"
@@ -484,6 +487,7 @@ class Embedder:
                 lambda: self._own_texts(progress),
                 texts=self._texts,
                 report=report,
+                progress=progress,
             )
 
     def _own_texts(self, progress: bool) -> list[str]:
@@ -600,13 +604,13 @@ def _check_loaded(model: Any, tokenizer: Any) -> None:
 def _refuse_what_is_no_list(texts: Any) -> None:
     """Also what can be gone through, but not text by text: a table gives its columns' names, a dict its keys."""
     if isinstance(texts, str | bytes):
-        raise InputError("texts must be a list of strings, not one string")
+        raise InputError(f"texts must be strings in a list, not one {type(texts).__name__}")
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):
-        raise InputError(f"texts must be a list of strings, not a {type(texts).__name__}; of a table, give one column")
+        raise InputError(f"texts must be strings in a list, not a {type(texts).__name__}; of a table, give one column")
     try:
         iter(texts)
     except TypeError:
-        raise InputError(f"texts must be a list of strings, not a {type(texts).__name__}") from None
+        raise InputError(f"texts must be strings in a list, not a {type(texts).__name__}") from None
 
 
 def _listed(texts: Iterable[Any]) -> list[Any]:

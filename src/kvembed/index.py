@@ -173,6 +173,15 @@ class Index:
         needed("lancedb", "search")
         check_folder(Path(folder), "index", INDEX_FILE, ("documents-", "transform-", ".transform-"))
 
+    def check_covered(self, corpus: Corpus) -> None:
+        """What is embedded anew is read anew. Raises `InputError` if a document is from none of the corpus's paths."""
+        if not self.has_table:
+            return
+        for batch in self.table.search().select(["file"]).to_batches():
+            for file in set(batch["file"].to_pylist()):
+                if not corpus.holds(file):
+                    raise InputError(f"{self.folder} also has documents from {file}; to embed all anew, name all paths")
+
     def current(self) -> Index:
         """What the folder's index is: this one, or the one that it will replace."""
         return Index.open(self.folder)

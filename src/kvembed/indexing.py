@@ -92,7 +92,9 @@ class _Writer:
 
     def run(self, language: str | None, progress: bool) -> Indexed:
         corpus, index = self._corpus, self._index
-        self._check_refit()
+        before = index.current()
+        if before.name != index.name:
+            before.check_covered(corpus)
         if not index.has_table:
             corpus.check_not_empty()
         index.drop_others()
@@ -150,17 +152,6 @@ class _Writer:
             return known != place
         check_same(key, place, known)
         return False  # it stays with the path that it first came from
-
-    def _check_refit(self) -> None:
-        """What is embedded anew is read anew, so that all of it must be in the corpus's paths."""
-        before = self._index.current()
-        if before.name != self._index.name and before.has_table:
-            for batch in before.table.search().select(["file"]).to_batches():
-                for file in set(batch["file"].to_pylist()):
-                    if not self._corpus.holds(file):
-                        raise InputError(
-                            f"{self._index.folder} also has documents from {file}; to embed all anew, name all paths"
-                        )
 
     def _opened(self, language: str | None) -> tuple[Table, dict[str, Kind]]:
         """The table, with columns for all fields of the corpus, and a full-text index; and the columns' types."""

@@ -97,7 +97,7 @@ class EmbeddingRequest(BaseModel):
     )
     dimensions: int | None = Field(None, ge=1, description="Keep the best ones, if the model's method orders them.")
     input_type: Literal["query", "document"] | None = Field(None, description="Which template. Default: document.")
-    truncate: bool = Field(False, description="Cut texts that are too long, and say so, instead of refusing them.")
+    truncate: bool | None = Field(None, description="Cut texts that are too long, and say so; else they are refused.")
     user: str | None = Field(None, description="Ignored.")
 
 

@@ -11,6 +11,7 @@ from .methods import preset
 from .process import import_models
 
 if TYPE_CHECKING:
+    from .config import EmbedConfig
     from .embedder import Embedder
 
 __all__ = ["loader", "parse_layers"]
@@ -28,12 +29,14 @@ def loader(
     fitted: Path | None = None,
     texts: list[str] | None = None,
     revision: str | None = None,
+    base: EmbedConfig | None = None,
 ) -> Callable[[], Embedder]:
     """What loads the model; a bad option is told at once, before seconds of imports.
 
     Args:
         layers: as `parse_layers` reads them.
         method: None: `auto`, or a saved folder's own.
+        base: a config that options change, instead of a method's.
         model, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts, revision: as `Embedder.from_pretrained` has
             them; None: not said.
 
@@ -44,6 +47,9 @@ def loader(
     options = {name: value for name, value in options.items() if value is not None}
     if layers is not None:
         options["layers"] = parse_layers(layers)
+    if base is not None:
+        method, options = base.method, base.replace(**options).to_dict()
+        del options["method"]
     checked = preset(method or "auto", **options)
     if layers is not None and not checked.forward_passes:
         raise InputError(f"--layers: method {method} runs no layer")

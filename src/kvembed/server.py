@@ -249,7 +249,7 @@ def create_app(
         if dim > embedder.dim or (dim < embedder.dim and embedder.transform is None):
             why_not = "at most" if embedder.transform is not None else "always: its method does not order them"
             raise ApiError(400, f"This model has {embedder.dim} dimensions {why_not}.", param="dimensions")
-        prompts = await _while_connected(request, service.read(asked.input, role, asked.truncate))
+        prompts = await _while_connected(request, service.read(asked.input, role, bool(asked.truncate)))
         tokens = sum(prompt.tokens for one in prompts for prompt in one)
         request.state.log |= {"texts": len(prompts), "tokens": tokens, "role": role}
         vectors = (await _while_connected(request, service.vectors(prompts, role)))[:, :dim]

@@ -200,11 +200,25 @@ class _Lines:
 def _text_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:
     if id_field is not None:
         raise InputError(f"{name}: lines of text have no field {id_field!r} to take ids from")
+    if field not in ("", "text"):
+        raise InputError(f"{name}: lines of text have no field {field!r}")
     if start.offset:
         file.seek(start.offset)
     lines = _Lines(file, name, start)
     for line in lines:
+        if name == "standard input" and lines.mark.line == 1 and line.startswith("{") and _is_json(line):
+            logger.warning(
+                "%s: its lines are JSON, and taken as texts as they are; a .jsonl file is read by field", name
+            )
         yield Row(line.removesuffix("\n").removesuffix("\r"), None, lines.mark, lines.mark.line)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:

@@ -179,7 +179,7 @@ def fit(
         means={role: mean.float() for role, mean in means.items()},
         whiten=matrix.float().contiguous(),  # as they are in a file: the layout decides the last bit
         rotate=rotate.float().contiguous(),
-        info=info | {"count": len(documents)},
+        info=info | {"count": count},
     )
 
 

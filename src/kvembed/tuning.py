@@ -64,6 +64,7 @@ def choose_transform(
     *,
     texts: Sequence[str] | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
+    progress: bool = False,
 ) -> Transform:
     """From the cache or the package, or else fitted now and cached. A run that is stopped keeps what it has read.
 
@@ -80,6 +81,7 @@ def choose_transform(
             text, of which self-written text says more; half in another language than the model's. Queries, which given
             texts are none of, keep the mean of the self-written ones.
         report: called with prompts done and prompts in all.
+        progress: whether that is shown; or else a warning says that minutes will go by.
 
     Raises:
         InputError: too few different texts, or states that do not tell them apart (see `transform.fit`).
@@ -97,9 +99,14 @@ def choose_transform(
             logger.warning("ignoring the damaged transform: %s", error)
     if texts is None and (shipped := _shipped(bound)):
         return shipped
-    logger.info("fitting a transform on %s texts, once; on a CPU that takes minutes", source)
+    level = logging.INFO if progress else logging.WARNING
+    logger.log(level, "fitting a transform on %s texts, once; on a CPU that takes minutes", source)
     found = list(dict.fromkeys(write() if texts is None else texts))
-    origin: dict[str, Any] = {"texts": source, "texts_sha256": texts_digest(found if texts is None else texts)}
+    origin: dict[str, Any] = {
+        "method": config.method,
+        "texts": source,
+        "texts_sha256": texts_digest(found if texts is None else texts),
+    }
     check_count(len(found))
     given, own = ([], found) if texts is None else (found, _joined(write, found))
     if texts is not None:
