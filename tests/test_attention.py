@@ -272,6 +272,16 @@ def test_slot_position_first_where_there_is_nothing_to_turn_or_no_way_to(model_t
         assert torch.equal(backbone.states(ids, length, config), last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_bias_of_a_few_keys_does_not_hide_their_rotation(dtype):
+    """As Qwen2.5's: one coordinate is hundreds of times as large as the others move."""
+    model = tiny("qwen2")
+    with torch.no_grad():
+        model.model.layers[2].self_attn.k_proj.bias.zero_()[5] = 300.0
+        model.model.layers[2].self_attn.k_proj.weight.mul_(0.05)
+    assert Backbone(model.to(dtype))._rotary == ({0, 1, 2, 3, 4}, set())
+
+
 def test_slot_position_first_with_a_scaled_rotation():
     """YaRN multiplies cos and sin: the turned key must carry that factor once, as a key at position 0 does."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import sys
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -76,9 +78,9 @@ def test_bad_texts(embedder):
     with pytest.raises(InputError, match="text 1 is a NoneType, not a string"):
         embedder.encode(["a", None])
     for function in (embedder.encode_with_report, embedder.encode_views, embedder.prompts):
-        with pytest.raises(InputError, match="not one string"):
+        with pytest.raises(InputError, match="not one str"):
             function("ab")
-    with pytest.raises(InputError, match="not one string"):
+    with pytest.raises(InputError, match="not one str"):
         next(embedder.encode_stream("ab"))
     with pytest.raises(InputError, match="text 0 is a bytes"):
         embedder.encode([b"a"])
@@ -96,7 +98,7 @@ def test_bad_texts(embedder):
             embedder.prompts,
             lambda x: next(embedder.encode_stream(x)),
         ):
-            with pytest.raises(InputError, match=f"must be a list of strings, not a {name}"):
+            with pytest.raises(InputError, match=f"must be strings in a list, not a {name}"):
                 function(what)
     with pytest.raises(InputError, match="lone surrogate"):
         embedder.encode("\udc00")
@@ -290,6 +292,36 @@ def test_a_model_in_training_mode_is_refused(tokenizer):
     for call in (embedder.encode, embedder.explain):
         with pytest.raises(InputError, match=r"call model\.eval"):
             call("a")
+
+
+def test_attentions_own_dropout_counts_too(tokenizer):
+    model = tiny(attention_dropout=0.1)
+    embedder = Embedder.from_model(model, tokenizer, method="mean")
+    model.model.layers[2].self_attn.train()
+    with pytest.raises(InputError, match="training mode"):
+        embedder.encode(NOTICES[:4])
+
+
+def test_threads_on_one_longrope_model(tokenizer):
+    """It writes the angles of the batch that comes last into itself."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 40
+    model = tiny("phi3", rope_parameters=rope, sliding_window=None, original_max_position_embeddings=40)
+    embedders = [Embedder.from_model(model, tokenizer, method="mean") for _ in range(2)]
+    texts = [["a short notice"], ["word " * 40]]
+    expected = [one.encode(text) for one, text in zip(embedders, texts, strict=True)]
+    switching = sys.getswitchinterval()
+
+    def work(index):
+        found = [embedders[index].encode(texts[index]) for _ in range(200)]
+        return max(float(np.abs(one - expected[index]).max()) for one in found)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert max(pool.map(work, range(2))) < 1e-5
+    finally:
+        sys.setswitchinterval(switching)
 
 
 def test_dropout_that_joined_later_counts_as_training(tokenizer):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import skdim
 import torch
-from conftest import NOTICES, tiny
+from conftest import MANY, NOTICES, tiny
+from tokenizers import normalizers
 
 from kvembed import Embedder, InputError
 from kvembed.backbone import Backbone
@@ -16,7 +18,7 @@ from kvembed.files import cache_folder
 from kvembed.fingerprint import fingerprint
 from kvembed.layers import Profile, choose_layers, id_curve, twonn, window
 from kvembed.prompts import Prompter
-from kvembed.self_written import own_texts
+from kvembed.self_written import own_texts, write_texts
 
 
 def chosen(backbone, tokenizer, template, **options):
@@ -30,6 +32,27 @@ def chosen(backbone, tokenizer, template, **options):
 def cloud(dimension, ambient, count=400, seed=0):
     rng = np.random.default_rng(seed)
     return rng.standard_normal((count, dimension)) @ rng.standard_normal((dimension, ambient))
+
+
+def test_texts_of_the_same_tokens_count_once(tokenizer):
+    lower = copy.deepcopy(tokenizer)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    backbone, prompter = Backbone(tiny()), Prompter(lower)
+    once = id_curve(backbone, prompter, MANY[:60], "{text}")
+    twice = id_curve(backbone, prompter, [*MANY[:60], *(text.upper() for text in MANY[:60])], "{text}")
+    np.testing.assert_allclose(twice, once, rtol=0.01)
+
+
+def test_points_on_a_grid_have_no_dimension():
+    with pytest.raises(InputError, match="equally far"):
+        twonn(np.stack(np.meshgrid(np.arange(6.0), np.arange(6.0)), -1).reshape(-1, 2))
+
+
+def test_a_callers_autocast_is_not_for_what_a_model_writes(tokenizer):
+    model = tiny()
+    expected = write_texts(model, tokenizer, count=30, batch=10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert write_texts(model, tokenizer, count=30, batch=10) == expected
 
 
 @pytest.mark.parametrize(("dimension", "ambient"), [(1, 5), (3, 30), (8, 64), (20, 20)])

@@ -148,7 +148,9 @@ def test_vectors_are_the_same(llama, tokenizer, options):
     embedder = Embedder(llama, tokenizer, config, texts=texts)
     mixed = [*texts[:30], "", " ", ".", "a" * 300, *texts[30:40]]  # an empty text has nothing but its template
     computed = []
-    hook = llama.model.embed_tokens.register_forward_hook(lambda _, args, output: computed.append(args[0].numel()))
+    hook = llama.model.layers[0].mlp.register_forward_hook(
+        lambda _, args, output: computed.append(len(output.flatten(0, 1)))
+    )
     try:
         shared = {role: embedder.encode_views(mixed, role=role) for role in ("document", "query")}
         tokens = sum(computed)
@@ -203,7 +205,7 @@ WHERE = (torch.device("cpu"), torch.float32)
 
 
 def grouped(prompts):
-    return PrefixCache(lambda ids: pytest.fail("computed")).groups(prompts, WHERE)
+    return PrefixCache(lambda ids: pytest.fail("computed"), lambda ids: pytest.fail("embedded")).groups(prompts, WHERE)
 
 
 def prompts_of(model, tokenizer, config):
@@ -242,7 +244,9 @@ def test_a_single_text_is_computed_whole_the_first_time_and_others_after_it_are_
     embedder = Embedder(llama, tokenizer, EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last"))
     (whole,) = embedder.prompts([NOTICES[0]])[0]
     sizes = []
-    hook = llama.model.embed_tokens.register_forward_hook(lambda _, args, output: sizes.append(args[0].numel()))
+    hook = llama.model.layers[0].mlp.register_forward_hook(
+        lambda _, args, output: sizes.append(len(output.flatten(0, 1)))
+    )
     try:
         first = embedder.encode(NOTICES[:1])
         assert sizes == [len(whole.ids)]
@@ -286,10 +290,22 @@ def test_a_beginning_is_computed_again_in_another_dtype(tokenizer):
     np.testing.assert_allclose(embedder.encode(NOTICES), before, atol=1e-5)
 
 
+def test_a_changed_embedding_of_the_beginning_is_noticed(tokenizer):
+    model = tiny()
+    embedder = Embedder(model, tokenizer, EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last"))
+    before = embedder.encode(NOTICES[:8])
+    token = embedder.prompts(NOTICES[:1])[0][0].ids[3]  # the probe is another
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token].mul_(-1)
+    fresh = Embedder(model, tokenizer, embedder.config).encode(NOTICES[:8])
+    np.testing.assert_allclose(embedder.encode(NOTICES[:8]), fresh, atol=1e-5)
+    assert np.abs(fresh - before).max() > 0.1
+
+
 def test_few_beginnings_are_kept(llama, tokenizer):
     backbone = Backbone(llama)
     computed = []
-    beginnings = PrefixCache(lambda ids: computed.append(ids) or backbone.prefix(ids))
+    beginnings = PrefixCache(lambda ids: computed.append(ids) or backbone.prefix(ids), backbone.embedded)
     prompts = Prompter(tokenizer)(NOTICES[:2], EXAMPLES, 512)
 
     def forward(some, prefix):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import pytrec_eval
 from sklearn.metrics import v_measure_score
 
 from kvembed.scoring import REPLICATES, score
@@ -33,6 +34,15 @@ def test_pairs_is_average_precision():
     task = Task("t", "pairs", ("",) * 8, gold=(1, 0, 1, 0))
     documents = at(0, 0, 0, 0, 10, 20, 30, 40)  # by cosine: 1 0 1 0
     assert score(task, documents, NONE).value == pytest.approx(100 * (1 + 2 / 3) / 2)
+
+
+def test_more_ties_than_are_ranked_are_all_seen():
+    """trec_eval has an order of its own for them, by name."""
+    task = Task("t", "retrieval", ("",) * 3000, ("",), relevant=({999: 1, 2999: 1, 5: 1},))
+    documents, queries = np.zeros((3000, 2), np.float32), np.zeros((1, 2), np.float32)
+    run = {"0": {str(document): 0.0 for document in range(3000)}}
+    evaluator = pytrec_eval.RelevanceEvaluator({"0": {"999": 1, "2999": 1, "5": 1}}, {"ndcg_cut.10"})
+    assert score(task, documents, queries).value == 100 * evaluator.evaluate(run)["0"]["ndcg_cut_10"] > 0
 
 
 def test_retrieval_is_ndcg_at_10():

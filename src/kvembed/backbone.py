@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, cast
@@ -67,7 +68,8 @@ class Backbone:
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise UnsupportedModel(f"{self.model_type} has a prompt-tuning adapter, whose virtual tokens would be lost")
         self.decoder = _decoder(model)
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        names = ("max_position_embeddings", "n_positions", "max_target_positions")
+        limit = next(filter(None, (getattr(config, name, None) for name in names)), None)
         self.max_tokens: int | None = limit if isinstance(limit, int) and limit > 0 else None
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
@@ -274,9 +276,19 @@ class Backbone:
             layers.append((key[0], value[0]))
             return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
-        with torch.autocast(self.device.type, enabled=False), attending(self.decoder, keep):
+        with torch.autocast(self.device.type, enabled=False), attending(self.decoder, keep), self._by_itself():
             self.decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         return Prefix(len(ids), layers)
+
+    def _by_itself(self) -> contextlib.AbstractContextManager[Any]:
+        """LongRoPE writes a batch's angles into the model itself: its forwards must not overlap, whoever's they are."""
+        return contextlib.nullcontext() if self.rope_border is None else _lock_of(self.decoder)
+
+    def embedded(self, ids: Sequence[int]) -> Tensor:
+        """What goes into the first layer for some tokens, (n,D): the model's own embeddings of them."""
+        with torch.inference_mode():
+            found: Tensor = self.decoder.get_input_embeddings()(torch.tensor(ids, device=self.device))
+        return found
 
     def _is_worth_packing(self, lengths: Tensor, width: int) -> bool:
         """Where nearly nothing is padded, one attention for all texts is faster than one for each length."""
@@ -340,6 +352,7 @@ class Backbone:
             if config.output_layer is not None:
                 stop = _stop if betas is None else kept.append
                 stack.enter_context(self.observing({config.output_layer: stop}))
+            stack.enter_context(self._by_itself())
             try:
                 output = self.decoder(**inputs, use_cache=False)
                 states = kept[0] if kept else output[0]
@@ -493,10 +506,11 @@ class Backbone:
 
         def look(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
             layer = next(calls[module])
-            first, tolerance = key[:, :, :1], 1e-2 * float(key.abs().max())
-            if tolerance == 0:
+            first, most = key[:, :, :1], key.abs().amax((0, 1, 2)).float()  # (Dk,) the largest of each coordinate
+            typical = float(key.abs().float().median())
+            if typical == 0:
                 unsure.add(layer)
-            elif float((key - first).abs().max()) > tolerance:
+            elif _moved(key, first, typical, most):
                 rotary.add(layer)
                 try:
                     positions = torch.arange(key.shape[2], device=key.device)[:, None]
@@ -504,7 +518,9 @@ class Backbone:
                 except UnsupportedModel:
                     unsure.add(layer)
                 else:
-                    if float((torch.stack(back, 2) - first).abs().max()) > tolerance:
+                    # A coordinate is as exact as the largest of those that it may have been rotated with.
+                    partners = (most, most.roll(len(most) // 2), most.roll(1), most.roll(-1))
+                    if _moved(torch.stack(back, 2), first, typical, torch.stack(partners).amax(0)):
                         unsure.add(layer)
             return stock_attention(module, query, key, *args, **kwargs)
 
@@ -544,6 +560,15 @@ class Backbone:
                 part.compile(dynamic=True)
 
 
+def _moved(keys: Tensor, first: Tensor, typical: float, most: Tensor) -> bool:
+    """Whether keys (1,H,n,Dk) are others than the first one, by more than is rounded.
+
+    By coordinate: a bias may make a few of them hundreds of times as large as rotation moves the others.
+    """
+    rounding = 16 * torch.finfo(keys.dtype).eps * most
+    return bool(((keys - first).abs().float() > 0.05 * typical + rounding).any())
+
+
 def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A module hook is seen by every thread that uses the model; this one acts only in the thread that made it."""
     owner = threading.get_ident()
@@ -552,6 +577,16 @@ def _in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
         return hook(*args) if threading.get_ident() == owner else None
 
     return act
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def _lock_of(decoder: nn.Module) -> threading.Lock:
+    """One for all who use it."""
+    with _MAKING:
+        return _LOCKS.setdefault(decoder, threading.Lock())
 
 
 class _Reached(Exception):

@@ -88,7 +88,7 @@ def twonn(states: NDArray[Any]) -> float:
         The dimension, a positive number.
 
     Raises:
-        InputError: fewer than 20 distinct points, or values that are not finite.
+        InputError: fewer than 20 distinct points, values that are not finite, or a grid.
     """
     points = torch.from_numpy(np.unique(states.astype(np.float64), axis=0))
     if len(points) < _LEAST_POINTS:
@@ -104,7 +104,9 @@ def twonn(states: NDArray[Any]) -> float:
     log_mu = (second / first).log().sort().values
     kept = int(len(points) * 0.9)
     x = log_mu[:kept]
-    y = -torch.log1p(-torch.arange(1, kept + 1, dtype=torch.float64) / len(points))
+    y = -torch.log1p(-torch.arange(1, kept + 1, dtype=torch.float64, device="cpu") / len(points))
+    if not x @ x > 0:
+        raise InputError("intrinsic dimension says nothing of points that are all equally far from their neighbours")
     return float((x @ y) / (x @ x))
 
 
@@ -146,7 +148,7 @@ def id_curve(
 
     Args:
         backbone, prompter: the model and its tokenizer.
-        texts: N calibration texts; repeated ones are dropped.
+        texts: calibration texts; N of them are left when repeated ones are dropped, and those of the same tokens.
         template: with `{text}`.
         batch_tokens: as in `Embedder`.
         progress: show a bar on a terminal.
@@ -155,12 +157,13 @@ def id_curve(
         InputError: as in `twonn`.
     """
     backbone.check_readable()
-    texts = list(dict.fromkeys(texts))  # the same text in another batch differs in the last bit, and TwoNN would see it
-    prompts = prompter(texts, template, min(_MOST_TOKENS, backbone.max_tokens or _MOST_TOKENS))
-    states = np.empty((len(backbone.layers), len(texts), backbone.dim), np.float32)
+    found = prompter(list(texts), template, min(_MOST_TOKENS, backbone.max_tokens or _MOST_TOKENS))
+    # The same tokens in another batch differ in the last bit, and TwoNN would see it.
+    prompts = list({prompt.ids: prompt for prompt in found}.values())
+    states = np.empty((len(backbone.layers), len(prompts), backbone.dim), np.float32)
     plain = EmbedConfig()
     lengths = [len(prompt.ids) for prompt in prompts]
-    with Bar(total=len(texts), desc="reading layers", unit="text", progress=progress) as bar:
+    with Bar(total=len(prompts), desc="reading layers", unit="text", progress=progress) as bar:
         for batch in token_batches(lengths, batch_tokens, backbone.rope_border, packed=backbone.packs):
             ids, real = backbone.pad([prompts[i].ids for i in batch])
             readers = {layer: partial(_keep_last, states[layer], batch, real) for layer in range(len(states))}

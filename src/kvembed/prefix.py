@@ -66,13 +66,16 @@ class PrefixCache:
     text of one token, whose read-outs must come out as they did when the beginning was computed, but for half a percent
     (in half precision 5); or else it is computed again.
 
+    The probe sees the beginning's last token alone, so the embeddings of all of them are compared too.
+
     Args:
         compute: a forward of token ids.
+        embed: their embeddings (n,D).
     """
 
-    def __init__(self, compute: Callable[[Sequence[int]], Prefix]) -> None:
-        self._compute = compute
-        self._kept: dict[tuple[tuple[int, ...], Placement], tuple[Prefix, Tensor] | None] = {}
+    def __init__(self, compute: Callable[[Sequence[int]], Prefix], embed: Callable[[Sequence[int]], Tensor]) -> None:
+        self._compute, self._embed = compute, embed
+        self._kept: dict[tuple[tuple[int, ...], Placement], tuple[Prefix, Tensor, Tensor] | None] = {}
 
     def groups(self, prompts: Sequence[Prompt], placement: Placement) -> list[tuple[tuple[int, ...], list[int]]]:
         """Which prompts to compute together: token ids of the beginning they share, which may be none, and indices.
@@ -106,20 +109,22 @@ class PrefixCache:
         """Rows (B,R,D) of prompts that begin with `ids`, as `forward` gives them for what comes after a `Prefix`."""
         probe = Prompt("", ids[-1:], ((0, 0),), (0, 1))
         rest = [*(without(prompt, len(ids)) for prompt in prompts), probe]
-        if kept := self._kept.get((ids, placement)):
-            prefix, expected = kept
+        embedded = self._embed(ids)
+        kept = self._kept.get((ids, placement))
+        if kept and torch.equal(embedded, kept[2]):
+            prefix, expected, _ = kept
             rows = forward(rest, prefix)
             if _same(rows[-1], expected, placement):
                 return rows[:-1]
         prefix = self._compute(ids)
         rows = forward(rest, prefix)
-        self._keep(ids, placement, (prefix, rows[-1].clone()))  # not the whole batch's rows
+        self._keep(ids, placement, (prefix, rows[-1].clone(), embedded))  # not the whole batch's rows
         return rows[:-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}  # it would take a device with it to another process
 
-    def _keep(self, ids: tuple[int, ...], placement: Placement, kept: tuple[Prefix, Tensor] | None) -> None:
+    def _keep(self, ids: tuple[int, ...], placement: Placement, kept: tuple[Prefix, Tensor, Tensor] | None) -> None:
         self._kept[ids, placement] = kept
         for oldest in list(self._kept)[:-_MOST]:  # a list at once, since other threads may add to it
             self._kept.pop(oldest, None)

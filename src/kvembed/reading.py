@@ -37,7 +37,7 @@ class Reader:
         self._backbone = backbone
         self._config = config
         self._vocabulary = vocabulary
-        self.prefixes = PrefixCache(backbone.prefix)
+        self.prefixes = PrefixCache(backbone.prefix, backbone.embedded)
         self._run_readouts = [one for one in config.readouts if one.pooling != "static"]
         needed = [one.output_layer for one in self._run_readouts]
         self._top = None if None in needed else max((layer for layer in needed if layer is not None), default=None)
@@ -178,9 +178,15 @@ class Reader:
 def refuse_training(model: PreTrainedModel) -> None:
     """Raises `InputError` for a model in training mode."""
     # What joined the model after eval() is in training mode, which matters to dropout alone.
-    drops = (module.training and module.p > 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    if model.training or any(drops):
+    if model.training or any(_drops(module) for module in model.modules() if module.training):
         raise InputError("the model is in training mode, so dropout would change its states: call model.eval()")
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether a module in training mode has dropout: is one, or holds the share as a number for its own attention."""
+    if isinstance(module, torch.nn.Dropout):
+        return module.p > 0
+    return any("dropout" in name and isinstance(x, float) and x > 0 for name, x in vars(module).items())
 
 
 def _whole_texts(report: Callable[[int], Any] | None, templates: int) -> Callable[[int], None]:

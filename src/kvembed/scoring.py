@@ -172,7 +172,8 @@ def _ranking(measure: str) -> Callable[[Task, Vectors, Vectors], Value]:
             candidates = np.array(sorted(gains)) if task.kind == "reranking" else np.arange(len(documents))
             similarity = (documents[candidates] @ row).round(6)
             if len(candidates) > 1000:  # what trec_eval's measures can see
-                best = np.argpartition(-similarity, 1000)[:1000]
+                least = np.partition(similarity, -1000)[-1000]
+                best = np.flatnonzero(similarity >= least)  # with all that tie, whose order is trec_eval's
                 candidates, similarity = candidates[best], similarity[best]
             run[str(index)] = {str(d): float(s) for d, s in zip(candidates, similarity, strict=True)}
             judged[str(index)] = {str(d): gain for d, gain in gains.items()}

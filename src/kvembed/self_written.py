@@ -116,6 +116,7 @@ def write_texts(
     prompt = torch.full((batch, 1), start, device=device)
     with (
         torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
+        torch.autocast(device.type, enabled=False),  # a caller's
         Bar(total=count, desc="writing texts", unit="text", progress=progress) as bar,
     ):
         torch.manual_seed(seed)

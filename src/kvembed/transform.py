@@ -85,7 +85,7 @@ class Transform:
         done = []
         with torch.autocast("cpu", enabled=False):  # a caller's, meant for a model
             for start in range(0, len(views), 4096):  # never a second copy of a whole corpus
-                part = _unit(torch.from_numpy(views[start : start + 4096]))
+                part = _unit(torch.from_numpy(np.ascontiguousarray(views[start : start + 4096])))
                 whitened = torch.einsum("nvd,vdk->nvk", part - self.means[role], self.whiten)
                 done.append(_unit(whitened).flatten(1) @ self.rotate[:, :dim])
         return torch.cat(done).numpy() if done else np.zeros((0, dim or self.dim), np.float32)
