@@ -178,6 +178,21 @@ def test_a_lone_surrogate_in_a_file_is_named_by_its_line(run, folder, tmp_path):
     assert [*tmp_path.iterdir()] == [file]
 
 
+def test_an_option_that_does_nothing_is_refused(run, folder, tmp_path):
+    assert "--top is of a --query" in run("similarity", "a", "b", "--top", "1", "--model", folder).stderr
+    assert "method static runs no layer" in run("layers", "--method", "static", "--model", folder).stderr
+    (tmp_path / "x.txt").write_text("a\n")
+    told = run("embed", tmp_path / "x.txt", "--field", "body", "--model", folder, "-o", tmp_path / "x.npy").stderr
+    assert "lines of text have no field 'body'" in told
+
+
+def test_json_lines_from_a_pipe_are_told(run, folder):
+    done = run("embed", "--model", folder, stdin='{"text": "a"}\n{"text": "b"}\n')
+    assert "standard input: its lines are JSON, and taken as texts as they are" in done.stderr
+    assert done.stdout.count("\n") == 2
+    assert "JSON" not in run("embed", "--model", folder, stdin="{a\n").stderr
+
+
 def test_parse_layers():
     assert parse_layers("6-9") == (6, 7, 8, 9)
     assert parse_layers("4,5,10-12") == (4, 5, 10, 11, 12)

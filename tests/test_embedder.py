@@ -246,6 +246,12 @@ def test_a_character_of_several_tokens_is_shown_once(embedder):
     assert "" in explanation.tokens
 
 
+def test_a_dtype_may_be_torchs(folder):
+    assert Embedder.from_pretrained(folder, dtype=torch.bfloat16).dtype == "bfloat16"
+    with pytest.raises(InputError, match="unknown dtype 'int8'"):
+        Embedder.from_pretrained(folder, dtype=torch.int8)
+
+
 def test_repr_says_what_it_is(embedder):
     assert repr(embedder) == f"Embedder(llama, method='kv', config={embedder.config.hash()}, dim=48, dtype=float32)"
 

@@ -592,6 +592,22 @@ def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
     assert Index.open("db").name != index.name
 
 
+def test_a_refit_keeps_what_is_not_said(folder, notes, monkeypatch):
+    options = ("--method", "mean", "--layers", "1-2", "--dtype", "float32", "--max-tokens", "30")
+    run("index", "notes", "--db", "db", "--model", folder, *options)
+    before = Index.open("db")
+    run("index", "notes", "--db", "db", "--refit")
+    assert (Index.open("db").made_with, Index.open("db").model) == (before.made_with, before.model)
+    run("index", "notes", "--db", "db", "--refit", "--max-tokens", "20")
+    now = Index.open("db")
+    assert now.config == before.config.replace(max_tokens=20)
+    assert (now.made_with["dtype"], now.model) == ("float32", before.model)
+    monkeypatch.setattr("kvembed.options.import_models", lambda: pytest.fail("nothing need be loaded to refuse it"))
+    refused = run("index", "notes/ferry.md", "--db", "db", "--refit", "--bias", "2")
+    assert refused.exit_code == 1
+    assert "also has documents from" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
