@@ -102,7 +102,7 @@ def test_a_tie_is_not_called_a_win(tables):
             result(task, 40.0, 1, seed=i, method="last"),
             result(task, 70.0, 1, seed=i, method="echo"),
         ]
-    text = tables._summary(rows)
+    text = tables._summary(rows, [])
     assert "- **smollm2**: beats `last` +10.0" in text
     assert "; ties `mean` +0.3 (" in text
     assert "; loses to `echo` -20.0 (" in text
@@ -111,8 +111,21 @@ def test_a_tie_is_not_called_a_win(tables):
 
 def test_a_method_that_lacks_tasks_is_not_in_the_summary(tables):
     rows = [result("a"), result("b"), result("a", method="mean")]
-    assert "`mean`" not in tables._summary(rows)
+    assert "`mean`" not in tables._summary(rows, [])
     assert "1 of 2 tasks" in tables._document(rows, rows)
+
+
+def test_what_is_left_of_a_method_without_its_re_routing_is_told(tables):
+    rows = [result(task, 50.0, 1, seed=1, suite="ablation") for task in ("a", "b")]
+    off = [result(task, 48.0, 1, seed=1, suite="ablation", method="no re-routing") for task in ("a", "b")]
+    assert "alike (a, b): smollm2 50.0 and 48.0, that is +2.0 (" in "".join(tables._rerouting([*rows, *off]))
+    assert tables._rerouting(rows) == []
+
+
+def test_the_task_of_the_longest_texts_is_told_apart(tables):
+    rows = [result("a", 50.0, 1, method="auto"), result("qmsum", 40.0, 1, method="auto")]
+    rows += [result(task, score, 1, method="tf-idf", model="tf-idf") for task, score in (("a", 45.0), ("qmsum", 90.0))]
+    assert "stands (smollm2) against TF-IDF +5.0 (" in tables._without_longest(tables._presets(rows), ["smollm2"])
 
 
 def test_a_preset_with_changes_is_not_the_preset(tables):

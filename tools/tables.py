@@ -140,6 +140,9 @@ def _summary(mini: list[Result], ablation: list[Result]) -> str:
 def _without_longest(presets: dict[tuple[str, str], list[Result]], models: Sequence[str]) -> str:
     """What is left of ours against the references on all tasks but the one whose texts they read to other lengths."""
     told = []
+    models = [model for model in models if (model, "auto") in presets]
+    if not models:
+        return ""
     for (name, method), theirs in presets.items():
         if method in REFERENCES:
             rest = [result for result in theirs if result.task != LONGEST]
