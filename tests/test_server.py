@@ -531,6 +531,19 @@ def test_a_small_request_is_not_held_up_by_the_tokenising_of_large_ones(start, e
             one.cancel()
 
 
+def test_what_will_not_fit_beside_others_is_not_tokenised(start, embedder, monkeypatch):
+    server = start(embedder, limits=Limits(queue_tokens=3000))
+    with held(server):
+        first = ThreadPoolExecutor(1).submit(call, server, {"model": "tiny", "input": "a"})
+        until(lambda: server.service.batcher._arrived.is_set())
+        second = ThreadPoolExecutor(1).submit(call, server, {"model": "tiny", "input": ["some text"] * 20})
+        until(lambda: server.service.batcher.waiting_tokens > 100)
+        monkeypatch.setattr(server.service, "_read", lambda *_: pytest.fail("it was"))
+        status, _, content = call(server, {"model": "tiny", "input": ["some words " * 20] * 60})
+        assert (status, error_of(content)["code"]) == (429, "rate_limit_exceeded")
+    assert first.result()[0] == second.result()[0] == 200
+
+
 def test_two_servers_at_one_address(embedder):
     first, second = (listen_at("127.0.0.1", 0), socket.socket())
     second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -24,6 +24,7 @@ from .prompts import Prompt
 __all__ = ["Limits", "Service", "check_names"]
 
 _PIECE = 2**15  # characters that are tokenised at a time, some hundredths of a second
+_CHARACTERS_PER_TOKEN = 4  # about, in English
 BYTES_PER_TOKEN = 16  # a text with more bytes than that for each token it may have is refused before it is tokenised
 
 Prompts = tuple[Prompt, ...]  # a text's, one for each template
@@ -62,7 +63,7 @@ class Service:
             is_fatal=is_device_lost,
         )
         self.readers = ThreadPoolExecutor(2, "kvembed-tokenizing")
-        self._read_tokens = 0  # of requests that are being read
+        self._expected_tokens = 0  # of requests that are being read
         self._texts = Counter("kvembed_texts", "Texts embedded.", registry=registry)
         self._tokens = Counter("kvembed_tokens", "Tokens embedded, as usage counts them.", registry=registry)
         sizes = tuple(2**i for i in range(12))
@@ -101,19 +102,22 @@ class Service:
         loop, most = asyncio.get_running_loop(), self.limits.queue_tokens
         if len(inputs) > 1 and sum(map(len, inputs)) > BYTES_PER_TOKEN * most:
             raise _too_much(most, len(inputs))
+        # Refused before it is tokenised, if it must be; what is alone need only fit when it has been.
+        expected = sum(len(one) // _CHARACTERS_PER_TOKEN if isinstance(one, str) else len(one) for one in inputs)
+        alone = not (self._expected_tokens or self.batcher.waiting_tokens)
+        self.batcher.check_room(0 if alone else self._expected_tokens + expected)
+        self._expected_tokens += expected
         found: list[Prompts] = []
-        total = first = 0
+        total = 0
         try:
             for piece in blocks(inputs, len, most_characters=_PIECE):
-                self.batcher.check_room(self._read_tokens)
-                prompts = await loop.run_in_executor(self.readers, self._read, piece, first, role, truncate)
-                tokens = sum(prompt.tokens for one in prompts for prompt in one)
-                total, self._read_tokens, first = total + tokens, self._read_tokens + tokens, first + len(piece)
+                prompts = await loop.run_in_executor(self.readers, self._read, piece, len(found), role, truncate)
+                total += sum(prompt.tokens for one in prompts for prompt in one)
                 if total > most:
                     raise _too_much(most, len(inputs))
                 found += prompts
         finally:
-            self._read_tokens -= total
+            self._expected_tokens -= expected
         return found
 
     def _read(self, inputs: Sequence[Input], first: int, role: Role, truncate: bool) -> list[Prompts]:
