@@ -217,13 +217,15 @@ def test_a_lost_device_fails_all_that_wait_and_no_more_is_taken():
         async with stops as queue:
             assert queue.running
             answers = await asyncio.gather(
-                *(queue.submit(group, [1, 2], [6, 6]) for group in "ab"), return_exceptions=True
+                *(queue.submit(group, [1, 2], [6, 6]) for group in "ab"), queue.call(int), return_exceptions=True
             )
             await until(lambda: not queue.running)
             with pytest.raises(DeviceLostError):
                 await queue.submit("a", [1], [1])
+            with pytest.raises(DeviceLostError):
+                await queue.call(int)
         return answers
 
     answers = asyncio.run(main())
-    assert [type(answer) for answer in answers] == [DeviceLostError] * 2
+    assert [type(answer) for answer in answers] == [DeviceLostError] * 3
     assert len(run.batches) == 1

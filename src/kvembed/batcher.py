@@ -152,6 +152,8 @@ class Batcher(Generic[Item, Row]):
 
     async def call(self, function: Callable[[], Answer]) -> Answer:
         """Run something else in the thread; between two batches, one such call at most. Cancelled, it is left out."""
+        if self._fatal:
+            raise self._fatal
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._calls.append((function, done))
         self._arrived.set()
@@ -216,6 +218,9 @@ class Batcher(Generic[Item, Row]):
                 self._fatal = error
                 for request in [*(one[0] for one in batch), *self._turns]:
                     request.fail(error)
+                for _, done in self._calls:
+                    if not done.done():
+                        done.set_exception(error)
             elif len(batch) > 1:  # one item may be to blame, and the others must not pay for it
                 for one in batch:
                     if not one[0].done.done():  # a retry before it may have failed them all
