@@ -86,19 +86,21 @@ def _table(section: str, rows: list[dict[str, Any]], device: str) -> str:
     body = []
     for row in rows:
         what, size = row.get("what", ""), ""
-        measured = [f"{row['ratio']:.2f}"] if "ratio" in row else []
-        measured += [f"{row['seconds']:.2f} s"] if "seconds" in row else []
-        measured += [f"{row['cosine']:.5f}"] if "cosine" in row else []
+        measured = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        measured += f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
         if section == "overhead":
             size = f"{row['tokens']:,} x {row['texts']}"
-        if "tokens_per_second" in row:
+        elif "tokens_per_second" in row:
             size = f"{row['texts']} texts, {row['tokens']:,} tokens"
-            measured.insert(0, f"{row['tokens_per_second']:,} tokens/s" + f"; {rows[0]['what']}" * bool(measured))
-        if "peak_mib" in row:
-            what, size, measured = "peak", f"{row['texts']:,} texts", [f"{row['peak_mib']} MiB"]
-        spread = f" ({row['low']:.2f} to {row['high']:.2f})" if "low" in row else ""
-        measured += [" times that"] if len(measured) > 1 else []
-        body.append([what, size, " ".join(measured[:2]) + spread + "".join(measured[2:]), _goal(row, device)])
+            compared = f"; {rows[0]['what']} {measured} times that" if measured else ""
+            measured = f"{row['tokens_per_second']:,} tokens/s{compared}"
+        elif "seconds" in row:
+            measured = f"{row['seconds']:.2f} s"
+        elif "cosine" in row:
+            measured = f"{row['cosine']:.5f}"
+        elif "peak_mib" in row:
+            what, size, measured = "peak", f"{row['texts']:,} texts", f"{row['peak_mib']} MiB"
+        body.append([what, size, measured, _goal(row, device)])
     return table(["what", "size", "measured", "goal"], "lrrr", body)
 
 

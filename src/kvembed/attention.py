@@ -420,9 +420,8 @@ def unmasked(
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModel(f"{type(module).__name__} has a causal position bias; its mask can't be taken off")
     if changes_logits(kwargs):
-        return eager_function(module)(module, query, key, value, float_mask(query, key, mask), scaling=scale, **kwargs)[
-            0
-        ]
+        mask = float_mask(query, key, mask)
+        return eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)[0]
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scale, is_causal=False)[0]  # type: ignore[no-any-return]
 
 

@@ -88,6 +88,11 @@ class Backbone:
             return first.device if place is None else torch.device(place)
         return first.device
 
+    @property
+    def dtype(self) -> str:
+        """The weights' dtype by its name: float32, bfloat16 or float16."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     def _probe(self) -> None:
         """One short forward with an attention function that only looks: which module is called where, and how."""
         calls: dict[nn.Module, list[tuple[str, int]]] = defaultdict(list)

@@ -229,12 +229,8 @@ def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | 
         meta = parquet.read_metadata(path)
         told = json.loads(meta.metadata[b"kvembed"])
         wanted = (job.hash, [shard.first_row, shard.first_row + shard.rows], shard.rows)
-        if (told["job_hash"], told["rows"], meta.num_rows) == wanted:
-            if sha256 is None:  # of a job that was stopped: by the checksums that are in the file itself
-                for _ in parquet.ParquetFile(path, page_checksum_verification=True).iter_batches():
-                    pass
-            if sha256 in (None, sha256_of(path)):
-                return Written(shard.index, told["tokens"], told["texts_cut"], sha256 or "")
+        if (told["job_hash"], told["rows"], meta.num_rows) == wanted and _is_whole(path, sha256):
+            return Written(shard.index, told["tokens"], told["texts_cut"], sha256 or "")
     except FileNotFoundError:
         if sha256 is None:  # it has not been made yet
             return None
@@ -244,6 +240,15 @@ def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | 
         pass
     logger.warning("%s is damaged, and is made again", path)
     return None
+
+
+def _is_whole(path: Path, sha256: str | None) -> bool:
+    """By a checksum, or else by those that Parquet has of its own pages, which raise where they do not fit."""
+    if sha256 is not None:
+        return sha256 == sha256_of(path)
+    for _ in needed("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True).iter_batches():
+        pass
+    return True
 
 
 def _listed(job: Job, shard: Shard, written: Written) -> dict[str, Any]:

@@ -66,8 +66,6 @@ def ray_engine(model: str, *, address: str | None = None, workers: int | None = 
     ray, data = needed("ray", "ray"), needed("ray.data", "ray")
 
     def run(job: Job, embedder: Embedder, shards: Sequence[Shard], report: Report) -> Iterator[Written]:
-        if not shards:
-            return
         plan = dataclasses.replace(job.plan, folder=job.plan.folder.resolve())
         sent = dataclasses.replace(job, plan=plan, out=job.out.resolve())
         recipe = Recipe.of(embedder, model)

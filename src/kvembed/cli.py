@@ -252,8 +252,9 @@ def index_command(
         from .index import Index
         from .saved import usual_method
 
-        there = not refit and Index.is_filled(db)
-        before = Index.open(db) if refit and Index.is_filled(db) else None
+        filled = Index.is_filled(db)
+        there = filled and not refit
+        before = Index.open(db) if filled and refit else None
         base = None
         if before and model is None:  # what is not said stays as it was
             model, dtype = before.model, before.made_with["dtype"] if dtype == "auto" else dtype

@@ -176,16 +176,14 @@ def print_similarity(
 ) -> None:
     """Print cosines: of every text with every other, or the `top` texts nearest to each query."""
     if queries:
-        ranked = [sorted(range(len(texts)), key=row.__getitem__, reverse=True)[:top] for row in scores]
-        found = [
-            (query, [(texts[i], row[i]) for i in best])
-            for query, row, best in zip(queries, scores, ranked, strict=True)
-        ]
+        found = []
+        for query, row in zip(queries, scores, strict=True):
+            best = sorted(range(len(texts)), key=row.__getitem__, reverse=True)[:top]
+            found.append({"query": query, "hits": [{"text": texts[i], "score": row[i]} for i in best]})
+            if not as_json:
+                print_table(["score", f"nearest to: {query}"], [[f"{row[i]:.3f}", texts[i]] for i in best])
         if as_json:
-            print_json([{"query": q, "hits": [{"text": t, "score": x} for t, x in hits]} for q, hits in found])
-        else:
-            for query, hits in found:
-                print_table(["score", f"nearest to: {query}"], [[f"{score:.3f}", text] for text, score in hits])
+            print_json(found)
     elif as_json:
         print_json({"texts": texts, "similarity": scores})
     else:

@@ -298,7 +298,7 @@ class Embedder:
     @property
     def dtype(self) -> str:
         """The weights' dtype as `from_pretrained` takes it: float32, bfloat16 or float16."""
-        return str(self.model.dtype).removeprefix("torch.")
+        return self.backbone.dtype
 
     @property
     def batch_tokens(self) -> int:

@@ -86,7 +86,7 @@ class Reader:
                 count(int(begins[batch].sum()))
             states[:, others] = summed / chunks[:, None, None]
         if not np.isfinite(states).all():
-            dtype = str(self._backbone.model.dtype).removeprefix("torch.")
+            dtype = self._backbone.dtype
             way = "try dtype=bfloat16 or float32" if dtype == "float16" else "its weights may be damaged"
             raise KvembedError(f"the model's states are not finite in {dtype}; {way}")
         shape = len(by_template), len(by_template[0])

@@ -85,7 +85,7 @@ class EmbedderModule(InputModule):  # type: ignore[misc]
             dtype = json.loads((Path(folder) / "config.json").read_text()).get("dtype", "auto")
         # On the CPU at first: only after this does sentence-transformers move it to the device that it was told.
         options = {"device": "cpu"} | options
-        return cls(Embedder.from_pretrained(folder, dtype=str(dtype).removeprefix("torch."), **options))
+        return cls(Embedder.from_pretrained(folder, dtype=dtype, **options))
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
         """Write all that `load` reads; sentence-transformers adds its own files. Raises `InputError` for pickles."""
