@@ -10,7 +10,7 @@ import html
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,18 @@ HEADS = {
     "raises": "Raises",
     "yields": "Yields",
     "attributes": "Fields",
+}
+# What docs/ show from modules of their own, each behind an extra: module -> name -> its methods for users. The rest of
+# those modules serves the command line.
+MORE: dict[str, dict[str, tuple[str, ...]]] = {
+    "bulk": {"bulk": (), "Summary": ()},
+    "bulk_ray": {"ray_engine": ()},
+    "documents": {"Corpus": ("__init__", "calibration")},
+    "index": {"Index": ("create", "open", "exists", "update", "search", "search_many")},
+    "indexing": {"Indexed": ()},
+    "hits": {"Hit": ()},
+    "results": {"read_results": (), "mean": (), "difference": (), "Estimate": (), "Result": ()},
+    "mteb_encoder": {"MtebEncoder": (), "run_mteb": ()},
 }
 
 
@@ -39,25 +51,43 @@ def cli_page() -> str:
 
 
 def python_page() -> str:
-    """docs/python.md: what `import kvembed` offers, by its docstrings; read by griffe, which does not run the code."""
+    """docs/python.md: what users import, by its docstrings; read by griffe, which does not run the code."""
     package: Any = griffe.load("kvembed", search_paths=[ROOT / "src"], docstring_parser="google")
-    lines = ["# Python", MADE.format("the docstrings of what `import kvembed` offers")]
+    lines = ["# Python", MADE.format("docstrings")]
+    lines.append("What `import kvembed` offers comes first; then, by module, what needs an extra to be installed.")
     names = sorted(package.exports, key=lambda name: (name != "Embedder", name.startswith("__"), name.isupper(), name))
     for name in names:
         member = package[name]
-        lines.append(f"## `{name}`")
         if member.is_attribute:
             value = f"`{member.annotation}`: " if member.annotation else ""
             told = {"METHODS": "the presets by name, see [choosing a model](models.md).", "__version__": "the version."}
-            lines.append(f"{value}{told[name]}")
-            continue
-        lines += _docstring(member)
-        for method in member.members.values():
-            if method.is_function and method.is_public and not method.name.startswith("_"):
-                lines += [f"### `{name}.{method.name}`", _signature(method), *_docstring(method)]
-            elif method.is_attribute and method.is_public and "property" in method.labels:
-                lines += [f"### `{name}.{method.name}`", f"Property, `{method.annotation}`.", *_docstring(method)]
+            lines += [f"## `{name}`", f"{value}{told[name]}"]
+        else:
+            lines += _entry(name, member, [one.name for one in member.members.values() if _is_public(one)])
+    for module, entries in MORE.items():
+        for name, methods in entries.items():
+            lines += _entry(f"{module}.{name}", package[f"{module}.{name}"], methods)
     return "\n\n".join(lines) + "\n"
+
+
+def _is_public(member: Any) -> bool:
+    return bool(
+        member.is_public
+        and not member.name.startswith("_")
+        and (member.is_function or (member.is_attribute and "property" in member.labels))
+    )
+
+
+def _entry(name: str, member: Any, methods: Sequence[str]) -> Iterator[str]:
+    """A heading, a signature and the docstring, then those of methods."""
+    yield f"## `{name}`"
+    if member.is_function:
+        yield _signature(member)
+    yield from _docstring(member)
+    for method in (member[one] for one in methods):
+        yield f"### `{name}.{method.name}`" if method.name != "__init__" else f"### `{name}(...)`"
+        yield f"Property, `{method.annotation}`." if method.is_attribute else _signature(method)
+        yield from _docstring(method)
 
 
 def _signature(function: Any) -> str:
@@ -71,9 +101,11 @@ def _signature(function: Any) -> str:
         default = f" = {one.default}" if one.default is not None and not kind.startswith("variadic") else ""
         stars = "**" if kind == "variadic keyword" else ""
         given.append(f"{stars}{one.name}: {one.annotation}{default}")
-    call = f"{function.name}({', '.join(given)}) -> {function.returns}"
+    made = function.name == "__init__"
+    name, returns = (function.parent.name, "") if made else (function.name, f" -> {function.returns}")
+    call = f"{name}({', '.join(given)}){returns}"
     if len(call) > 100:
-        call = f"{function.name}(\n" + "".join(f"    {part},\n" for part in given) + f") -> {function.returns}"
+        call = f"{name}(\n" + "".join(f"    {part},\n" for part in given) + f"){returns}"
     return f"```python\n{call}\n```"
 
 

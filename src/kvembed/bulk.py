@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -67,7 +68,17 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `bulk` did; `made` counts the shards that were not there before."""
+    """What `bulk` did.
+
+    Attributes:
+        rows: texts of the job.
+        shards: files that hold them.
+        made: those of the shards that were not there before.
+        dim: length of a vector.
+        tokens: read by the model, templates included.
+        texts_cut: texts that were cut to `max_tokens`.
+        max_tokens: the embedder's.
+    """
 
     rows: int
     shards: int
@@ -84,8 +95,8 @@ Engine = Callable[[Job, Embedder, Sequence[Shard], Report], Iterator[Written]]
 
 def bulk(
     embedder: Embedder | Callable[[], Embedder],
-    source: Path,
-    out: Path,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     model: str = "",
     field: str = "text",
@@ -107,7 +118,7 @@ def bulk(
         id_field: the key or column that holds a row's id. Default: ids are row numbers, from 0.
         role: which template.
         shard_rows: rows of a shard, the last one apart.
-        engine: makes the shards. Default: `run_here`, in this process.
+        engine: makes the shards, for example `bulk_ray.ray_engine(...)`. Default: this process.
         progress: show bars on a terminal.
 
     Raises:
@@ -116,6 +127,7 @@ def bulk(
     """
     if shard_rows < 1:
         raise InputError(f"shard_rows must be a whole number from 1, not {shard_rows!r}")
+    source, out = Path(source), Path(out)
     check_folders(source, out)
     plan = make_plan(source, field=field, id_field=id_field, shard_rows=shard_rows, progress=progress)
     embedder = embedder() if callable(embedder) else embedder

@@ -92,7 +92,8 @@ class Corpus:
         sample: up to 1,000 texts, drawn with a fixed seed, for a transform to be fitted on (see `kvembed.tuning`).
         files: how many were read.
         passed_over: what was not, by ending, and why -> how many files.
-        duplicates, empty: documents that were left out.
+        duplicates: documents that were left out, being there once already.
+        empty: documents that were left out, having no text.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ class Hit:
         rank: from 1.
         score: the higher the better. vector: cosine similarity; text: BM25; hybrid: reciprocal rank fusion.
         id: of the row, or else a hash of its content.
-        file, line: where it was read; in Parquet the row.
+        file: where it was read.
+        line: in that file, from 1; in Parquet the row.
         text: the document.
         fields: what else it has.
     """

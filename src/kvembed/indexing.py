@@ -41,18 +41,21 @@ _KEEP = datetime.timedelta(hours=1)  # old versions, for whoever is reading one
 
 @dataclasses.dataclass(frozen=True)
 class Indexed:
-    """What `update` did.
+    """What `Index.update` did.
 
     Attributes:
         documents: in the index now.
-        embedded: texts that were.
+        embedded: texts that were embedded.
         changed: documents whose text was known: at another place, or with other fields, or another's copy.
         unchanged: documents that were left as they were.
         removed: documents that are gone.
         cut: of those embedded, how many were cut to `max_tokens`.
-        duplicates, empty: left out, being there once already, or without text.
-        files, passed_over: read, and not, by ending or reason.
-        dim, max_tokens: the embedder's.
+        duplicates: left out, being there once already.
+        empty: left out, without text.
+        files: that were read.
+        passed_over: ending or reason -> how many files were not read for it.
+        dim: length of a vector.
+        max_tokens: the embedder's.
     """
 
     documents: int

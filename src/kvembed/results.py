@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,22 @@ class Result:
 
     Attributes:
         suite: `"mini"`, `"full"` or `"long"`; tools have their own.
-        model, method, task: names.
-        kind, metric: see `kvembed.tasks`, `kvembed.scoring`.
-        score, low, high: in percent; the ends of the 95 % bootstrap interval over items.
+        model: its name.
+        method: its name.
+        task: its name.
+        kind: of task, see `kvembed.tasks`.
+        metric: see `kvembed.scoring`.
+        score: in percent.
+        low: the lower end of the score's 95 % bootstrap interval over items.
+        high: the upper end.
         n: items that the score is over.
         texts: texts embedded, counted as often as the task names them.
         tokens: read by the model for them, templates and copies included, as `Encoded.token_counts` has them.
         truncated: texts that were cut.
         passes: forward passes for a text.
         seconds: the model's, for these texts, each different one once.
-        config, config_hash: what was done to a text.
+        config: what was done to a text, as `EmbedConfig.to_dict` has it.
+        config_hash: 16 hex digits of it.
         identity: 16 hex digits of weights, dtype and config: all that decides a vector.
         data: digest of the task's texts and gold.
         device: device, threads, dtype.
@@ -109,7 +116,13 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks, or a difference of two, with the ends of its 95 % bootstrap interval; in percent points."""
+    """A mean over tasks, or a difference of two, in percent points.
+
+    Attributes:
+        value: the mean or the difference.
+        low: the lower end of its 95 % bootstrap interval.
+        high: the upper end.
+    """
 
     value: float
     low: float
@@ -171,8 +184,13 @@ def result_path(folder: Path, suite: str, model: str, method: str, task: str) ->
     return folder.joinpath(*parts, f"{task}.json")
 
 
-def read_results(folder: Path) -> list[Result]:
-    """All results below a folder, sorted by path. Raises `InputError` for a file that is none, or no folder."""
+def read_results(folder: str | os.PathLike[str]) -> list[Result]:
+    """All results below a folder, sorted by path.
+
+    Raises:
+        InputError: no such folder, or a file in it that is not a result.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     return [Result.from_json(path) for path in sorted(folder.glob("*/*/*/*.json"))]
