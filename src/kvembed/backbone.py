@@ -30,7 +30,7 @@ __all__ = ["Backbone"]
 
 _FULL = 0.97  # share of real tokens in a padded batch from which packing gains nothing
 # A CPU multiplies bfloat16 matrices up to a third slower if they have neither few rows nor a multiple of 8 (oneDNN's
-# blocks do not fit; docs/decisions.md).
+# blocks do not fit; docs/experiments.md).
 _VECTORS, _MANY = 8, 128
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest state
 

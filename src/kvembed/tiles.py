@@ -1,7 +1,7 @@
 """Causal attention of packed texts, slot and all, as a few large matrix products: for bfloat16 on a CPU.
 
 Where a processor has no AMX, torch's fused kernel multiplies bfloat16 far below its rate; plain batched products of the
-same numbers take a third of the time (docs/decisions.md). So tokens are laid out in tiles:
+same numbers take a third of the time (docs/experiments.md). So tokens are laid out in tiles:
 
     short texts    as many as fit share a tile of 128, 64 or 32 tokens; all such tiles are one product
     a long text    is cut into tiles of its own, each with all keys up to its end
@@ -35,7 +35,7 @@ TILES = (32, 64, 128)  # tokens
 # (`kvembed.process`).
 _MOST_WIDTHS = 8
 _AT_ONCE = 2  # long texts: heads may be too few for all processors, but logits must not outgrow their cache
-_ROW = 100  # a row's fixed cost, as a number of columns; measured (docs/decisions.md)
+_ROW = 100  # a row's fixed cost, as a number of columns; measured (docs/experiments.md)
 _STEP = 32  # columns in front come in multiples of it: numbers in a vector
 _HIDDEN = float("-inf")
 
