@@ -1,6 +1,6 @@
 """Speed, as ratios of interleaved runs in one process, medians and quartiles; `make tables` writes docs/speed.md of it.
 
-    python tools/bench.py [--data ../shared/eval-data] [--model smollm2] [--dtype DTYPE] [--rounds 7] [SECTION ...]
+    python tools/bench.py [--data ../shared/eval-data] [--model smollm2] [--dtype DTYPE] [--rounds N] [SECTION ...]
     python tools/bench.py --shape qwen3-4b     random weights of that shape, for an accelerator: the sections with a *
 
 overhead* a re-routed forward over a plain causal one of the same tokens, and over other ways to see the whole text
@@ -61,6 +61,7 @@ PACKAGES = ("kvembed", "torch", "transformers")
 LLAMA_BATCHES = (512, 2048)  # tokens
 CORPUS_TEXTS = 79  # of each task
 CORPUS_TASKS = {"stsb": None, "stackoverflow": None, "scifact": 1500, "qmsum": 400}  # cut to so many characters
+ROUNDS = {"corpus": 5, "llama": 3, "growth": 3, "start": 5, "agreement": 1, "memory": 1}  # others: 7
 LLAMA_TEXTS = 20  # of each task: llama.cpp takes minutes for more
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--gguf", type=Path, nargs="+")
     parser.add_argument("--dtype", help="default: bfloat16, or float32 on a CPU that can't multiply bfloat16")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="default: by section")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed")
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     arguments = parser.parse_args()
@@ -82,7 +83,9 @@ def main() -> None:
     plain = device.type == "cpu" and not arguments.shape
     out = arguments.out / (arguments.dtype if plain else f"{device.type}-{model}")
     keep_for_the_next_batch()  # as the command line does; all that is compared has it
+    asked_rounds = arguments.rounds
     for name in arguments.sections or (SHAPE_SECTIONS if arguments.shape else SECTIONS):
+        arguments.rounds = 1 if ROUNDS.get(name) == 1 else asked_rounds or ROUNDS.get(name, 7)
         needs = {"corpus": ("data",), "llama": ("data", "gguf")}.get(name, ())
         if lacking := [f"--{option}" for option in needs if getattr(arguments, option) is None]:
             print(f"{name}: left out, needs {' and '.join(lacking)}")
@@ -163,6 +166,28 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"ratio": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
+
+
+def _linear(backbone: Backbone) -> list[nn.Linear]:
+    return [part for layer in backbone.layers for part in layer.modules() if isinstance(part, nn.Linear)]
+
+
+def _products(backbone: Backbone, batches: Sequence[int]) -> Callable[[], None]:
+    """A forward's matrix products with weights, and nothing else, for batches of so many tokens."""
+    linear = _linear(backbone)
+    inputs = {
+        (tokens, size): torch.randn(tokens, size, dtype=linear[0].weight.dtype, device=backbone.device)
+        for tokens in batches
+        for size in {part.in_features for part in linear}
+    }
+
+    @torch.inference_mode()
+    def run() -> None:
+        for tokens in batches:
+            for part in linear:
+                nn.functional.linear(inputs[tokens, part.in_features], part.weight)
+
+    return run
 
 
 def overhead(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -278,11 +303,19 @@ def corpus(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     theirs = SentenceTransformer(
         modules=[transformer, Pooling(embedder.backbone.dim)], device=str(embedder.model.device)
     )
-    tokens = int(embedder.encode_with_report(texts).token_counts.sum())
-    runs: dict[str, Callable[[], object]] = {"kvembed": lambda: embedder.encode(texts)}
+    counts = embedder.encode_with_report(texts).token_counts.tolist()
+    tokens = sum(counts)
+    batches = [
+        math.ceil(sum(counts[index] for index in batch) / 8) * 8  # as packed batches are, see backbone.py
+        for batch in token_batches(counts, embedder.batch_tokens, packed=True)
+    ]
+    runs: dict[str, Callable[[], object]] = {
+        "kvembed": lambda: embedder.encode(texts),
+        "its matrix products alone": _products(embedder.backbone, batches),
+    }
     for size in (1, 8, 32):
         runs[f"sentence-transformers, batches of {size}"] = lambda size=size: theirs.encode(texts, batch_size=size)  # type: ignore[misc]
-    seconds = _interleaved(runs, min(arguments.rounds, 5))
+    seconds = _interleaved(runs, arguments.rounds)
     cosine = (embedder.encode(texts) * theirs.encode(texts, batch_size=1, normalize_embeddings=True)).sum(1).min()
     return _against("kvembed", seconds, texts=len(texts), tokens=tokens, least_cosine=round(float(cosine), 4))
 
@@ -320,7 +353,7 @@ def llama(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             runs[f"llama.cpp, {path.stem}, batches of {batch:,}"] = functools.partial(
                 theirs.embed, texts, normalize=True
             )
-    seconds = _interleaved(runs, min(arguments.rounds, 3))
+    seconds = _interleaved(runs, arguments.rounds)
     encoded = embedder.encode_with_report(texts)
     first = next(name for name in runs if name != "kvembed")  # of the file that kvembed reads too
     cosine = (encoded.vectors * np.array(runs[first](), np.float32)).sum(1).min()
@@ -350,28 +383,17 @@ def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     texts, tokens = 32, 64 if backbone.device.type == "cpu" else 512
     ids = torch.randint(100, 1000, (texts, tokens), device=backbone.device)
     lengths = torch.full((texts,), tokens, device=backbone.device)
-    linear = [part for layer in backbone.layers for part in layer.modules() if isinstance(part, nn.Linear)]
-    inputs = {
-        size: torch.randn(texts * tokens, size, dtype=linear[0].weight.dtype, device=backbone.device)
-        for size in {part.in_features for part in linear}
-    }
-
-    @torch.inference_mode()
-    def products() -> None:
-        for part in linear:
-            nn.functional.linear(inputs[part.in_features], part.weight)
-
     compiled = Backbone(copy.deepcopy(backbone.model))
     compiled.compile()
     seconds = _interleaved(
         {
             "forward": lambda: backbone.states(ids, lengths, EmbedConfig()),
             "compiled": lambda: compiled.states(ids, lengths, EmbedConfig()),
-            "products": products,
+            "products": _products(backbone, [texts * tokens]),
         },
         arguments.rounds,
     )
-    work = 2 * texts * tokens * sum(part.weight.numel() for part in linear)
+    work = 2 * texts * tokens * sum(part.weight.numel() for part in _linear(backbone))
     rate = work / statistics.median(seconds["products"]) / 1e9
     rows: list[dict[str, Any]] = [
         {"what": "model FLOP/s over GEMM FLOP/s", "gemm_gflops": round(rate)}
@@ -403,7 +425,8 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         ids = torch.randint(100, 1000, (1, tokens), device=backbone.device)
         lengths = torch.full((1,), tokens, device=backbone.device)
-        seconds = _interleaved({"": lambda i=ids, n=lengths: backbone.states(i, n, routed)}, 3)[""]  # type: ignore[misc]
+        run = functools.partial(backbone.states, ids, lengths, routed)
+        seconds = _interleaved({"": run}, arguments.rounds)[""]
         rows.append({"tokens": tokens, "seconds": round(statistics.median(seconds), 4)})
     return rows
 
@@ -427,9 +450,8 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def start(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Weights in the cache, as after a first use."""
     command = [sys.executable, "-m", "kvembed", "embed", "--model", arguments.model, "--dtype", arguments.dtype]
-    seconds = _interleaved(
-        {"": lambda: subprocess.run(command, input=b"One sentence.\n", check=True, capture_output=True)}, 5
-    )[""]
+    run = functools.partial(subprocess.run, command, input=b"One sentence.\n", check=True, capture_output=True)
+    seconds = _interleaved({"": run}, arguments.rounds)[""]
     return [{"what": "one sentence, whole process", "seconds": round(statistics.median(seconds), 2)}]
 
 

@@ -46,7 +46,8 @@ TITLES = {
 
 
 NOTES = {
-    "corpus": " Mean pooling without a prompt on both sides.",
+    "corpus": " Mean pooling without a prompt on both sides. The model's matrix products alone are the ceiling: what "
+    "would be left of kvembed's time with no attention, norms, rotation, tokenising or pooling at all.",
     "growth": " One text, re-routed in every layer.",
     "llama": " Mean pooling without a prompt on both sides. llama.cpp was built on the machine, for its own "
     "instructions. kvembed reads the first file; llama.cpp made the others of it.",
@@ -71,8 +72,9 @@ def speed_page(folder: Path) -> str:
             versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
             instructions = f" ({told['instructions']})" if "instructions" in told else ""
             machine = f"{told['device']}, {told['threads']} threads, {told['hardware']}{instructions}; {versions}"
+            rounds = f"; {told['rounds']} rounds" if told["rounds"] > 1 else ""
             model = "a tiny random model" if section == "memory" else told["model"]
-            about = f"{model}, {told['dtype']}; {machine}; {told['rounds']} rounds.{NOTES.get(section, '')}"
+            about = f"{model}, {told['dtype']}; {machine}{rounds}.{NOTES.get(section, '')}"
             parts += [about, _table(section, told["rows"], told["device"])]
         if section == "growth" and paths:
             parts.append("![Seconds against tokens](growth.svg)")

@@ -3,7 +3,7 @@
 Each read-out of a text (the prompt's last state, say, and the mean of the text's own states low in the model) is a view
 of it. Raw views are poor vectors: a few directions that all texts share drown the rest. So
 
-    x_v = unit((unit(r_v) - m_v) W_v)        every view centred (by role), and whitened: W_v = C_v^(-1/2)
+    x_v = unit((unit(r_v) - m_v) W_v)        every view centred (by role), and whitened: W_v W_v^T = C_v^(-1)
     y   = [x_1 .. x_V] U diag(l^(1/2))       U, l: eigenvectors and eigenvalues of the covariance of [x_1 .. x_V]
 
 Whitening (Su et al. 2021, arXiv 2103.15316) is shrunk, so few texts do and no direction blows up:
