@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from kvembed import Embedder
 from kvembed.cli import app
 from kvembed.options import parse_layers
-from kvembed.saved import usual_method
+from kvembed.saved import default_method
 from kvembed.terminal import stop
 
 KVEMBED = [sys.executable, "-m", "kvembed"]
@@ -507,9 +507,9 @@ def test_tune_told_wrong(run, folder, tmp_path, monkeypatch, args, message):
     assert result.stderr.count("\n") <= 2
 
 
-def test_the_usual_method_is_auto_or_a_folders_own(folder, tmp_path):
-    assert usual_method("smollm2") == usual_method(str(tmp_path)) == "auto"
-    assert usual_method(str(folder)) is None
+def test_the_default_method_is_auto_or_a_folders_own(folder, tmp_path):
+    assert default_method("smollm2") == default_method(str(tmp_path)) == "auto"
+    assert default_method(str(folder)) is None
 
 
 def test_few_compiled_products_are_kept(monkeypatch):

@@ -521,7 +521,8 @@ def test_the_two_halves_of_encode(embedder, tokenizer):
         assert halves.token_counts.tolist() == whole.token_counts.tolist()
     ids = [tokenizer(text)["input_ids"] for text in NOTICES[:5]]
     assert embedder.prompts(ids) == embedder.prompts(NOTICES[:5])
-    assert embedder.encode_prompts([]).vectors.shape == (0, embedder.dim)
+    for one in (embedder, embedder.replace(document=("{text}", "A {text}"), query=("{text}", "B {text}"))):
+        assert one.encode_prompts([]).vectors.shape == (0, embedder.dim)
     views = embedder.encode_views(NOTICES[:5]).vectors
     np.testing.assert_array_equal(embedder.join(views.tolist()), embedder.encode(NOTICES[:5]))
     for odd in (views[0], views[:, :, :-1], views[:, None]):
@@ -529,7 +530,7 @@ def test_the_two_halves_of_encode(embedder, tokenizer):
             embedder.join(odd)
     long = " ".join(NOTICES)
     assert embedder.prompts([long])[0][0].tokens_cut > 0
-    with pytest.raises(InputError, match=r"text 1 takes [\d,]+ tokens with its template; the most is 400"):
+    with pytest.raises(InputError, match=r"text 1 takes [\d,]+ tokens with its template; the limit is 400"):
         embedder.prompts(["a", long], truncate=False)
 
 

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import MANY, NOTICES, tiny
 from scipy.stats import spearmanr
 
@@ -237,6 +238,34 @@ def test_a_chat_template_does_not_reach_a_baseline(llama, tokenizer, tmp_path):
     expected = [len(ids) for ids in tokenizer(NOTICES[:6])["input_ids"]]
     assert encoded.token_counts.tolist() == expected
     assert (subject.model, subject.method) == ("m", "sentence-transformer")
+
+
+@pytest.mark.filterwarnings("ignore:The .* method is deprecated")
+def test_a_reference_is_known_by_all_that_decides_its_vectors(llama, tokenizer, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    tokenizer.pad_token = "</s>"
+    try:
+        llama.model.save_pretrained(tmp_path / "m")
+        tokenizer.save_pretrained(tmp_path / "m")
+    finally:
+        tokenizer.pad_token = None
+
+    def identity(change=lambda model: None, pooling="mean"):
+        model = SentenceTransformer(modules=[Transformer(str(tmp_path / "m")), Pooling(48, pooling)], device="cpu")
+        change(model)
+        model.save(str(tmp_path / "saved"))
+        return sentence_transformer_subject(tmp_path / "saved").identity
+
+    def last_weight(model):
+        with torch.no_grad():
+            next(iter(model.parameters()))[-1, -1] += 1
+
+    changes = [{}, {"pooling": "cls"}, {"change": last_weight}]
+    changes.append({"change": lambda model: model.prompts.update(query="query: ")})
+    assert len({identity(**change) for change in changes}) == len(changes)
+    assert identity() == identity()
 
 
 def test_no_such_reference(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import MANY, NOTICES, tiny
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
@@ -268,6 +269,16 @@ def test_every_script(embedder, tmp_path):
     assert index.search("Fähre", mode="text") == []
     with pytest.raises(InputError, match="does not support the requested language: 'Klingon'"):
         index.update(Corpus([tmp_path / "x.jsonl"]), language="Klingon")
+
+
+def test_a_model_that_was_changed_in_memory_is_another(tokenizer, tmp_path):
+    (tmp_path / "x.txt").write_text("A ferry.")
+    mine = Embedder.from_model(tiny(), tokenizer, layers=[1, 2])
+    index, _ = made(mine, tmp_path, tmp_path / "x.txt")
+    with torch.no_grad():
+        next(mine.model.parameters()).mul_(2)
+    with pytest.raises(InputError, match="was made with fingerprint"):
+        Index.create(index.folder, mine)
 
 
 def test_another_model_or_config_is_refused(embedder, index, tokenizer, folder, tmp_path):
@@ -606,6 +617,17 @@ def test_a_refit_keeps_what_is_not_said(folder, notes, monkeypatch):
     refused = run("index", "notes/ferry.md", "--db", "db", "--refit", "--bias", "2")
     assert refused.exit_code == 1
     assert "also has documents from" in refused.stderr
+
+
+def test_layers_by_the_model_are_an_option_too(folder, notes, monkeypatch):
+    monkeypatch.setattr("kvembed.self_written._COUNT", 60)
+    options = ("--method", "kv", "--dtype", "float32")
+    run("index", "notes", "--db", "db", "--model", folder, *options, "--layers", "none")
+    refused = run("index", "notes", "--db", "db", "--layers", "auto")
+    assert refused.exit_code == 1
+    assert re.search(r"db was made with layers \[\], not \[\d", refused.stderr)
+    run("index", "notes", "--db", "db", "--refit", "--layers", "auto")
+    assert run("index", "notes", "--db", "db", "--layers", "auto").exit_code == 0
 
 
 @pytest.mark.parametrize(

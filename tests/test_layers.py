@@ -106,6 +106,25 @@ def test_the_curve_is_that_of_the_last_tokens_states(llama, tokenizer):
     assert len(curve) == 5
 
 
+def test_a_batch_that_does_not_fit_is_halved(llama, tokenizer, monkeypatch, caplog):
+    backbone, prompter = Backbone(llama), Prompter(tokenizer)
+    whole = id_curve(backbone, prompter, NOTICES, "{text}")
+    states, sizes = backbone.states, []
+
+    def small(ids, lengths, *args, **options):
+        sizes.append(int(lengths.sum()))
+        if sizes[-1] > 400:
+            raise torch.OutOfMemoryError
+        return states(ids, lengths, *args, **options)
+
+    monkeypatch.setattr(backbone, "states", small)
+    np.testing.assert_allclose(id_curve(backbone, prompter, NOTICES, "{text}"), whole, rtol=1e-3)
+    assert "out of memory: batches cut" in caplog.text
+    sizes.clear()
+    Embedder.from_model(llama, tokenizer, texts=NOTICES, batch_tokens=300)
+    assert max(sizes, default=0) <= 300
+
+
 def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypatch):
     backbone = Backbone(tiny(seed=5))
     monkeypatch.setattr("kvembed.self_written._COUNT", 40)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from kvembed import Embedder, InputError, ModelNotFound, models
 from kvembed.files import cache_folder
-from kvembed.saved import usual_method
+from kvembed.saved import default_method, saved_config
 
 
 @pytest.fixture
@@ -329,6 +330,50 @@ def test_pulling_takes_other_weights_only_where_there_are_no_safetensors(monkeyp
     assert asked == [True, False, True]
 
 
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch, llama, tokenizer):
+    """A saved embedder in the hub's cache, as a download leaves it, and no network."""
+    snapshot = tmp_path / "hub" / "models--user--saved" / "snapshots" / "abc"
+    Embedder.from_model(llama, tokenizer, method="prompt-eol").save_pretrained(snapshot)
+    (tmp_path / "hub" / "models--user--saved" / "refs").mkdir()
+    (tmp_path / "hub" / "models--user--saved" / "refs" / "main").write_text("abc")
+
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    monkeypatch.setattr(models, "get_hf_file_metadata", offline)
+    return snapshot
+
+
+def test_a_saved_embedder_on_a_hub_is_opened_as_it_was_saved(on_hub):
+    assert saved_config("user/saved").method == "prompt-eol"
+    assert default_method("user/saved") is None
+    embedder = Embedder.from_pretrained("user/saved", dtype="float32")
+    assert embedder.config == Embedder.from_pretrained(on_hub, dtype="float32").config
+    assert embedder.config.method == "prompt-eol"
+    (on_hub / "kvembed.json").unlink()  # and of a model that is none, nobody says otherwise
+    assert saved_config("user/saved") is None
+
+
+def test_a_file_beside_a_hubs_model(monkeypatch, tmp_path):
+    """With a network the hub is asked each time, so that a new commit is seen."""
+    asked = []
+    monkeypatch.setattr(models, "_on_hub", lambda name, revision: name)
+    monkeypatch.setattr(models, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
+    monkeypatch.setattr(models, "hf_hub_download", lambda name, file, revision: f"{tmp_path}/{revision}/{file}")
+    assert models.hub_file("a/b", "kvembed.json", revision="r") == tmp_path / "r" / "kvembed.json"
+    assert asked[0].endswith("/a/b/resolve/r/kvembed.json")
+
+    def missing(*_, **__):
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr(models, "get_hf_file_metadata", missing)
+    assert models.hub_file("a/b", "kvembed.json") is None
+
+
 def test_a_name_stands_for_what_is_here_but_a_bundled_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
@@ -336,11 +381,12 @@ def test_a_name_stands_for_what_is_here_but_a_bundled_one(tmp_path, monkeypatch)
     assert models.local_path("smollm2") is None
     assert models.local_path("./smollm2") == Path("smollm2")
     assert models.label("smollm2") == "smollm2"
-    assert usual_method("smollm2") == "auto"
-    assert usual_method("./smollm2") is None
+    assert default_method("smollm2") == "auto"
+    assert default_method("./smollm2") is None
     for odd in ("~nobody-of-this-name/model", "x" * 5000, ""):
         assert models.local_path(odd) is None
-        assert usual_method(odd) == "auto"
+        with pytest.raises(ModelNotFound):
+            default_method(odd)
 
 
 def test_a_folder_is_told_by_its_own_name(tmp_path, monkeypatch):

@@ -186,7 +186,7 @@ def test_limits_and_counts_are_without_what_is_shared(llama, tokenizer):
     report = embedder.encode_with_report(["word " * 100, "a"])
     assert report.token_counts.tolist() == [30, short.tokens]
     assert report.tokens_cut.tolist() == [long.tokens_cut, 0]
-    with pytest.raises(InputError, match=r"text 0 takes \d\d\d tokens with its template; the most is 30"):
+    with pytest.raises(InputError, match=r"text 0 takes \d\d\d tokens with its template; the limit is 30"):
         embedder.prompts(["word " * 100], truncate=False)
     rerouted = embedder.replace(layers=(1,), max_tokens=None)  # its examples are computed with every text, and count
     assert rerouted.encode_with_report(["a"]).token_counts.tolist() == [len(short.ids)]

@@ -172,7 +172,7 @@ def test_openais_client_gets_the_librarys_vectors(client, embedder):
 
 @pytest.mark.slow
 def test_errors_and_keys_are_the_servers_own(running, client):
-    with pytest.raises(openai.BadRequestError, match=r"input\[0\]: takes .* the most is 400"):
+    with pytest.raises(openai.BadRequestError, match=r"input\[0\]: takes .* the limit is 400"):
         vectors(client, [" ".join(NOTICES[:20])])
     with pytest.raises(openai.AuthenticationError):
         vectors(client.with_options(api_key="another"), ["a"])

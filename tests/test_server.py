@@ -205,10 +205,10 @@ def test_dimensions(start, server, embedder, llama, tokenizer):
 def test_a_text_too_long_is_refused_unless_it_may_be_cut(server, embedder):
     long = " ".join(NOTICES)
     with client(server) as api:
-        with pytest.raises(openai.BadRequestError, match=r"input\[1\]: takes .* the most is 1,024") as refused:
+        with pytest.raises(openai.BadRequestError, match=r"input\[1\]: takes .* the limit is 1,024") as refused:
             api.embeddings.create(model="tiny", input=["a", long])
         assert refused.value.code == "context_length_exceeded"
-        with pytest.raises(openai.BadRequestError, match="the most for any text is 16,384"):
+        with pytest.raises(openai.BadRequestError, match="the limit for any text is 16,384"):
             api.embeddings.create(model="tiny", input=long * 6, extra_body={"truncate": True})
         answer = api.embeddings.create(model="tiny", input=["a", long], extra_body={"truncate": True})
     encoded = embedder.encode_with_report(["a", long])
@@ -477,7 +477,6 @@ def test_an_unread_answer_is_sent_in_pieces_and_its_connection_ends(start, embed
         return listener
 
     monkeypatch.setattr("kvembed.server.listen_at", small)
-    monkeypatch.setattr(Limits, "body_seconds", 0.5)
     server = start(embedder, limits=Limits(body_seconds=0.5))
     body = json.dumps({"model": "tiny", "input": ["a"] * 2048}).encode()
     unread = socket.socket()
@@ -584,7 +583,7 @@ def test_a_text_that_no_queue_can_hold_is_not_even_tokenised(start, llama, token
     server = start(embedder, limits=Limits(queue_tokens=100))
     status, _, content = call(server, {"model": "tiny", "input": "a" * 5000})
     assert status == 400
-    assert "the most for any text is 1,600" in error_of(content)["message"]
+    assert "the limit for any text is 1,600" in error_of(content)["message"]
 
 
 def test_keys(start, embedder, log):

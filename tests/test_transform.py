@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvembed import EmbedConfig, Embedder, InputError, Readout
 from kvembed.self_written import write_texts
-from kvembed.transform import LEAST_TEXTS, Transform, fit
+from kvembed.transform import FORMULA, LEAST_TEXTS, Transform, fit
 from kvembed.tuning import choose_transform
 
 TEXTS = [f"{one} {number}" for number in range(9) for one in NOTICES][:130]
@@ -150,6 +151,21 @@ def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
     (stored,) = (tmp_path / "cache" / "transforms").glob("*.safetensors")
     stored.write_bytes(b"damaged")
     assert tuned(lambda *_: pytest.fail("it was kept"), tmp_path).digest() == first.digest()
+
+
+def test_what_was_read_for_another_formula_is_read_again(tmp_path, monkeypatch):
+    read = []
+
+    def count(texts, role, templates):
+        read.append(len(texts))
+        return views(len(texts[0]), texts=len(texts))
+
+    tuned(count, tmp_path)
+    tuned(count, tmp_path)
+    assert sum(read) == 260
+    monkeypatch.setattr("kvembed.tuning.FORMULA", FORMULA + 1)
+    tuned(count, tmp_path)
+    assert sum(read) == 520
 
 
 def test_texts_cut_otherwise_have_another_transform(tmp_path):
@@ -337,6 +353,16 @@ def test_another_config_is_fitted_anew(auto):
     assert other.transform is not auto.transform
     assert other.transform.info["config_hash"] != auto.transform.info["config_hash"]
     assert auto.replace(max_tokens=30).transform is auto.transform
+    words, static = auto.config.more_readouts
+    from_the_top = dataclasses.replace(words, output_layer=-len(auto.backbone.layers))  # is the same layer
+    assert auto.replace(more_readouts=(from_the_top, static)).transform is auto.transform
+
+
+def test_a_config_of_ones_own_and_a_fitted_file_for_a_model_in_memory(auto, llama, tokenizer, tmp_path):
+    auto.transform.save(tmp_path / "fit.safetensors")
+    again = Embedder.from_model(llama, tokenizer, method=auto.config, fitted=tmp_path / "fit.safetensors", dim=9)
+    assert again.config == auto.config.replace(dim=9)
+    np.testing.assert_allclose(again.encode(NOTICES), auto.replace(dim=9).encode(NOTICES), atol=1e-6)
 
 
 def test_bad_calibration_texts(llama, tokenizer):

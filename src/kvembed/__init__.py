@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import EmbedConfig, Readout
     from .embedder import Embedder, Explanation
-    from .errors import InputError, KvembedError, ModelNotFound, OutOfMemory, UnsupportedModel
+    from .errors import InputError, KvembedError, ModelNotFound, OutOfMemory, TextTooLong, UnsupportedModel
     from .methods import METHODS
     from .vectors import Encoded
 
@@ -25,6 +25,7 @@ __all__ = [
     "ModelNotFound",
     "OutOfMemory",
     "Readout",
+    "TextTooLong",
     "UnsupportedModel",
     "__version__",
 ]
@@ -36,7 +37,12 @@ _HOMES = {
     "Encoded": "vectors",
     "Explanation": "embedder",
     "Readout": "config",
-    **dict.fromkeys(["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"], "errors"),
+    "InputError": "errors",
+    "KvembedError": "errors",
+    "ModelNotFound": "errors",
+    "OutOfMemory": "errors",
+    "TextTooLong": "errors",
+    "UnsupportedModel": "errors",
 }
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,7 +46,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help="smollm2, a hub id, a folder or a .gguf file.")]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the folder's own, or auto."),
+    typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the one saved with the model, or auto."),
 ]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers to re-route: 6-9 or 4,5,10 or none or all or auto.")
@@ -250,7 +250,7 @@ def index_command(
         import_models()
         from .documents import Corpus
         from .index import Index
-        from .saved import usual_method
+        from .saved import default_method
 
         filled = Index.is_filled(db)
         there = filled and not refit
@@ -261,8 +261,10 @@ def index_command(
             base = before.config if method is None else None
         if there:
             index = Index.open(db, model=model, batch_tokens=batch_tokens)
-            chosen = None if layers is None else parse_layers(layers)
-            options = {"method": method, "layers": chosen, "bias": bias, "dim": dim, "max_tokens": max_tokens}
+            said = {"method": method, "bias": bias, "dim": dim, "max_tokens": max_tokens}
+            options: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+            if layers is not None:
+                options["layers"] = parse_layers(layers)
             index.check_options(dtype=None if dtype == "auto" else dtype, fitted=fitted, **options)
         else:
             Index.check_folder(db)
@@ -272,7 +274,7 @@ def index_command(
             if before:
                 before.check_covered(corpus)
             name = model or "smollm2"
-            method = method or usual_method(name)
+            method = method or default_method(name)
             config = base or (None if method is None else preset(method))
             is_fitted = config is not None and config.transform != "none" and fitted is None
             texts = corpus.calibration() if is_fitted else None

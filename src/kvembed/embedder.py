@@ -23,7 +23,7 @@ from .backbone import Backbone
 from .bars import Bar
 from .batching import blocks, characters
 from .config import EmbedConfig, Role, is_whole
-from .errors import InputError
+from .errors import InputError, TextTooLong
 from .fingerprint import fingerprint
 from .layers import choose_layers
 from .methods import preset
@@ -31,7 +31,7 @@ from .prefix import can_share_prefix, shared_prefix
 from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
 from .reading import Reader, refuse_training
-from .saved import read_config, save_embedder, save_st_files, saved_transform
+from .saved import save_embedder, save_st_files, saved_config, saved_transform
 from .self_written import own_texts
 from .transform import Transform
 from .tuning import FIT_TOKENS, choose_transform, fitted_for, warn_of_refit
@@ -105,10 +105,17 @@ class Embedder:
         batch_tokens: int | None = None,
         texts: Sequence[str] | None = None,
         transform: Transform | None = None,
+        refit: bool = False,
         name: str = "",
         progress: bool = False,
     ) -> None:
-        """Prefer `from_pretrained` or `from_model`, which say what the arguments mean."""
+        """Prefer `from_pretrained` or `from_model`, which say what the arguments mean.
+
+        Args:
+            transform: fitted for this model and config.
+            refit: whether another is fitted, with a warning, if `transform` is for another config; or else it is
+                refused.
+        """
         self._batch_tokens: int | None = None
         if batch_tokens is not None:
             self.batch_tokens = batch_tokens
@@ -134,6 +141,7 @@ class Embedder:
                 lambda: self._own_texts(progress),
                 texts=texts,
                 model=name,
+                batch_tokens=self.batch_tokens,
                 progress=progress,
             )
             config = config.replace(layers=profile.layers)
@@ -160,7 +168,7 @@ class Embedder:
         if transform is not None and config.transform == "none":
             raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
         if config.transform != "none":
-            self.transform = self._fitted(transform, progress)
+            self.transform = self._fitted(transform, refit, progress)
             if config.dim and config.dim > self.transform.dim:
                 raise InputError(f"dim is {config.dim}, but the transform gives {self.transform.dim} at most")
         self.dim = self.backbone.dim if self.transform is None else config.dim or self.transform.dim
@@ -170,7 +178,7 @@ class Embedder:
         cls,
         name: str | os.PathLike[str],
         *,
-        method: str | None = None,
+        method: str | EmbedConfig | None = None,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         revision: str | None = None,
@@ -184,8 +192,10 @@ class Embedder:
         """Load a model and make it an embedder.
 
         Args:
-            name: a bundled name (`"smollm2"`), a hub id, a folder (one of `save_pretrained` too) or a `.gguf` file.
-            method: a preset, see `kvembed.METHODS`. Default: the one saved in the folder, or else `"kv"`.
+            name: a bundled name (`"smollm2"`), a hub id, a folder or a `.gguf` file. What `save_pretrained` wrote is
+                opened as it was saved, also from a hub.
+            method: a preset, see `kvembed.METHODS`, or a config of your own. Default: the one saved with the model, or
+                else `"kv"`.
             dtype: `"float32"`, `"bfloat16"`, `"float16"` (or torch's own), or `"auto"`: bfloat16, or float32 where the
                 CPU or GPU can't multiply it. Pooling and all after it are in float32.
             device: a torch device, or `"auto"`.
@@ -208,8 +218,7 @@ class Embedder:
         if not isinstance(name, str | os.PathLike):
             raise InputError(f"a model's name or path is needed, not a {type(name).__name__}; from_model takes a model")
         source, dtype = os.fspath(name), str(dtype).removeprefix("torch.")
-        folder = models.local_path(source)
-        as_saved = None if folder is None else read_config(folder)
+        as_saved = saved_config(source, revision=revision)
         if method is None and as_saved is not None:
             config = as_saved.replace(**options)
         else:
@@ -217,8 +226,8 @@ class Embedder:
         transform = None
         if fitted is not None:
             transform = Transform.load(Path(fitted).expanduser())
-        elif folder is not None and as_saved is not None and texts is None:
-            transform = saved_transform(folder, as_saved, config)
+        elif as_saved is not None and as_saved.transform != "none" and config.transform != "none" and texts is None:
+            transform = saved_transform(source, revision=revision)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
         if transform is not None and fitted is None and model.dtype == torch.float16:
             transform = _taken_for(model, tokenizer, transform)
@@ -229,6 +238,7 @@ class Embedder:
             batch_tokens=batch_tokens,
             texts=texts,
             transform=transform,
+            refit=fitted is None,
             name=models.label(source),
             progress=progress,
         )
@@ -242,9 +252,10 @@ class Embedder:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        method: str = "kv",
+        method: str | EmbedConfig = "kv",
         batch_tokens: int | None = None,
         texts: Sequence[str] | None = None,
+        fitted: str | os.PathLike[str] | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Embedder:
@@ -252,8 +263,15 @@ class Embedder:
 
         Args and errors as in `from_pretrained`; dtype and device are the model's own.
         """
-        config = preset(method, **options)
-        return cls(model, tokenizer, config, batch_tokens=batch_tokens, texts=texts, progress=progress)
+        return cls(
+            model,
+            tokenizer,
+            preset(method, **options),
+            batch_tokens=batch_tokens,
+            texts=texts,
+            transform=None if fitted is None else Transform.load(Path(fitted).expanduser()),
+            progress=progress,
+        )
 
     def replace(self, *, progress: bool = False, **options: Any) -> Embedder:
         """The same model under another config: some fields of `config` changed. Weights are shared, not copied.
@@ -269,20 +287,14 @@ class Embedder:
                 "replace changes fields, and a method is many: use from_model(model, tokenizer, method=...)"
             )
         config = self.config.replace(**options)
-        transform = self.transform
-        if transform is not None and config.transform == "none":
-            transform = None
-        elif transform is not None and not transform.is_for(fitted_for(self.fingerprint(), config)):
-            if self._texts is None:
-                warn_of_refit(transform)
-            transform = None
         return Embedder(
             self.model,
             self.tokenizer,
             config,
             batch_tokens=self._batch_tokens,
             texts=self._texts,
-            transform=transform,
+            transform=None if config.transform == "none" else self.transform,
+            refit=True,
             progress=progress,
         )
 
@@ -401,7 +413,7 @@ class Embedder:
         truncate: bool = True,
         first: int = 0,
     ) -> list[tuple[Prompt, ...]]:
-        """The first half of `encode`: each text tokenised in each template of its role.
+        """The first part of `encode`: each text tokenised in each template of its role.
 
         Args:
             texts: strings, or lists (arrays, tuples) of the tokenizer's ids, embedded as the text that they stand for.
@@ -410,17 +422,17 @@ class Embedder:
             first: the first text's number, for errors.
 
         Raises:
-            InputError: as `encode`; ids that are not text; a text that is too long and must not be cut.
+            InputError: as `encode`; or ids that are not text.
+            TextTooLong: a text that must not be cut.
         """
-        ids = (list, tuple, np.ndarray)
-        whole = [self._prompter.decode(text) if isinstance(text, ids) else text for text in _listed(texts)]
+        whole = [self._decoded(text, index) for index, text in enumerate(_listed(texts), first)]
         by_template = self._prompts(whole, role, self.max_tokens, first, cut=truncate)
         for template, rendered in zip(self.config.templates(role), by_template, strict=True):
             most = self._most(template, self.max_tokens, self.config.chunk_tokens)
             for index, prompt in enumerate(rendered, first):
                 if prompt.tokens > most:
-                    raise InputError(
-                        f"text {index} takes {prompt.tokens:,} tokens with its template; the most is {most:,}"
+                    raise TextTooLong(
+                        f"text {index} takes {prompt.tokens:,} tokens with its template; the limit is {most:,}"
                     )
         return list(zip(*by_template, strict=True))
 
@@ -431,15 +443,17 @@ class Embedder:
         role: Role = "document",
         report: Callable[[int], Any] | None = None,
     ) -> Encoded:
-        """The second half of `encode`: what `prompts` gave for the same role, to vectors. Errors as in `encode`.
+        """All of `encode` after `prompts`, given what that gave for the same role. Errors as in `encode`.
 
         `report`, if given, is called after every batch with the number of texts that are done.
         """
-        by_template = [list(rendered) for rendered in zip(*prompts, strict=True)] or [[]]
+        by_template: list[list[Prompt]] = [list(rendered) for rendered in zip(*prompts, strict=True)]
+        by_template = by_template or [[] for _ in self.config.templates(role)]
         return self._joined(self._reader(by_template, self.batch_tokens, report), role)
 
     def join(self, views: NDArray[np.float32], *, role: Role = "document") -> NDArray[np.float32]:
-        """The second half of `encode`: (n, V, model's width) views -> (n, dim) float32, rows of norm 1.
+        """The last part of `encode`, what comes after `encode_views`: (n, V, model's width) views -> (n, dim) float32,
+        rows of norm 1.
 
         Raises:
             InputError: views of another shape.
@@ -451,16 +465,29 @@ class Embedder:
         vectors = views.mean(1) if self.transform is None else self.transform(views, role, self.config.dim)
         return unit(vectors)
 
+    def _decoded(self, text: Any, index: int) -> Any:
+        if not isinstance(text, list | tuple | np.ndarray):
+            return text
+        try:
+            return self._prompter.decode(text)
+        except InputError as error:
+            raise InputError(f"text {index}: {error}") from None
+
     def _joined(self, read: Encoded, role: Role) -> Encoded:
         return dataclasses.replace(read, vectors=self.join(read.vectors, role=role))
 
-    def _fitted(self, transform: Transform | None, progress: bool) -> Transform:
+    def _fitted(self, transform: Transform | None, refit: bool, progress: bool) -> Transform:
         """`transform` itself, or else the stored one, or one fitted now. Raises `InputError` if it is not for this."""
         check_texts(self._texts or ())
         if transform is not None:
             if transform.is_for(fitted_for(self.fingerprint(), self.config)):
                 return transform
-            if transform.info.get("fingerprint") == self.fingerprint():
+            same_model = transform.info.get("fingerprint") == self.fingerprint()
+            if same_model and refit:
+                if self._texts is None:
+                    warn_of_refit(transform)
+                return self._fitted(None, refit, progress)
+            if same_model:
                 theirs, ours = transform.info.get("method", self.config.method), self.config.method
                 apart = "another config" if theirs == ours else f"method {theirs}, and this is {ours}"
                 raise InputError(f"the transform was fitted for {apart}")
@@ -589,7 +616,7 @@ class Embedder:
 
 
 def _taken_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, transform: Transform) -> Transform:
-    """Whose weights were rounded to float16, nobody can tell: a fit that was saved beside them is theirs."""
+    """float16 rounds weights, and with them the fingerprint: a fit that was saved beside them is taken to be theirs."""
     told = fingerprint(Backbone(model), Prompter(tokenizer))
     return dataclasses.replace(transform, info=transform.info | {"fingerprint": told})
 

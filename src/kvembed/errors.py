@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"]
+__all__ = ["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "TextTooLong", "UnsupportedModel"]
 
 
 class KvembedError(Exception):
@@ -11,6 +11,10 @@ class KvembedError(Exception):
 
 class InputError(KvembedError, ValueError):
     """A text, a file or an option can't be used as given."""
+
+
+class TextTooLong(InputError):
+    """A text has more tokens than there may be, and must not be cut."""
 
 
 class ModelNotFound(KvembedError, OSError):

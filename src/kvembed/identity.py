@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 __all__ = ["first_difference", "identity", "identity_hash"]
 
 
-def identity(embedder: Embedder) -> dict[str, Any]:
-    """Everything that decides an embedder's vectors, in plain JSON types."""
+def identity(embedder: Embedder, *, anew: bool = True) -> dict[str, Any]:
+    """Everything that decides an embedder's vectors, in plain JSON types.
+
+    Args:
+        anew: look at the model's weights again; not needed where they have just been loaded.
+    """
     return {
-        "fingerprint": embedder.fingerprint(),
+        "fingerprint": embedder.fingerprint(anew=anew),
         "dtype": embedder.dtype,
         "config": embedder.config.to_dict(),
         "max_tokens": embedder.max_tokens,

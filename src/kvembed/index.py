@@ -147,20 +147,21 @@ class Index:
         return identity_hash(self.made_with)
 
     def check_options(self, *, dtype: str | None = None, fitted: Path | None = None, **fields: Any) -> None:
-        """Whether the index was made as one with these options would be; those that are None are not looked at.
+        """Whether the index was made as one with these options would be.
 
         Args:
-            dtype, fitted: as in `Embedder.from_pretrained`.
-            fields: of `EmbedConfig`.
+            dtype, fitted: as in `Embedder.from_pretrained`; None: not looked at.
+            fields: of `EmbedConfig`, those that are to be looked at.
 
         Raises:
             InputError: it was not.
         """
         from .transform import Transform
 
-        config = self.config.replace(**{name: value for name, value in fields.items() if value is not None})
-        if config.layers == "all":
-            config = config.replace(layers=self.embedder.backbone.changed_layers(config))
+        config = self.config.replace(**fields)
+        if config.layers is None or config.layers == "all":  # by the model
+            plain = self.embedder.replace(layers=config.layers, transform="none", dim=None, more_readouts=())
+            config = config.replace(layers=plain.config.layers)
         told = {"dtype": dtype or self.made_with["dtype"], "config": config.to_dict()}
         if fitted is not None:
             told["transform"] = Transform.load(fitted).digest()
@@ -232,7 +233,7 @@ class Index:
             raise InputError(f"{another}: {error}") from None
         if embedder.fingerprint() != told.get("fingerprint"):  # indexes of earlier versions have none
             raise InputError(another)
-        if apart := first_difference(told, identity(embedder)):
+        if apart := first_difference(told, identity(embedder, anew=False)):
             raise InputError(f"{self.folder} was made with {apart}")
         return embedder
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .bars import Bar
-from .batching import token_batches
+from .batching import run_batches
 from .config import EmbedConfig
 from .errors import InputError
 from .files import cache_folder, store
@@ -155,6 +155,7 @@ def id_curve(
 
     Raises:
         InputError: as in `twonn`.
+        OutOfMemory: a single text does not fit.
     """
     backbone.check_readable()
     found = prompter(list(texts), template, min(_MOST_TOKENS, backbone.max_tokens or _MOST_TOKENS))
@@ -164,10 +165,14 @@ def id_curve(
     plain = EmbedConfig()
     lengths = [len(prompt.ids) for prompt in prompts]
     with Bar(total=len(prompts), desc="reading layers", unit="text", progress=progress) as bar:
-        for batch in token_batches(lengths, batch_tokens, backbone.rope_border, packed=backbone.packs):
+
+        def read(batch: list[int]) -> Tensor:
             ids, real = backbone.pad([prompts[i].ids for i in batch])
             readers = {layer: partial(_keep_last, states[layer], batch, real) for layer in range(len(states))}
             backbone.states(ids, real, plain, readers=readers)
+            return real
+
+        for batch, _ in run_batches(lengths, batch_tokens, read, backbone.rope_border, packed=backbone.packs):
             bar.update(len(batch))
     allowed = _allowed(len(states), backbone.attention_layers)
     return tuple(
@@ -191,6 +196,7 @@ def choose_layers(
     *,
     texts: Sequence[str] | None = None,
     model: str = "",
+    batch_tokens: int = 2048,
     progress: bool = False,
 ) -> Profile:
     """The layers for this model: from a shipped or cached profile, or worked out now and cached.
@@ -203,6 +209,7 @@ def choose_layers(
         write: gives texts that the model wrote itself; called if there are no others and nothing is stored.
         texts: calibration texts.
         model: name to write into the profile.
+        batch_tokens: as in `Embedder`.
         progress: show bars on a terminal.
 
     Raises:
@@ -224,7 +231,7 @@ def choose_layers(
     logger.info("choosing layers for %s by intrinsic dimension, once", model or backbone.model_type)
     if texts is None:
         texts = write()
-    curve = id_curve(backbone, prompter, texts, template, progress=progress)
+    curve = id_curve(backbone, prompter, texts, template, batch_tokens=batch_tokens, progress=progress)
     profile = Profile(
         model=model or backbone.model_type,
         fingerprint=fingerprint,

@@ -134,16 +134,18 @@ METHODS: dict[str, EmbedConfig] = {
 }
 
 
-def preset(method: str, **options: Any) -> EmbedConfig:
+def preset(method: str | EmbedConfig, **options: Any) -> EmbedConfig:
     """The config of a named method, with some fields changed.
 
     Args:
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, or a config of your own.
         options: fields of `EmbedConfig` to change, for example `layers=(4, 5), bias=2.0`.
 
     Raises:
         InputError: unknown method, unknown option or bad value.
     """
+    if isinstance(method, EmbedConfig):
+        return method.replace(**options)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     return METHODS[method].replace(**options)

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -30,7 +36,18 @@ from transformers.utils import logging as transformers_logging
 from .errors import InputError, KvembedError, ModelNotFound
 from .files import cache_folder, sha256_of
 
-__all__ = ["BUNDLED", "Bundled", "best_device", "best_dtype", "label", "load", "pull", "usable_device"]
+__all__ = [
+    "BUNDLED",
+    "Bundled",
+    "best_device",
+    "best_dtype",
+    "hub_file",
+    "label",
+    "load",
+    "local_path",
+    "pull",
+    "usable_device",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +161,8 @@ def _local_folder(name: str, revision: str | None = None) -> Path | None:
     if name in BUNDLED:
         bundled = BUNDLED[name]
         return _convert_once(f"{name}-{bundled.sha256[:12]}", lambda folder: _download(bundled, folder))
-    if not name:
-        raise ModelNotFound("the model's name is empty")
     path = local_path(name)
     if path is None:
-        if name.lower().endswith(".gguf") or name.count("/") > 1 or name.startswith((".", "/", "~")):
-            raise ModelNotFound(f"{name}: no such file or folder")
         return None
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -162,6 +175,10 @@ def _local_folder(name: str, revision: str | None = None) -> Path | None:
 
 def _on_hub(name: str, revision: str | None) -> str:
     """The hub id, if it is cached or the hub has it; transformers itself would try for a minute before saying no."""
+    if not name:
+        raise ModelNotFound("the model's name is empty")
+    if name.lower().endswith(".gguf") or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ModelNotFound(f"{name}: no such file or folder")
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
@@ -177,6 +194,23 @@ def _on_hub(name: str, revision: str | None) -> str:
                 f"cache, and the hub can't be reached ({_first_line(error)})"
             ) from None
     return name
+
+
+def hub_file(name: str, file: str, *, revision: str | None = None) -> Path | None:
+    """A file beside a hub id's model, fetched if need be; None if there is none, or no network and none in the cache.
+
+    Raises:
+        ModelNotFound: no such model.
+    """
+    _on_hub(name, revision)
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=10)
+        return Path(hf_hub_download(name, file, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except Exception:  # whatever the HTTP library of the day raises, where there is no network
+        cached = try_to_load_from_cache(name, file, revision=revision)
+        return Path(cached) if isinstance(cached, str) else None
 
 
 def best_device() -> torch.device:

@@ -68,7 +68,7 @@ def _inputs(value: Any) -> list[Input]:
     if _are_ids(value):
         value = [value]
     if len(value) > MAX_INPUTS:
-        raise ValueError(f"has {len(value):,} items; the most is {MAX_INPUTS:,}")
+        raise ValueError(f"has {len(value):,} items; the limit is {MAX_INPUTS:,}")
     for index, item in enumerate(value):
         if isinstance(item, str) == isinstance(value[0], str) and (isinstance(item, str) or _are_ids(item)):
             if not item:

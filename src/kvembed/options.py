@@ -47,21 +47,18 @@ def loader(
     options = {name: value for name, value in options.items() if value is not None}
     if layers is not None:
         options["layers"] = parse_layers(layers)
-    if base is not None:
-        method, options = base.method, base.replace(**options).to_dict()
-        del options["method"]
-    checked = preset(method or "auto", **options)
+    checked = preset(base or method or "auto", **options)
     if layers is not None and not checked.forward_passes:
-        raise InputError(f"--layers: method {method} runs no layer")
+        raise InputError(f"--layers: method {checked.method} runs no layer")
 
     def load() -> Embedder:
         import_models()
         from .embedder import Embedder
-        from .saved import usual_method
+        from .saved import default_method
 
         embedder = Embedder.from_pretrained(
             model,
-            method=method or usual_method(model),
+            method=base or method or default_method(model, revision=revision),
             dtype=dtype,
             batch_tokens=batch_tokens,
             fitted=fitted,

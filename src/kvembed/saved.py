@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from .config import EmbedConfig
 from .errors import InputError
 from .files import naming, usual_mode, write_json
-from .models import bars_off, local_path
+from .models import BUNDLED, bars_off, hub_file, local_path
 from .transform import Transform
-from .tuning import fitted_for, warn_of_refit
 
 if TYPE_CHECKING:
     from .embedder import Embedder
@@ -27,11 +26,11 @@ __all__ = [
     "CONFIG_FILE",
     "PROMPTS",
     "TRANSFORM_FILE",
-    "read_config",
+    "default_method",
     "save_embedder",
     "save_st_files",
+    "saved_config",
     "saved_transform",
-    "usual_method",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,21 +52,43 @@ _ST_FILES: dict[str, Any] = {
 }
 
 
-def saved_transform(folder: Path, as_saved: EmbedConfig, config: EmbedConfig) -> Transform | None:
-    """A saved embedder's transform, if `config` can have it."""
-    if config.transform == "none" or not (folder / TRANSFORM_FILE).is_file():
+def saved_config(model: str, *, revision: str | None = None) -> EmbedConfig | None:
+    """The config that was saved with a model; None if none was.
+
+    Args:
+        model, revision: as in `models.load`.
+
+    Raises:
+        InputError: it is damaged.
+        ModelNotFound: no such model.
+    """
+    path = _beside(model, CONFIG_FILE, revision)
+    if path is None:
         return None
-    transform = Transform.load(folder / TRANSFORM_FILE)
-    if fitted_for("", config) == fitted_for("", as_saved):
-        return transform
-    warn_of_refit(transform)
-    return None
+    with naming(path):
+        content = path.read_bytes()
+    try:
+        return EmbedConfig.from_dict(json.loads(content))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a kvembed config: {error}") from None
 
 
-def usual_method(model: str) -> str | None:
-    """The method of the command line and the server where none is named: `auto`, or (None) a saved folder's own."""
+def saved_transform(model: str, *, revision: str | None = None) -> Transform | None:
+    """The transform that was saved with a model; None if none was. Arguments and errors as in `saved_config`."""
+    path = _beside(model, TRANSFORM_FILE, revision)
+    return None if path is None else Transform.load(path)
+
+
+def _beside(model: str, file: str, revision: str | None) -> Path | None:
     folder = local_path(model)
-    return None if folder is not None and (folder / CONFIG_FILE).is_file() else "auto"
+    if folder is None:
+        return None if model in BUNDLED else hub_file(model, file, revision=revision)
+    return folder / file if (folder / file).is_file() else None
+
+
+def default_method(model: str, *, revision: str | None = None) -> str | None:
+    """The method of the command line and the server where none is named: `auto`, or (None) the one saved with it."""
+    return "auto" if saved_config(model, revision=revision) is None else None
 
 
 def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
@@ -128,16 +149,3 @@ def save_st_files(folder: str | os.PathLike[str]) -> None:
     with naming(folder):
         for name, content in _ST_FILES.items():
             write_json(Path(folder) / name, content)
-
-
-def read_config(folder: Path) -> EmbedConfig | None:
-    """The config of a saved embedder; None if the folder (or file) is none. Raises `InputError` if it is damaged."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        return None
-    with naming(path):
-        content = path.read_bytes()
-    try:
-        return EmbedConfig.from_dict(json.loads(content))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a kvembed config: {error}") from None

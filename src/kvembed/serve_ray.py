@@ -81,13 +81,12 @@ def app(arguments: Arguments) -> Any:
     Raises:
         InputError: the file of keys can't be read.
     """
-    limits = Limits()
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="kvembed",
         num_replicas=arguments.replicas,
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
-        max_ongoing_requests=limits.requests,  # the replica itself answers 429, by tokens
+        max_ongoing_requests=Limits.requests,  # the replica itself answers 429, by tokens
         graceful_shutdown_timeout_s=GRACE_SECONDS,
     )
     return deployment.bind(arguments, api_keys(arguments.keys))

@@ -113,10 +113,15 @@ class _Protocol(H11Protocol):
 
     _giving_up: asyncio.TimerHandle | None = None
 
+    @property
+    def _seconds(self) -> float:
+        limits: Limits = cast(FastAPI, self.config.app).state.service.limits
+        return limits.body_seconds
+
     def pause_writing(self) -> None:
         """More is to be sent than the client has taken: it has some time for it, or else its connection ends."""
         super().pause_writing()
-        self._giving_up = self.loop.call_later(Limits.body_seconds, self.transport.abort)
+        self._giving_up = self.loop.call_later(self._seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
         if self._giving_up:
@@ -125,7 +130,7 @@ class _Protocol(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self.loop.call_later(Limits.body_seconds, self.transport.abort)  # it closes only when all has been taken
+        self.loop.call_later(self._seconds, self.transport.abort)  # it closes only when all has been taken
 
     def send_400_response(self, msg: str) -> None:
         body = bytes(ApiError(400, msg).response().body)

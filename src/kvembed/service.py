@@ -17,7 +17,7 @@ from .batcher import Batcher
 from .batching import blocks, is_device_lost
 from .config import Role
 from .embedder import Embedder
-from .errors import InputError
+from .errors import InputError, TextTooLong
 from .openai_api import ApiError, Input
 from .prompts import Prompt
 
@@ -128,13 +128,13 @@ class Service:
             if size > most:
                 unit = "bytes" if isinstance(text, str) else "tokens"
                 raise _bad_input(
-                    f"input[{index}] has {size:,} {unit}; the most for any text is {most:,}", too_long=True
+                    f"input[{index}] has {size:,} {unit}; the limit for any text is {most:,}", too_long=True
                 )
             try:
                 (prompts,) = self.embedder.prompts([text], role=role, truncate=truncate)
             except InputError as error:
-                message = str(error).removeprefix("text 0 ")
-                raise _bad_input(f"input[{index}]: {message}", too_long="the most is" in message) from None
+                message = str(error).removeprefix("text 0").lstrip(": ")
+                raise _bad_input(f"input[{index}]: {message}", too_long=isinstance(error, TextTooLong)) from None
             found.append(tuple(prompt.without_text() for prompt in prompts))
         return found
 

@@ -188,9 +188,20 @@ def sentence_transformer_subject(folder: str | os.PathLike[str], name: str | Non
         return Encoded(np.asarray(vectors, np.float32), lengths - cut, cut)
 
     name = name or Path(folder).name
-    few = b"".join(tensor.flatten()[:64].float().numpy().tobytes() for tensor in model.state_dict().values())
-    weights = hashlib.sha256(few).hexdigest()
-    return _reference(name, "sentence-transformer", {"max_tokens": limit}, weights, encode)
+    return _reference(name, "sentence-transformer", {"max_tokens": limit}, _st_identity(model), encode)
+
+
+def _st_identity(model: Any) -> str:
+    """A hash of all that decides a sentence-transformers model's vectors: weights, modules, prompts, tokenizer."""
+    found = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        found.update(key.encode() + tensor.float().numpy().tobytes())
+    modules = [(type(module).__name__, getattr(module, "get_config_dict", dict)()) for module in model]
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # by call
+    rest = [modules, model.prompts, rules]
+    found.update(json.dumps(rest, sort_keys=True, default=str).encode())
+    return found.hexdigest()
 
 
 def tfidf_subject() -> Subject:

@@ -40,7 +40,9 @@ from .files import whole_file, why
 
 __all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "check_count", "fit"]
 
-FORMULA = 2  # counts changes of the formulas above and the constants below: a stored fit of another is not re-used
+# Counts changes of the formulas above, the constants below and what a view is (`kvembed.static`, `kvembed.pooling`): a
+# stored fit of another, and views that were kept for it, are not used again.
+FORMULA = 2
 SHRINK_TOP, SHRINK_INSIDE, SHRINK_JOINT = 0.5, 0.15, 0.6
 DIRECTIONS = 1024
 LEAST_TEXTS = 100

@@ -113,7 +113,7 @@ def choose_transform(
         most = _GIVEN_TEXTS if own else _FIT_TEXTS
         given = random.Random(0).sample(given, most) if len(given) > most else given
         origin["self_written"] = len(own)
-    views_of_own = cached.with_name(f"views-{identity_hash([bound, own])}")
+    views_of_own = cached.with_name(f"views-{identity_hash([bound, own, FORMULA, FIT_TOKENS])}")
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]

@@ -60,7 +60,7 @@ class Recipe:
             config=embedder.config,
             transform=embedder.transform,
             batch_tokens=embedder.batch_tokens,
-            fingerprint=embedder.fingerprint(),
+            fingerprint=embedder.fingerprint(anew=True),
         )
 
     def load(self, device: str = "auto") -> Embedder:
