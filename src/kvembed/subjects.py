@@ -196,7 +196,9 @@ def _st_identity(model: Any) -> str:
     found = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         found.update(key.encode() + tensor.float().numpy().tobytes())
-    modules = [(type(module).__name__, getattr(module, "get_config_dict", dict)()) for module in model]
+    modules: list[tuple[str, Any]] = [
+        (type(module).__name__, getattr(module, "get_config_dict", dict)()) for module in model
+    ]
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # by call
     rest = [modules, model.prompts, rules]
