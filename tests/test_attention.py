@@ -13,7 +13,7 @@ from reference import fast_attention, rerouted_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvembed import EmbedConfig, UnsupportedModel
-from kvembed.attention import Reroute, closed, delegated, prepended, turn_back
+from kvembed.attention import Reroute, closed, delegated, prepended, unrotate
 from kvembed.attention_interface import attending, stock_attention
 from kvembed.backbone import Backbone
 
@@ -302,6 +302,6 @@ def test_slot_position_first_with_a_scaled_rotation():
         seen.clear()
         backbone.decoder(input_ids=ids, use_cache=False)
     module = backbone.layers[0].self_attn
-    turned = turn_back(module, 0, seen[module][:, :, -1], rotations, length - 1)
+    turned = unrotate(module, 0, seen[module][:, :, -1], rotations, length - 1)
     torch.testing.assert_close(turned, at_zero, atol=1e-4, rtol=1e-4)
     assert torch.isfinite(backbone.states(ids, length, config)).all()

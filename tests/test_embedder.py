@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvembed import EmbedConfig, Embedder, InputError, KvembedError, UnsupportedModel
-from kvembed.files import usual_mode
+from kvembed.files import default_file_mode
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_save_then_load_gives_the_same_vectors(embedder, tmp_path):
     assert np.array_equal(again.encode_query(NOTICES[:9]), embedder.encode_query(NOTICES[:9]))
     assert Embedder.from_pretrained(folder, bias=2.0).config == embedder.config.replace(bias=2.0)
     assert Embedder.from_pretrained(folder, method="mean").config.method == "mean"
-    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {usual_mode()}
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {default_file_mode()}
     embedder.save_pretrained(folder)  # over itself
     assert not [path for path in folder.parent.iterdir() if path != folder]
     (folder / "kvembed.json").write_text('{"bias": "high"}')

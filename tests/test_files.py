@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kvembed import Encoded, InputError
-from kvembed.extras import needed
-from kvembed.files import check_writable, whole_file
+from kvembed.extras import import_extra
+from kvembed.files import atomic_write, check_writable
 from kvembed.texts import read_lines, read_rows, read_texts, stream_rows
 from kvembed.vectors import check_output, write_vectors
 
@@ -238,7 +238,7 @@ def test_a_file_keeps_its_permissions_and_a_link_its_place(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "real").chmod(0o640)
     (tmp_path / "link").symlink_to("real")
-    with whole_file(tmp_path / "link") as file:
+    with atomic_write(tmp_path / "link") as file:
         file.write(b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "new"
@@ -281,4 +281,4 @@ def test_outputs_that_cannot_be(tmp_path, path, message):
 
 def test_a_missing_extra_says_the_pip_line():
     with pytest.raises(InputError, match=r"this needs nonesuch: pip install 'kvembed\[parquet\]'"):
-        needed("nonesuch.thing", "parquet")
+        import_extra("nonesuch.thing", "parquet")

@@ -56,8 +56,8 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(flash, "_CPU", None)
     monkeypatch.setattr(flash, "_GPU", counting)
-    monkeypatch.setattr(flash, "has_causal", lambda query: True)
-    monkeypatch.setattr(flash, "has_packed", lambda query: True)
+    monkeypatch.setattr(flash, "takes_causal", lambda query: True)
+    monkeypatch.setattr(flash, "takes_packed", lambda query: True)
     monkeypatch.setattr(flash, "serves", lambda device, dtype: True)
     return seen
 

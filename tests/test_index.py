@@ -587,7 +587,7 @@ def test_many_queries(folder, notes, embedder):
 
 
 def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
-    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: MANY[:200])
+    monkeypatch.setattr("kvembed.embedder.generated_texts", lambda *_, **__: MANY[:200])
     jsonl(notes / "many.jsonl", [{"text": f"{i} {text}"} for i in range(3) for text in NOTICES])
     options = ("--model", folder, "--method", "auto", "--dtype", "float32")
     run("index", "many.jsonl", "--db", "db", *options)

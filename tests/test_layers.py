@@ -18,14 +18,14 @@ from kvembed.files import cache_folder
 from kvembed.fingerprint import fingerprint
 from kvembed.layers import Profile, choose_layers, id_curve, twonn, window
 from kvembed.prompts import Prompter
-from kvembed.self_written import own_texts, write_texts
+from kvembed.self_written import generated_texts, write_texts
 
 
 def chosen(backbone, tokenizer, template, **options):
     prompter = Prompter(tokenizer)
     told = fingerprint(backbone, prompter)
     return choose_layers(
-        told, backbone, prompter, template, lambda: own_texts(backbone.model, tokenizer, told), **options
+        told, backbone, prompter, template, lambda: generated_texts(backbone.model, tokenizer, told), **options
     )
 
 

@@ -72,7 +72,7 @@ def test_the_trial_notices_another_beginning(dtype, monkeypatch):
 def test_bfloat16_is_as_near_to_float32_as_without(family, changes, monkeypatch):
     """In tiles, and in windows as with other kernels."""
     for module in (attention, backbones):
-        monkeypatch.setattr(module, "suits", lambda device, dtype: dtype == torch.bfloat16)
+        monkeypatch.setattr(module, "prefers_tiles", lambda device, dtype: dtype == torch.bfloat16)
     half = Backbone(tiny(family, **changes).to(torch.bfloat16))
     exact = Backbone(tiny(family, **changes))
     exact.decoder.load_state_dict({name: part.float() for name, part in half.decoder.state_dict().items()})

@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import resource, torch
-from kvembed.process import keep_for_the_next_batch
+from kvembed.process import keep_freed_memory
 {set}
 @torch.inference_mode()
 def batch(states=torch.randn(2048, 576)):
@@ -40,8 +40,8 @@ def faults(setting, monkeypatch, **environment):
 def test_no_page_is_fetched_twice(monkeypatch):
     given_back = max(faults("", monkeypatch) for _ in range(3))  # how much is given back depends on where things lie
     assert given_back > 10_000  # pages; more than 1 MB a layer
-    assert faults("keep_for_the_next_batch()", monkeypatch) < given_back / 10
-    assert faults("keep_for_the_next_batch()", monkeypatch, MALLOC_MMAP_THRESHOLD_="65536") > given_back / 2
+    assert faults("keep_freed_memory()", monkeypatch) < given_back / 10
+    assert faults("keep_freed_memory()", monkeypatch, MALLOC_MMAP_THRESHOLD_="65536") > given_back / 2
 
 
 def test_what_is_imported_is_never_looked_through_again():
@@ -64,13 +64,13 @@ assert gc.isenabled() and gc.get_freeze_count() == frozen
 def test_the_threads_of_one_who_leaves_are_let_go():
     code = """
 import os, time, torch
-from kvembed.process import leave_computing
+from kvembed.process import release_openmp_threads
 count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(4)
 before = count()
 states = torch.ones(1 << 22) * 2
 team = count()
-leave_computing()
+release_openmp_threads()
 for _ in range(500):  # the kernel lists a thread that has ended a moment longer
     if count() == before:
         break

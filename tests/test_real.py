@@ -18,7 +18,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from kvembed import Embedder, tuning
 from kvembed.evaluate import evaluate
 from kvembed.models import pull
-from kvembed.self_written import own_texts, texts_digest
+from kvembed.self_written import generated_texts, texts_digest
 from kvembed.subjects import sentence_transformer_subject
 from kvembed.tasks import load_tasks
 
@@ -84,7 +84,7 @@ def test_alone_and_with_a_2000_token_mate(smollm2):
 
 
 def test_the_shipped_profile_is_found(smollm2, monkeypatch):
-    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: pytest.fail("the profile was not found"))
+    monkeypatch.setattr("kvembed.embedder.generated_texts", lambda *_, **__: pytest.fail("the profile was not found"))
     assert Embedder.from_model(*smollm2).config.layers == (6, 7, 8, 9)
     assert Embedder.from_pretrained("smollm2", dtype="bfloat16").config.layers == (6, 7, 8, 9)
 
@@ -92,7 +92,7 @@ def test_the_shipped_profile_is_found(smollm2, monkeypatch):
 @pytest.mark.parametrize("method", ["auto", "static"])
 def test_transforms_come_with_the_package(smollm2, tmp_path, monkeypatch, method):
     monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: pytest.fail("texts were written"))
+    monkeypatch.setattr("kvembed.embedder.generated_texts", lambda *_, **__: pytest.fail("texts were written"))
     embedder = Embedder.from_model(*smollm2, method=method)
     assert embedder.transform.info["texts"] == "self-written"
     ferry, boat, cheese = embedder.encode(["The ferry leaves at noon.", "When does the boat go?", "I like cheese."])
@@ -172,7 +172,7 @@ def test_what_it_wrote_comes_with_the_package(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr("kvembed.self_written.cache_folder", lambda: tmp_path)
     monkeypatch.setattr("kvembed.self_written.write_texts", lambda *_, **__: pytest.fail("texts were written"))
     embedder = Embedder.from_model(*smollm2, method="auto")
-    texts = own_texts(*smollm2, embedder.fingerprint())
+    texts = generated_texts(*smollm2, embedder.fingerprint())
     assert texts_digest(texts) == embedder.transform.info["texts_sha256"]
     assert len(set(texts)) == 1000
     assert not list(tmp_path.iterdir())
@@ -185,7 +185,7 @@ def test_what_it_wrote_comes_with_the_package(smollm2, tmp_path, monkeypatch):
 )
 def test_exact_from_1_to_2000_tokens_in_one_call(name, layers, window, backbone_file, monkeypatch):
     source = name if name == "smollm2" else backbone_file(name)
-    monkeypatch.setattr("kvembed.embedder.own_texts", lambda *_, **__: pytest.fail("the profile was not found"))
+    monkeypatch.setattr("kvembed.embedder.generated_texts", lambda *_, **__: pytest.fail("the profile was not found"))
     embedder = Embedder.from_pretrained(source, method="kv", dtype="float32", batch_tokens=100_000)
     assert embedder.config.layers == layers
     assert getattr(embedder.model.config, "sliding_window", None) == window

@@ -11,7 +11,7 @@ from reference import rerouted_attention
 
 from kvembed import EmbedConfig, attention, backbone
 from kvembed.backbone import Backbone
-from kvembed.tiles import TILES, Tiles, suits
+from kvembed.tiles import TILES, Tiles, prefers_tiles
 
 CPU = torch.device("cpu")
 
@@ -133,12 +133,12 @@ def test_states_are_as_near_to_float32s_as_the_fused_kernels(family, changes, co
     used = []
     attend = Tiles.attend
     monkeypatch.setattr(Tiles, "attend", lambda self, *args: used.append(1) or attend(self, *args))
-    monkeypatch.setattr(attention, "suits", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "prefers_tiles", lambda device, dtype: dtype == torch.bfloat16)
     ours = half.states(ids, lengths, config)[real].float()
     assert used
     used.clear()
     for module in (attention, backbone):
-        monkeypatch.setattr(module, "suits", lambda device, dtype: False)
+        monkeypatch.setattr(module, "prefers_tiles", lambda device, dtype: False)
     fused = half.states(ids, lengths, config)[real].float()
     assert not used
     assert (ours - expected).norm() < 1.5 * (fused - expected).norm()
@@ -170,8 +170,8 @@ def test_a_mask_is_taken_for_a_window_only_if_it_is_one():
 
 def test_where_tiles_are_used(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert suits(CPU, torch.bfloat16)
-    assert not suits(CPU, torch.float32)
-    assert not suits(torch.device("cuda"), torch.bfloat16)
+    assert prefers_tiles(CPU, torch.bfloat16)
+    assert not prefers_tiles(CPU, torch.float32)
+    assert not prefers_tiles(torch.device("cuda"), torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not suits(CPU, torch.bfloat16)
+    assert not prefers_tiles(CPU, torch.bfloat16)

@@ -21,7 +21,7 @@ from test_cli import KVEMBED
 
 from kvembed import Embedder, InputError, KvembedError, batching
 from kvembed.backbone import Backbone
-from kvembed.workers import Recipe, check_devices, encode_on, give_room, run_on
+from kvembed.workers import Recipe, check_devices, encode_on, move_to_cpu, run_on
 
 TWO = ["cpu", "cpu"]
 
@@ -163,10 +163,10 @@ def test_command_line(folder, tmp_path):
 
 def test_workers_get_the_device_and_batches_stay_as_they_were(llama, tokenizer, monkeypatch):
     embedder = Embedder.from_model(llama, tokenizer, method="mean")
-    assert give_room(embedder) is embedder
+    assert move_to_cpu(embedder) is embedder
     moved = []
     monkeypatch.setattr(Backbone, "device", property(lambda self: torch.device("cpu" if moved else "cuda")))
     monkeypatch.setattr(type(llama), "to", lambda model, device: moved.append(device))
     assert embedder.batch_tokens == 16_384
-    assert give_room(embedder).batch_tokens == 16_384
+    assert move_to_cpu(embedder).batch_tokens == 16_384
     assert moved == ["cpu"]

@@ -26,7 +26,7 @@ from kvembed.config import Precision, Role
 from kvembed.evaluate import evaluate
 from kvembed.quantize import unit
 from kvembed.results import mean
-from kvembed.self_written import own_texts
+from kvembed.self_written import generated_texts
 from kvembed.subjects import Subject, embedder_subject, marked, quantized_subject
 from kvembed.tasks import MINI_TOKENS, Task, load_tasks, mini, sample
 from kvembed.transform import Transform, fit
@@ -94,7 +94,7 @@ def _own(task: Task) -> tuple[str, ...]:
 
 def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float32], Role], NDArray[np.float32]]]]:
     """Name, and what makes vectors (N,dim) of all views (N,V,D)."""
-    texts = own_texts(auto.model, auto.tokenizer, auto.fingerprint(), progress=True)
+    texts = generated_texts(auto.model, auto.tokenizer, auto.fingerprint(), progress=True)
     views: Views = {role: auto.encode_views(texts, role=role).vectors for role in ROLES}
     inside = [readout.is_inside for _, readout in auto.config.views]
 

@@ -49,7 +49,7 @@ from kvembed.attention import Reroute
 from kvembed.backbone import Backbone
 from kvembed.batching import token_batches
 from kvembed.evaluate import hardware
-from kvembed.process import keep_for_the_next_batch
+from kvembed.process import keep_freed_memory
 from kvembed.tasks import load_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def main() -> None:
     model = arguments.shape or arguments.model
     plain = device.type == "cpu" and not arguments.shape
     out = arguments.out / (arguments.dtype if plain else f"{device.type}-{model}")
-    keep_for_the_next_batch()  # as the command line does; all that is compared has it
+    keep_freed_memory()  # as the command line does; all that is compared has it
     asked_rounds = arguments.rounds
     for name in arguments.sections or (SHAPE_SECTIONS if arguments.shape else SECTIONS):
         arguments.rounds = 1 if ROUNDS.get(name) == 1 else asked_rounds or ROUNDS.get(name, 7)

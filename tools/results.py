@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 SMALLEST = "smollm2"  # gets all methods, and the long texts
 SOME = ("auto", "kv", "static", "prompt-eol", "weighted-mean", "mean", "token-prepending", "echo")
 PROOF = ("banking77", "scifact", "sts12", "sts13", "sts14", "stsb")
+WHOLE = ("auto", "kv", "prompt-eol", "static")  # on the full sets of short texts, for which nothing was chosen
+SHORT = ("banking77", "mrpc", "sst2", "sts12", "sts13", "sts14", "stsb")
 
 
 def main() -> None:
@@ -37,7 +39,8 @@ def main() -> None:
     tasks = load_tasks(arguments.data)
     for suite in arguments.suite or ("mini", "full", "long"):
         for subject in _subjects(arguments.models, suite, arguments.method):
-            chosen = [task for task in sample(tasks, suite) if suite != "full" or task.name in PROOF]
+            full = SHORT if subject.method in WHOLE else PROOF
+            chosen = [task for task in sample(tasks, suite) if suite != "full" or task.name in full]
             rows = list(evaluate(subject, chosen, suite=suite, results=arguments.results, progress=True))
             print(f"{mean(rows).value:6.2f}  {suite}, {subject.model}, {subject.method}", flush=True)
 
@@ -50,8 +53,8 @@ def _subjects(models: Sequence[str], suite: str, methods: Sequence[str] | None) 
         if path and (Path(path) / "modules.json").is_file():
             if suite != "long" and methods is None:
                 yield sentence_transformer_subject(path, name)
-        elif suite == "mini" or (suite == "long" and name == SMALLEST):
-            for method in methods or (METHODS if name == SMALLEST else SOME):
+        elif suite == "mini" or name == SMALLEST:
+            for method in methods or (WHOLE if suite == "full" else METHODS if name == SMALLEST else SOME):
                 embedder = Embedder.from_pretrained(path or name, method=method, dtype="auto", progress=True)
                 for limited in at_limits(embedder, suite):
                     yield embedder_subject(limited, name)

@@ -30,7 +30,7 @@ from openai import APIStatusError, AsyncOpenAI
 
 from kvembed import Embedder
 from kvembed.evaluate import hardware
-from kvembed.process import keep_for_the_next_batch
+from kvembed.process import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 CUT = {"truncate": True}  # as the library does
@@ -130,7 +130,7 @@ async def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "serving")
     options = parser.parse_args()
     told: dict[str, Any] = {"model": options.model, "method": options.method, "throughput": {}, "difference": 0.0}
-    keep_for_the_next_batch()  # as the server's process does
+    keep_freed_memory()  # as the server's process does
     embedder = Embedder.from_pretrained(options.model, method=options.method)
     texts = mixed(options.texts, 0)
     with serving(options.model, "--method", options.method) as address:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kvembed import METHODS, Embedder
 from kvembed.files import store
-from kvembed.self_written import SEED, own_texts
+from kvembed.self_written import SEED, generated_texts
 from kvembed.transform import FORMULA
 
 FOLDER = Path(__file__).parent.parent / "src" / "kvembed"
@@ -39,7 +39,7 @@ def ship_texts() -> None:
     target = FOLDER / "calibration" / f"{embedder.fingerprint()}-{SEED}.json"
     for old in target.parent.glob("*.json"):
         old.unlink()  # or else it would be found, and written again
-    texts = own_texts(embedder.model, embedder.tokenizer, embedder.fingerprint(), progress=True)
+    texts = generated_texts(embedder.model, embedder.tokenizer, embedder.fingerprint(), progress=True)
     store(target, json.dumps(texts, indent=0, ensure_ascii=False) + "\n", "the texts")
     print(f"{target.relative_to(FOLDER.parent.parent)}: {len(texts):,} texts")
 

@@ -29,7 +29,9 @@ BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->
 PUBLISHED = {"sts12": 72.37, "sts13": 80.60, "sts14": 75.60, "stsb": 82.03, "banking77": 79.8, "scifact": 64.5}
 TOLERANCE = {"banking77": 0.5, "scifact": 0.5}
 # Fields that a preset leaves to the model, so that a result spells out what the preset does not.
-RESOLVED = {"kv": ["layers"], "bidirectional": ["layers"], "token-prepending": ["output_layer"]}
+RESOLVED = {"kv": ["layers"], "bidirectional": ["layers"]} | {
+    name: ["output_layer"] for name in ("token-prepending", "pretended-cot", "knowledge")
+}
 MODELS = ("smollm2", "gemma3-270m", "qwen2.5-coder-0.5b")
 LONGEST = "qmsum"  # its documents are longer than what methods and references read
 # The tasks of `mini`, and where their texts are from.

@@ -42,9 +42,9 @@ from . import flash
 from .attention_interface import changes_logits, eager_function, float_mask, stock_attention, unfit
 from .errors import UnsupportedModel
 from .prefix import Prefix
-from .tiles import Tiles, suits
+from .tiles import Tiles, prefers_tiles
 
-__all__ = ["Reroute", "turn_back"]
+__all__ = ["Reroute", "unrotate"]
 
 
 class Places(NamedTuple):
@@ -118,14 +118,14 @@ class Reroute:
             return self._attend(module, layer, last, query, key, value, attention_mask, scaling, kwargs)
         if extra := [name for name in ("position_bias", "sinks") if kwargs.get(name) is not None]:
             raise UnsupportedModel(f"{type(module).__name__} has {extra[0]} for every token; it takes no packed texts")
-        tiled, flashed = suits(query.device, query.dtype), flash.has_packed(query)
+        tiled, flashed = prefers_tiles(query.device, query.dtype), flash.takes_packed(query)
         window = kwargs.get("sliding_window") if tiled or (flashed and not before) else None
         if window is not None and not self._is_window(attention_mask, window):
             window = None
         mask = None if window else attention_mask
         plain = _is_plain(key, value, mask, kwargs) and not (self.bidirectional and layer in self.layers)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        fast = tiled or flashed or (before and flash.has_causal(query))
+        fast = tiled or flashed or (before and flash.takes_causal(query))
         if plain and self.prefer_closed and fast:
             return self._attend_packed(module, layer, query, key, value, scale, before, window), None
         if before:
@@ -205,7 +205,7 @@ class Reroute:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         """Packed texts' attention to their own tokens, (1,Hq,T,D), and its log-sum-exp, (1,Hq,T)."""
-        if flash.has_packed(query):
+        if flash.takes_packed(query):
             starts = self._places(key.device).starts
             return flash.packed_with_lse(query, key, value, starts, self.packed[0], scale, window)
         outs, lses = [], []
@@ -227,7 +227,7 @@ class Reroute:
         window: int | None,
     ) -> Tensor:
         """All packed texts' attention in one layer at once, (1,T,Hq,Dv); arguments as in `__call__`."""
-        if suits(query.device, query.dtype):
+        if prefers_tiles(query.device, query.dtype):
             routed = layer in self.layers
             kind = routed, window
             if kind not in self._tiles:
@@ -254,7 +254,7 @@ class Reroute:
         at = self._places(key.device)
         slot_key = key[0, :, at.final].transpose(0, 1)
         if layer in self.turned:
-            slot_key = turn_back(module, layer, slot_key, self.rotations, at.lengths - 1)
+            slot_key = unrotate(module, layer, slot_key, self.rotations, at.lengths - 1)
         return slot_key
 
     def _places(self, device: torch.device) -> Places:
@@ -285,7 +285,7 @@ class Reroute:
         if self.bidirectional:
             return unmasked(module, query, key, value, last, scale, kwargs), None
         slot_key, slot_value = self.slot(module, layer, key, value, last)  # (B,Hkv,Dk), (B,Hkv,Dv)
-        if self.prefer_closed and _is_plain(key, value, attention_mask, kwargs) and flash.has_causal(query):
+        if self.prefer_closed and _is_plain(key, value, attention_mask, kwargs) and flash.takes_causal(query):
             blind = None if self.slot_self else last
             out, share = closed(query, key, value, slot_key, slot_value, scale, self.bias, blind)
             beta: Tensor | None = share
@@ -307,7 +307,7 @@ class Reroute:
         rows = torch.arange(len(last), device=key.device)
         slot_key, slot_value = key[rows, :, last], value[rows, :, last]  # (B,Hkv,Dk), (B,Hkv,Dv)
         if layer in self.turned:
-            slot_key = turn_back(module, layer, slot_key, self.rotations, last)
+            slot_key = unrotate(module, layer, slot_key, self.rotations, last)
         return slot_key, slot_value
 
 
@@ -425,7 +425,7 @@ def unmasked(
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scale, is_causal=False)[0]  # type: ignore[no-any-return]
 
 
-def turn_back(
+def unrotate(
     module: nn.Module, layer: int, slot_key: Tensor, rotations: Mapping[Any, tuple[Tensor, Tensor]], last: Tensor
 ) -> Tensor:
     """Undo the rotary embedding of position `last`: the slot's key (B,Hkv,Dk) as if it stood at position 0.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import flash
-from .attention import Reroute, turn_back
+from .attention import Reroute, unrotate
 from .attention_interface import attending, stock_attention, unfit
 from .batching import is_out_of_memory
 from .config import EmbedConfig
@@ -24,7 +24,7 @@ from .errors import InputError, UnsupportedModel
 from .packing import Packed, pack
 from .prefix import Prefix
 from .static import StaticVectors
-from .tiles import suits
+from .tiles import prefers_tiles
 
 __all__ = ["Backbone"]
 
@@ -301,7 +301,7 @@ class Backbone:
             return False
         device, dtype = self.device, self.model.dtype
         # The GPU's kernel is as fast for one length, and no other has to be prepared for every new one.
-        at_once = suits(device, dtype) or flash.serves(device, dtype)
+        at_once = prefers_tiles(device, dtype) or flash.serves(device, dtype)
         return at_once or int(lengths.sum()) < _FULL * len(lengths) * width
 
     def _multiple(self, lengths: Tensor) -> int:
@@ -519,7 +519,7 @@ class Backbone:
                 rotary.add(layer)
                 try:
                     positions = torch.arange(key.shape[2], device=key.device)[:, None]
-                    back = [turn_back(module, layer, key[:, :, int(at)], rotations, at) for at in positions]
+                    back = [unrotate(module, layer, key[:, :, int(at)], rotations, at) for at in positions]
                 except UnsupportedModel:
                     unsure.add(layer)
                 else:

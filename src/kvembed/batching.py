@@ -14,7 +14,7 @@ __all__ = [
     "blocks",
     "characters",
     "computed",
-    "give_memory_back",
+    "empty_device_cache",
     "is_device_lost",
     "is_out_of_memory",
     "run_batches",
@@ -130,7 +130,7 @@ def run_batches(
             rows = None
         # Outside the handler: the traceback would keep the failed batch's tensors alive.
         if rows is None:
-            give_memory_back()
+            empty_device_cache()
             used = computed(len(batch), longest, sum(lengths[i] for i in batch), packed=packed)
             budget = (used + longest) // 2  # a half, but never less than the longest text
             logger.warning("out of memory: batches cut from %d tokens to %d", used, budget)
@@ -156,7 +156,7 @@ def is_device_lost(error: BaseException) -> bool:
     return isinstance(error, kind) and not is_out_of_memory(error)
 
 
-def give_memory_back() -> None:
+def empty_device_cache() -> None:
     """Let the accelerator, if there is one, have what torch keeps of it for later."""
     if torch.accelerator.is_available():
         torch.get_device_module().empty_cache()

@@ -28,9 +28,9 @@ from .batching import blocks
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .extras import needed
-from .files import naming, only_writer, sha256_of, whole_file, why, write_json
-from .identity import first_difference, identity, identity_hash
+from .extras import import_extra
+from .files import atomic_write, exclusive_writer, naming, sha256_of, why, write_json
+from .identity import first_difference, identity, json_hash
 from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 
@@ -133,7 +133,7 @@ def bulk(
     embedder = embedder() if callable(embedder) else embedder
     embedder.prompts(["a"], role=role)  # options that leave no room for any text are no fault of the rows
     told = _identity(embedder, plan, role, shard_rows)
-    told_hash = identity_hash(told)
+    told_hash = json_hash(told)
     job = Job(plan, out, role, told_hash)
     manifest: dict[str, Any] = {
         "model": model,
@@ -141,7 +141,7 @@ def bulk(
         "job_hash": told_hash,
         "job": told,
     }
-    with only_writer(out):
+    with exclusive_writer(out):
         for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*")):
             stale.unlink(missing_ok=True)  # what a killed run left half-written
         before = _read_manifest(out / MANIFEST)
@@ -210,7 +210,7 @@ class ShardMaker:
         encoded = Encoded(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
         path = self._job.out / shard.name
         with naming(path):
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 _write(file, ids, encoded, self._job, shard)
             return Written(shard.index, int(encoded.token_counts.sum()), encoded.truncated, sha256_of(path))
 
@@ -221,7 +221,7 @@ def _report(report: Report, tokens: float, rows: int) -> None:
 
 
 def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) -> None:
-    arrow, parquet = needed("pyarrow", "parquet"), needed("pyarrow.parquet", "parquet")
+    arrow, parquet = import_extra("pyarrow", "parquet"), import_extra("pyarrow.parquet", "parquet")
     told = {
         "job_hash": job.hash,
         "rows": [shard.first_row, shard.first_row + shard.rows],
@@ -235,7 +235,7 @@ def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) 
 
 def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | None:
     """A shard that is there, whole and of this job (and with this checksum, if given); None if it is to be made."""
-    parquet = needed("pyarrow.parquet", "parquet")
+    parquet = import_extra("pyarrow.parquet", "parquet")
     path = job.out / shard.name
     try:
         meta = parquet.read_metadata(path)
@@ -248,7 +248,7 @@ def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | 
             return None
         logger.warning("%s is missing, and is made again", path)
         return None
-    except (OSError, ValueError, KeyError, TypeError, needed("pyarrow", "parquet").ArrowException):
+    except (OSError, ValueError, KeyError, TypeError, import_extra("pyarrow", "parquet").ArrowException):
         pass
     logger.warning("%s is damaged, and is made again", path)
     return None
@@ -258,7 +258,9 @@ def _is_whole(path: Path, sha256: str | None) -> bool:
     """By a checksum, or else by those that Parquet has of its own pages, which raise where they do not fit."""
     if sha256 is not None:
         return sha256 == sha256_of(path)
-    for _ in needed("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True).iter_batches():
+    for _ in (
+        import_extra("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True).iter_batches()
+    ):
         pass
     return True
 

@@ -18,7 +18,7 @@ from typing import Any
 from .bulk import Engine, Job, Report, ShardMaker, Written, found_shard
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .extras import needed
+from .extras import import_extra
 from .shards import Shard
 from .workers import Recipe
 
@@ -63,7 +63,7 @@ def ray_engine(model: str, *, address: str | None = None, workers: int | None = 
     Raises:
         InputError: Ray is not installed.
     """
-    ray, data = needed("ray", "ray"), needed("ray.data", "ray")
+    ray, data = import_extra("ray", "ray"), import_extra("ray.data", "ray")
 
     def run(job: Job, embedder: Embedder, shards: Sequence[Shard], report: Report) -> Iterator[Written]:
         plan = dataclasses.replace(job.plan, folder=job.plan.folder.resolve())

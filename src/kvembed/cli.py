@@ -26,11 +26,11 @@ from .console import (
     print_tuned,
 )
 from .errors import InputError
-from .extras import needed
-from .files import check_writable, naming, whole_file
+from .extras import import_extra
+from .files import atomic_write, check_writable, naming
 from .methods import METHODS, preset
 from .options import loader, parse_layers
-from .process import import_models, keep_for_the_next_batch
+from .process import import_models, keep_freed_memory
 from .terminal import in_a_terminal, one_line_errors
 from .texts import read_rows, read_texts, stream_rows
 from .vectors import check_output, write_vectors
@@ -122,12 +122,12 @@ def embed(
         texts = (row.text for row in rows)
         embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         from .quantize import quantize
-        from .workers import Recipe, encode_on, give_room
+        from .workers import Recipe, encode_on, move_to_cpu
 
         if devices is None:
             pieces = embedder.encode_stream(texts, role=role, total=count, progress=True)
         else:
-            recipe = Recipe.of(give_room(embedder), model)
+            recipe = Recipe.of(move_to_cpu(embedder), model)
             del embedder
             pieces = encode_on(devices.split(","), recipe, texts, role=role, total=count, progress=True)
         small = (dataclasses.replace(x, vectors=quantize(x.vectors, precision)) for x in pieces)
@@ -179,11 +179,11 @@ def bulk_command(
 
         check_folders(source, out)
         if engine == "ray":
-            needed("ray.data", "ray")
+            import_extra("ray.data", "ray")
         load = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
         import_models()
         from .bulk import bulk
-        from .workers import give_room
+        from .workers import move_to_cpu
 
         run = None
         if engine == "ray":
@@ -195,7 +195,7 @@ def bulk_command(
 
             run = devices_engine(devices.split(","), model)
         summary = bulk(
-            load if run is None else lambda: give_room(load()),
+            load if run is None else lambda: move_to_cpu(load()),
             source,
             out,
             model=_label(model),
@@ -595,7 +595,7 @@ def report(
             similarity=(listed, embedder.similarity(vectors, vectors)) if embedder and vectors is not None else None,
             sweep=sweep,
         )
-        with naming(output), whole_file(output) as file:
+        with naming(output), atomic_write(output) as file:
             file.write(page.encode())
         print_line(str(output))
 
@@ -626,7 +626,7 @@ def serve(
     """Serve OpenAI's embeddings API, and a page to try it; Ctrl-C or SIGTERM ends it when all is answered."""
     with one_line_errors():
         for module in ("fastapi", "uvicorn", "orjson", "prometheus_client"):
-            needed(module, "server")
+            import_extra(module, "server")
         import_models()
         from .server import api_keys, listen_at, serve
         from .service import Limits, check_names
@@ -655,7 +655,7 @@ def pull(
 
 def main() -> None:
     """The `kvembed` command."""
-    keep_for_the_next_batch()
+    keep_freed_memory()
     with in_a_terminal():
         app()
 

@@ -32,7 +32,7 @@ from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
 from .reading import Reader, refuse_training
 from .saved import save_embedder, save_st_files, saved_config, saved_transform
-from .self_written import own_texts
+from .self_written import generated_texts
 from .transform import Transform
 from .tuning import FIT_TOKENS, choose_transform, fitted_for, warn_of_refit
 from .vectors import Encoded
@@ -518,7 +518,7 @@ class Embedder:
             )
 
     def _own_texts(self, progress: bool) -> list[str]:
-        return own_texts(self.model, self.tokenizer, self.fingerprint(), progress=progress)
+        return generated_texts(self.model, self.tokenizer, self.fingerprint(), progress=progress)
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1].

@@ -23,7 +23,7 @@ from .bars import Bar
 from .batching import blocks
 from .config import Role
 from .errors import InputError
-from .files import cache_folder, naming, whole_file
+from .files import atomic_write, cache_folder, naming
 from .results import Result, result_path
 from .scoring import score
 from .subjects import Subject
@@ -84,7 +84,7 @@ def evaluate(
             if path is not None:
                 with naming(path):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    with whole_file(path) as file:
+                    with atomic_write(path) as file:
                         file.write(result.to_json().encode())
             yield result
 
@@ -266,12 +266,12 @@ def _bar(store: _Store, tasks: Sequence[Task], progress: bool) -> Iterator[Bar]:
 def _export(folder: Path, task: Task, encoded: dict[Role, Encoded]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for role, texts in _inputs(task).items():
-        with whole_file(folder / f"{role}.npy") as file:
+        with atomic_write(folder / f"{role}.npy") as file:
             np.save(file, encoded[role].vectors, allow_pickle=False)
-        with whole_file(folder / f"{role}.jsonl") as file:
+        with atomic_write(folder / f"{role}.jsonl") as file:
             file.writelines(json.dumps({"text": text}).encode() + b"\n" for text in texts)
     gold = {"kind": task.kind, "gold": task.gold, "train": task.train, "relevant": task.relevant}
-    with whole_file(folder / "gold.json") as file:
+    with atomic_write(folder / "gold.json") as file:
         file.write(json.dumps(gold).encode())
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from .errors import InputError
 
-__all__ = ["needed"]
+__all__ = ["import_extra"]
 
 
-def needed(module: str, extra: str) -> Any:
+def import_extra(module: str, extra: str) -> Any:
     """Import an optional dependency. Raises `InputError` with the pip line if it is missing."""
     try:
         return importlib.import_module(module)

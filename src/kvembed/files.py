@@ -19,16 +19,16 @@ from platformdirs import user_cache_path
 from .errors import InputError, KvembedError
 
 __all__ = [
+    "atomic_write",
     "cache_folder",
     "check_folder",
     "check_writable",
+    "default_file_mode",
+    "exclusive_writer",
     "naming",
-    "only_writer",
     "raise_named",
     "sha256_of",
     "store",
-    "usual_mode",
-    "whole_file",
     "why",
     "write_json",
 ]
@@ -71,7 +71,7 @@ def raise_named(error: OSError) -> NoReturn:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its name only when the block ends well: whole or not at all.
 
     A file that is there before hands its permissions on; of a link, it is what it leads to.
@@ -83,14 +83,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the name without the content
-        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else usual_mode())  # mkstemp's are private
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else default_file_mode())  # mkstemp's are private
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
-def usual_mode() -> int:
+def default_file_mode() -> int:
     """The permissions of a new file, as the user's umask has them."""
     with _UMASK:
         umask = os.umask(0o077)  # to set it is how to read it; what others make now is private, not open
@@ -100,7 +100,7 @@ def usual_mode() -> int:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that people can read, whole or not at all."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -122,7 +122,7 @@ def check_folder(folder: Path, what: str, marker: str, ours: tuple[str, ...]) ->
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def exclusive_writer(folder: Path) -> Iterator[None]:
     """A folder, made if need be, held by a file in it. Raises `InputError` if another process holds it."""
     with naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def store(path: Path, text: str, what: str) -> None:
     """Put `text` into a cache, folders and all; a cache that can't be written is a warning, not an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(text.encode())
     except OSError as error:
         logger.warning("%s could not be stored in %s: %s", what, path.parent, error)

@@ -21,11 +21,11 @@ from .batching import is_out_of_memory
 __all__ = [
     "causal_with_lse",
     "full_with_lse",
-    "has_causal",
-    "has_packed",
     "packed_with_lse",
     "serves",
     "slots_with_lse",
+    "takes_causal",
+    "takes_packed",
 ]
 
 logger = logging.getLogger(__name__)
@@ -35,12 +35,12 @@ _CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", No
 _GPU = getattr(torch.ops.aten, "_flash_attention_forward", None)
 
 
-def has_causal(query: Tensor) -> bool:
+def takes_causal(query: Tensor) -> bool:
     """Whether `causal_with_lse` takes queries like this one (and values of the same head size)."""
-    return _CPU is not None if query.device.type == "cpu" else has_packed(query)
+    return _CPU is not None if query.device.type == "cpu" else takes_packed(query)
 
 
-def has_packed(query: Tensor) -> bool:
+def takes_packed(query: Tensor) -> bool:
     """Whether `packed_with_lse` takes queries like this one (and values of the same head size)."""
     return serves(query.device, query.dtype) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 

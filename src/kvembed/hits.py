@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import InputError
-from .extras import needed
+from .extras import import_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,12 +59,12 @@ def find(
             near: Any = table.search(vector, vector_column_name="vector")
             rows, score = found(near.distance_type("dot").bypass_vector_index(), "_distance"), "_distance"
         if mode != "vector":
-            words = needed("lancedb.query", "search").MatchQuery(query, "text")
+            words = import_extra("lancedb.query", "search").MatchQuery(query, "text")
             matched = found(table.search(words, query_type="fts"), "_score")
             if mode == "text":
                 rows, score = matched, "_score"
             else:
-                fusion = needed("lancedb.rerankers", "search").RRFReranker()
+                fusion = import_extra("lancedb.rerankers", "search").RRFReranker()
                 rows, score = fusion.rerank_hybrid(query, rows, matched), "_relevance_score"
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(f"{'the index' if where is None else f'where {where!r}'}: {lancedb_reason(error)}") from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .embedder import Embedder
 
-__all__ = ["first_difference", "identity", "identity_hash"]
+__all__ = ["first_difference", "identity", "json_hash"]
 
 
 def identity(embedder: Embedder, *, anew: bool = True) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def identity(embedder: Embedder, *, anew: bool = True) -> dict[str, Any]:
     }
 
 
-def identity_hash(told: Any) -> str:
+def json_hash(told: Any) -> str:
     """16 hex digits of an `identity`, or of anything in plain JSON types."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

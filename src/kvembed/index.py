@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
-from .extras import needed
-from .files import check_folder, naming, only_writer, why, write_json
+from .extras import import_extra
+from .files import check_folder, exclusive_writer, naming, why, write_json
 from .hits import Hit, Mode, find, lancedb_reason
-from .identity import first_difference, identity, identity_hash
+from .identity import first_difference, identity, json_hash
 from .indexing import Indexed, update
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Index:
         Raises:
             InputError: no index there, or a damaged one.
         """
-        needed("lancedb", "search")
+        import_extra("lancedb", "search")
         path = Path(folder)
         try:
             told = json.loads((path / INDEX_FILE).read_text())
@@ -120,7 +120,7 @@ class Index:
             if told := first_difference(cls.open(path).made_with, index.made_with):
                 raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
             return index
-        with only_writer(path), naming(path):
+        with exclusive_writer(path), naming(path):
             if embedder.transform is not None:
                 embedder.transform.save(index.transform_file)
             if not cls.is_filled(path):
@@ -144,7 +144,7 @@ class Index:
 
     @functools.cached_property
     def _hash(self) -> str:
-        return identity_hash(self.made_with)
+        return json_hash(self.made_with)
 
     def check_options(self, *, dtype: str | None = None, fitted: Path | None = None, **fields: Any) -> None:
         """Whether the index was made as one with these options would be.
@@ -171,7 +171,7 @@ class Index:
     @staticmethod
     def check_folder(folder: str | os.PathLike[str]) -> None:
         """Fail before a model is loaded. Raises `InputError` for a folder that can't become an index."""
-        needed("lancedb", "search")
+        import_extra("lancedb", "search")
         check_folder(Path(folder), "index", INDEX_FILE, ("documents-", "transform-", ".transform-"))
 
     def check_covered(self, corpus: Corpus) -> None:
@@ -240,7 +240,7 @@ class Index:
     @functools.cached_property
     def connection(self) -> Any:
         """LanceDB's."""
-        return needed("lancedb", "search").connect(self.folder)
+        return import_extra("lancedb", "search").connect(self.folder)
 
     @property
     def table(self) -> Table:
@@ -286,7 +286,7 @@ class Index:
         Raises:
             InputError: nothing to index, another process is writing, a full disk. What is done is kept.
         """
-        with only_writer(self.folder):
+        with exclusive_writer(self.folder):
             return update(self, corpus, language=language, progress=progress)
 
     def search(self, query: str, *, top: int = 10, mode: Mode = "hybrid", where: str | None = None) -> list[Hit]:

@@ -16,7 +16,7 @@ import numpy as np
 from .bars import Bar
 from .documents import Corpus, Document, Kind, Place, check_same, converted, joint_kind
 from .errors import InputError, KvembedError
-from .extras import needed
+from .extras import import_extra
 from .files import naming
 from .hits import lancedb_reason
 from .self_written import SELF_WRITTEN
@@ -84,7 +84,7 @@ def update(index: Index, corpus: Corpus, *, language: str | None, progress: bool
 class _Writer:
     def __init__(self, index: Index, corpus: Corpus) -> None:
         self._index, self._corpus = index, corpus
-        self._arrow = needed("pyarrow", "search")
+        self._arrow = import_extra("pyarrow", "search")
         self._stale: dict[str, list[str]] = defaultdict(list)  # file -> content of documents that are gone
         self._texts: set[str] = set()  # hashes of texts whose vectors the table has
         self._left: Counter[str] = Counter()  # file -> documents that are not written yet
@@ -217,7 +217,7 @@ class _Writer:
         # The stop words behind "icu" are those of many languages at once: "die" is an article, "c" a pronoun.
         options = {"stem": False} if language == "None" else {"language": language}
         try:
-            words = needed("lancedb.index", "search").FTS(
+            words = import_extra("lancedb.index", "search").FTS(
                 base_tokenizer="icu/split", remove_stop_words=False, **options
             )
             table.create_index("text", config=words, replace=True)

@@ -20,10 +20,10 @@ from typing import Any
 
 from .embedder import Embedder
 from .errors import InputError
-from .extras import needed
-from .identity import identity, identity_hash
+from .extras import import_extra
+from .identity import identity, json_hash
 
-needed("lancedb", "search")
+import_extra("lancedb", "search")
 
 from lancedb.embeddings import TextEmbeddingFunction, register  # noqa: E402 (without it, the line above says how)
 
@@ -56,7 +56,7 @@ class KvembedFunction(TextEmbeddingFunction):
         embedder = Embedder.from_pretrained(
             self.name, method=self.method, dtype=self.dtype, fitted=self.fitted, **self.options
         )
-        if self.made_with not in (None, identity_hash(identity(embedder))):
+        if self.made_with not in (None, json_hash(identity(embedder))):
             raise InputError(f"the table was made with another model, or another config, than {self.name} has now")
         return embedder
 
@@ -83,4 +83,4 @@ class KvembedFunction(TextEmbeddingFunction):
     def safe_model_dump(self) -> dict[str, Any]:
         """What LanceDB stores with a table."""
         given: dict[str, Any] = super().safe_model_dump()  # type: ignore[no-untyped-call]
-        return given | {"dtype": self.embedder.dtype, "made_with": identity_hash(identity(self.embedder))}
+        return given | {"dtype": self.embedder.dtype, "made_with": json_hash(identity(self.embedder))}

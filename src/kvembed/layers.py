@@ -23,10 +23,10 @@ from .config import EmbedConfig
 from .errors import InputError
 from .files import cache_folder, store
 from .fingerprint import fingerprint as fingerprint_of
-from .identity import identity_hash
+from .identity import json_hash
 from .models import label, load
 from .prompts import Prompter
-from .self_written import SELF_WRITTEN, own_texts, texts_digest
+from .self_written import SELF_WRITTEN, generated_texts, texts_digest
 
 __all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "shipped_profiles", "twonn", "window"]
 
@@ -223,7 +223,7 @@ def choose_layers(
             profile.texts_sha256,
         )
 
-    name = identity_hash([fingerprint, template, source, texts and [*texts]])
+    name = json_hash([fingerprint, template, source, texts and [*texts]])
     cached = cache_folder() / "profiles" / f"{name}.json"
     for profile in (*shipped_profiles(), *_read(cached)):
         if fits(profile):
@@ -261,7 +261,7 @@ def profile_of(
     told = fingerprint_of(backbone, prompter)
 
     def write() -> list[str]:
-        return own_texts(model, tokenizer, told, progress=progress)
+        return generated_texts(model, tokenizer, told, progress=progress)
 
     return choose_layers(told, backbone, prompter, template, write, texts=texts, model=label(name), progress=progress)
 

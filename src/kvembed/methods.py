@@ -91,10 +91,13 @@ METHODS: dict[str, EmbedConfig] = {
         # PromptEOL (Jiang et al. 2023, arXiv 2307.16645): explicit one-word limitation, last token.
         EmbedConfig(method="prompt-eol", document=_PROMPT_EOL, query=_PROMPT_EOL, pooling="last"),
         # Pretended chain of thought and Knowledge enhancement (Zhang et al. 2024, arXiv 2404.03921): PromptEOL with a
-        # preface.
-        EmbedConfig(method="pretended-cot", document=_PRETENDED_COT, query=_PRETENDED_COT, pooling="last"),
-        EmbedConfig(method="knowledge", document=_KNOWLEDGE, query=_KNOWLEDGE, pooling="last"),
-        # Echo (Springer et al. 2024, arXiv 2402.15449, zero-shot): the text twice, mean over its second copy.
+        # preface, read one layer below the top, as the authors' code does for these two (hidden_states[-2]).
+        EmbedConfig(
+            method="pretended-cot", document=_PRETENDED_COT, query=_PRETENDED_COT, pooling="last", output_layer=-2
+        ),
+        EmbedConfig(method="knowledge", document=_KNOWLEDGE, query=_KNOWLEDGE, pooling="last", output_layer=-2),
+        # Echo (Springer et al. 2024, arXiv 2402.15449, zero-shot): the text twice, mean over its second copy; with the
+        # example prompt of the paper's section 3.
         EmbedConfig(method="echo", document=_ECHO, query=_ECHO, pooling="mean", mean_tokens="content"),
         # Token Prepending (Fu et al. 2024, arXiv 2412.11556): PromptEOL with a placeholder before the text that holds
         # the last token's state from layer 1 up to, not including, layer 7, as for LLaMA-2-7B; the last token read one
@@ -107,7 +110,8 @@ METHODS: dict[str, EmbedConfig] = {
             prepend_layers=tuple(range(1, 7)),
             output_layer=-2,
         ),
-        # MetaEOL (Lei et al. 2024, arXiv 2402.18458): the last token's states under eight task prompts, averaged.
+        # MetaEOL (Lei et al. 2024, arXiv 2402.18458): the last token's states under eight task prompts, averaged; read
+        # at the top, as in the authors' code.
         EmbedConfig(method="meta-eol", document=_META_TASKS, query=_META_TASKS, pooling="last"),
         # No forward at all: the tokens' input embeddings, whitened and weighted by rarity (see `kvembed.static`), then
         # whitened as texts (see `kvembed.transform`).

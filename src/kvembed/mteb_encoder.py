@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .extras import needed
+from .extras import import_extra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,4 +84,4 @@ def run_mteb(embedder: Embedder, name: str, tasks: Sequence[str], *, progress: b
 def _mteb(module: str) -> Any:
     with warnings.catch_warnings():  # its imports bring others' deprecations with them
         warnings.simplefilter("ignore")
-        return needed(module, "eval")
+        return import_extra(module, "eval")

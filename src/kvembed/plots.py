@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError
-from .extras import needed
-from .files import check_writable, naming, whole_file
+from .extras import import_extra
+from .files import atomic_write, check_writable, naming
 
 if TYPE_CHECKING:
     from .layers import Profile
@@ -22,7 +22,7 @@ def check_plot(path: Path | None) -> None:
     if path.suffix.lower() not in (".svg", ".png"):
         raise InputError(f"{path}: a plot is .svg or .png")
     check_writable(path)
-    needed("matplotlib", "plot")
+    import_extra("matplotlib", "plot")
 
 
 def plot_layers(profile: Profile, path: Path) -> None:
@@ -55,5 +55,5 @@ def plot_layers(profile: Profile, path: Path) -> None:
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     kind = path.suffix.lower()[1:]
-    with naming(path), whole_file(path) as file:
+    with naming(path), atomic_write(path) as file:
         figure.savefig(file, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

@@ -8,14 +8,14 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["import_models", "keep_for_the_next_batch", "leave_computing", "quiet"]
+__all__ = ["import_models", "keep_freed_memory", "quiet", "release_openmp_threads"]
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _OWN_MAPPING = 32 << 20  # bytes; the most that every glibc takes
 _KEPT = 256 << 20  # bytes
 
 
-def keep_for_the_next_batch() -> None:
+def keep_freed_memory() -> None:
     """Set limits of this process and those that it starts, where the user has not: for programs, not for libraries.
 
     By default glibc gives the memory of a layer's larger tensors back to the system as they are freed, and gets it anew
@@ -55,7 +55,7 @@ def import_models() -> None:
             gc.enable()
 
 
-def leave_computing() -> None:
+def release_openmp_threads() -> None:
     """Call in a thread that has run torch and will run no more.
 
     OpenMP keeps a team of threads for each thread that ever computed. Where that makes more than there are processors,

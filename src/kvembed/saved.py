@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .config import EmbedConfig
 from .errors import InputError
-from .files import naming, usual_mode, write_json
+from .files import default_file_mode, naming, write_json
 from .models import BUNDLED, bars_off, hub_file, local_path
 from .transform import Transform
 
@@ -128,7 +128,7 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
                 if path.is_dir():
                     shutil.copytree(path, target / path.name, dirs_exist_ok=True)
                 else:
-                    path.chmod(usual_mode())  # the weights' file is private otherwise
+                    path.chmod(default_file_mode())  # the weights' file is private otherwise
                     os.replace(path, target / path.name)
         if transform is None:
             (target / TRANSFORM_FILE).unlink(missing_ok=True)  # another method's, saved here before

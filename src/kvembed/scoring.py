@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .extras import needed
+from .extras import import_extra
 from .tasks import Task
 
 __all__ = ["METRICS", "REPLICATES", "Score", "score"]
@@ -98,7 +98,7 @@ def _unit(vectors: NDArray[np.float32]) -> Vectors:
 
 
 def _sts(task: Task, documents: Vectors, _: Vectors) -> Value:
-    spearmanr = needed("scipy.stats", "eval").spearmanr
+    spearmanr = import_extra("scipy.stats", "eval").spearmanr
     gold, cosine = np.array(task.gold), _cosines(documents)
 
     def value(items: NDArray[np.int64]) -> float:
@@ -110,7 +110,7 @@ def _sts(task: Task, documents: Vectors, _: Vectors) -> Value:
 
 
 def _pairs(task: Task, documents: Vectors, _: Vectors) -> Value:
-    average_precision = needed("sklearn.metrics", "eval").average_precision_score
+    average_precision = import_extra("sklearn.metrics", "eval").average_precision_score
     gold, cosine = np.array(task.gold), _cosines(documents)
 
     def value(items: NDArray[np.int64]) -> float:
@@ -126,7 +126,7 @@ def _cosines(documents: Vectors) -> NDArray[np.float64]:
 
 def _classification(task: Task, documents: NDArray[Any], _: Vectors) -> Value:
     """As MTEB's AbsTaskClassification: the training texts are drawn with its seed and shuffled as it does."""
-    linear_model = needed("sklearn.linear_model", "eval")
+    linear_model = import_extra("sklearn.linear_model", "eval")
     gold, documents = np.array(task.gold), documents.astype(np.float32)
     train, test = documents[: task.train], documents[task.train :]
     order = list(range(task.train))
@@ -149,7 +149,7 @@ def _classification(task: Task, documents: NDArray[Any], _: Vectors) -> Value:
 
 
 def _clustering(task: Task, documents: Vectors, _: Vectors) -> Value:
-    cluster, metrics = needed("sklearn.cluster", "eval"), needed("sklearn.metrics", "eval")
+    cluster, metrics = import_extra("sklearn.cluster", "eval"), import_extra("sklearn.metrics", "eval")
     names, gold = np.unique(np.array(task.gold), return_inverse=True)
     with warnings.catch_warnings():  # that there are fewer different vectors than clusters
         warnings.simplefilter("ignore")
@@ -166,7 +166,7 @@ def _clustering(task: Task, documents: Vectors, _: Vectors) -> Value:
 
 def _ranking(measure: str) -> Callable[[Task, Vectors, Vectors], Value]:
     def scorer(task: Task, documents: Vectors, queries: Vectors) -> Value:
-        pytrec_eval = needed("pytrec_eval", "eval")
+        pytrec_eval = import_extra("pytrec_eval", "eval")
         run, judged = {}, {}
         for index, (row, gains) in enumerate(zip(queries, task.relevant, strict=True)):
             candidates = np.array(sorted(gains)) if task.kind == "reranking" else np.arange(len(documents))

@@ -19,7 +19,7 @@ from .bars import Bar
 from .errors import InputError
 from .files import cache_folder, store
 
-__all__ = ["SEED", "SELF_WRITTEN", "own_texts", "texts_digest", "write_texts"]
+__all__ = ["SEED", "SELF_WRITTEN", "generated_texts", "texts_digest", "write_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _COUNT = 1000
 _TOKENS = 32  # the longest text
 
 
-def own_texts(
+def generated_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fingerprint: str, *, progress: bool = False
 ) -> list[str]:
     """About 1,000 short texts that the model wrote itself: from the cache, or written now and kept there.

@@ -13,7 +13,7 @@ import torch
 from .config import Role
 from .embedder import Embedder
 from .errors import InputError
-from .extras import needed
+from .extras import import_extra
 from .prompts import UNLIMITED
 from .saved import save_embedder
 
@@ -21,7 +21,7 @@ __all__ = ["EmbedderModule"]
 
 logger = logging.getLogger(__name__)
 
-InputModule: Any = needed("sentence_transformers.base.modules", "st").InputModule
+InputModule: Any = import_extra("sentence_transformers.base.modules", "st").InputModule
 
 
 class EmbedderModule(InputModule):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .embedder import Embedder
 from .errors import KvembedError
-from .extras import needed
+from .extras import import_extra
 from .models import label
 from .options import loader
 from .server import api_keys, create_app
@@ -21,7 +21,7 @@ from .service import Limits
 
 __all__ = ["Arguments", "app"]
 
-serve: Any = needed("ray.serve", "ray-serve")
+serve: Any = import_extra("ray.serve", "ray-serve")
 
 GRACE_SECONDS = 120.0  # a replica that is taken away answers what it has
 

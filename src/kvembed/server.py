@@ -34,7 +34,7 @@ from .errors import InputError, OutOfMemory
 from .files import why
 from .gate import Gate, JsonLines
 from .openai_api import ApiError, EmbeddingRequest, ErrorAnswer, as_json, embeddings_json
-from .process import leave_computing
+from .process import release_openmp_threads
 from .quantize import unit
 from .server_page import MAX_TEXTS, compare_page, compared
 from .service import Limits, Service
@@ -84,7 +84,7 @@ def serve(
         limits: see `Limits`.
     """
     app = create_app(embedder, names, keys=keys, limits=limits)
-    leave_computing()  # this thread has loaded the model; the batches have their own
+    release_openmp_threads()  # this thread has loaded the model; the batches have their own
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     loggers = [logging.getLogger(name) for name in ("kvembed", "uvicorn")]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .bars import Bar
 from .errors import InputError
-from .extras import needed
+from .extras import import_extra
 from .files import check_folder, naming, raise_named, sha256_of
 from .texts import ROW_ENDINGS, Mark, Row, place_of, read_rows
 
@@ -143,7 +143,7 @@ def find_inputs(source: Path, *, tell: bool = True) -> tuple[Path, list[str]]:
 
 def check_folders(source: Path, out: Path) -> None:
     """Fail before a model is loaded. Raises `InputError` if there is nothing to read, or `out` is not for us."""
-    needed("pyarrow.parquet", "parquet")
+    import_extra("pyarrow.parquet", "parquet")
     find_inputs(source, tell=False)
     check_folder(out, "bulk job", MANIFEST, ())
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .config import Precision, Role
 from .errors import InputError, ModelNotFound
-from .extras import needed
+from .extras import import_extra
 from .models import bars_off
 from .quantize import dequantize, quantize
 from .tasks import LIMITS
@@ -167,7 +167,7 @@ def sentence_transformer_subject(folder: str | os.PathLike[str], name: str | Non
     Raises:
         ModelNotFound: it can't be opened.
     """
-    library = needed("sentence_transformers", "eval")
+    library = import_extra("sentence_transformers", "eval")
     try:
         with bars_off():
             model = library.SentenceTransformer(os.fspath(folder), device="cpu")
@@ -208,7 +208,7 @@ def _st_identity(model: Any) -> str:
 
 def tfidf_subject() -> Subject:
     """TF-IDF (scikit-learn's defaults, sublinear term frequency), fitted on each task's own texts, without labels."""
-    text = needed("sklearn.feature_extraction.text", "eval")
+    text = import_extra("sklearn.feature_extraction.text", "eval")
     vectorizer = text.TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
     analyse = vectorizer.build_analyzer()
 

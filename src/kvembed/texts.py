@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import InputError
-from .extras import needed
+from .extras import import_extra
 from .files import naming
 
 __all__ = [
@@ -324,7 +324,7 @@ def _header(lines: Iterator[str], field: str) -> tuple[list[str], str]:
 def _parquet_rows(
     file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool
 ) -> Iterator[Row]:
-    parquet = needed("pyarrow.parquet", "parquet")
+    parquet = import_extra("pyarrow.parquet", "parquet")
     try:
         # Left to itself, pyarrow keeps what it has read of a file in memory until the end of it.
         table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
@@ -355,7 +355,7 @@ def _parquet_rows(
                 yield Row(text, row_id, Mark(at, at), at, fields)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, needed("pyarrow", "parquet").ArrowException) as error:
+    except (OSError, ValueError, KeyError, import_extra("pyarrow", "parquet").ArrowException) as error:
         raise InputError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
 
 

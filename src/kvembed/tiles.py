@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Tiles", "suits"]
+__all__ = ["Tiles", "prefers_tiles"]
 
 TILES = (32, 64, 128)  # tokens
 # Widths that a long text's tiles may have: each compiles two matrix products, and the command line keeps 32 of them
@@ -40,7 +40,7 @@ _STEP = 32  # columns in front come in multiples of it: numbers in a vector
 _HIDDEN = float("-inf")
 
 
-def suits(device: torch.device, dtype: torch.dtype) -> bool:
+def prefers_tiles(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether tiles are the fastest way there."""
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return device.type == "cpu" and dtype == torch.bfloat16 and not has_amx()

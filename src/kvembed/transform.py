@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .config import Role
 from .errors import InputError
-from .files import whole_file, why
+from .files import atomic_write, why
 
 __all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "check_count", "fit"]
 
@@ -108,7 +108,7 @@ class Transform:
         tensors = {f"mean.{role}": mean for role, mean in self.means.items()}
         tensors |= {"whiten": self.whiten, "rotate": self.rotate}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(save(tensors, {"info": json.dumps(self.info, sort_keys=True)}))
 
     @classmethod

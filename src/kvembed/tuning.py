@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from .config import EmbedConfig, Role
 from .errors import InputError
-from .files import cache_folder, whole_file
-from .identity import identity_hash
+from .files import atomic_write, cache_folder
+from .identity import json_hash
 from .self_written import SELF_WRITTEN, texts_digest
 from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
 
@@ -88,7 +88,7 @@ def choose_transform(
     """
     bound = fitted_for(fingerprint, config)
     source = SELF_WRITTEN if texts is None else "given"
-    corpus = None if texts is None else identity_hash([*texts])
+    corpus = None if texts is None else json_hash([*texts])
     rule = [] if texts is None else [_GIVEN_RULE]
     told = json.dumps([bound, source, corpus, FORMULA, *rule], sort_keys=True)
     cached = cache_folder() / "transforms" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
@@ -113,7 +113,7 @@ def choose_transform(
         most = _GIVEN_TEXTS if own else _FIT_TEXTS
         given = random.Random(0).sample(given, most) if len(given) > most else given
         origin["self_written"] = len(own)
-    views_of_own = cached.with_name(f"views-{identity_hash([bound, own, FORMULA, FIT_TOKENS])}")
+    views_of_own = cached.with_name(f"views-{json_hash([bound, own, FORMULA, FIT_TOKENS])}")
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
@@ -189,6 +189,6 @@ def _kept(path: Path, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.flo
     made = make()
     with contextlib.suppress(OSError):  # then a stopped run starts again, no more
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             np.save(file, made, allow_pickle=False)
     return made

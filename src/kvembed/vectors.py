@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import InputError
-from .extras import needed
-from .files import check_writable, naming, whole_file
+from .extras import import_extra
+from .files import atomic_write, check_writable, naming
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +54,7 @@ def check_output(path: Path | None, *, with_ids: bool = False) -> None:
             f"{path}: can't write {path.suffix or 'a file without an ending'}; choose from {', '.join(OUTPUTS)}"
         )
     if path.suffix.lower() == ".parquet":
-        needed("pyarrow.parquet", "parquet")
+        import_extra("pyarrow.parquet", "parquet")
     if path.suffix.lower() == ".npy" and with_ids:
         raise InputError(f"{path}: .npy has no place for ids; choose .jsonl or .parquet")
     check_writable(path)
@@ -76,7 +76,7 @@ def write_vectors(pieces: Iterable[Encoded], path: Path | None, ids: Iterator[st
             sys.stdout.flush()
             return
         check_output(path, with_ids=ids is not None)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             if path.suffix.lower() == ".npy":
                 _write_npy(_some(pieces), file)
             else:
@@ -121,7 +121,7 @@ def _write_jsonl(pieces: Iterator[Encoded], file: BinaryIO, name: str, keys: Ite
 
 def as_table(name: str, keys: Any, encoded: Encoded) -> Any:
     """An Arrow table: a column `name` of an Arrow array that tells the rows apart, then what `encoded` holds."""
-    arrow = needed("pyarrow", "parquet")
+    arrow = import_extra("pyarrow", "parquet")
     vectors = encoded.vectors
     return arrow.table(
         {
@@ -134,8 +134,8 @@ def as_table(name: str, keys: Any, encoded: Encoded) -> Any:
 
 
 def _write_parquet(pieces: Iterator[Encoded], file: BinaryIO, name: str, keys: Iterator[str | int]) -> None:
-    arrow = needed("pyarrow", "parquet")
-    parquet = needed("pyarrow.parquet", "parquet")
+    arrow = import_extra("pyarrow", "parquet")
+    parquet = import_extra("pyarrow.parquet", "parquet")
     with contextlib.ExitStack() as stack:
         writer = kind = None
         for piece in pieces:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from .bars import Bar
-from .batching import blocks, characters, give_memory_back
+from .batching import blocks, characters, empty_device_cache
 from .config import EmbedConfig, Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
@@ -30,7 +30,7 @@ from .process import quiet
 from .transform import Transform
 from .vectors import Encoded
 
-__all__ = ["Recipe", "check_devices", "encode_on", "give_room", "run_on"]
+__all__ = ["Recipe", "check_devices", "encode_on", "move_to_cpu", "run_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +72,13 @@ class Recipe:
         return embedder
 
 
-def give_room(embedder: Embedder) -> Embedder:
+def move_to_cpu(embedder: Embedder) -> Embedder:
     """Move its model to the CPU, off a device that workers want for theirs. Returns the embedder."""
     if embedder.backbone.device.type == "cpu":
         return embedder
     embedder.batch_tokens = embedder.batch_tokens  # or else it would go by the CPU from now on
     embedder.model.to("cpu")
-    give_memory_back()
+    empty_device_cache()
     return embedder
 
 
