@@ -232,7 +232,7 @@ def test_every_mistake_is_one_line_and_exit_1(run, folder, args, message):
 
 
 def test_bad_input_files(run, folder, tmp_path):
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xff")
     (tmp_path / "lone.jsonl").write_text('{"text": "\\ud800"}\n')
     for name, message in [("gone.txt", "no such file"), ("bad.txt", "line 1: not UTF-8"), ("lone.jsonl", "lone surr")]:
         result = run("embed", tmp_path / name, "-o", tmp_path / "out.npy", "--model", folder)

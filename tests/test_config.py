@@ -19,10 +19,10 @@ from kvembed.methods import preset
         ({"bias": float("inf")}, "bias must be a finite number"),
         ({"bias": "1"}, "bias must be a finite number"),
         ({"bias": True}, "bias must be a finite number"),
-        ({"layers": (-1,)}, "layers must be whole numbers"),
-        ({"layers": "6-9"}, "layers must be whole numbers"),
-        ({"layers": (1.5,)}, "layers must be whole numbers"),
-        ({"layers": 5}, "layers must be whole numbers"),
+        ({"layers": (-1,)}, "layers must be a list of whole numbers"),
+        ({"layers": "6-9"}, "layers must be a list of whole numbers"),
+        ({"layers": (1.5,)}, "layers must be a list of whole numbers"),
+        ({"layers": 5}, "layers must be a list of whole numbers"),
         ({"bias": 10**400}, "bias must be a finite number"),
         ({"document": "no slot"}, r"the document template must hold \{text\}, not 'no slot'"),
         ({"query": ()}, r"the query template must hold \{text\}, not \(\)"),
@@ -31,9 +31,12 @@ from kvembed.methods import preset
         ({"document": "\ud800{text}"}, r"the document template holds a lone surrogate \(U\+D800\) at character 0"),
         ({"document": "{pst} {text}"}, r"the document template must hold \{pst\} once, before \{text\}, if there are"),
         ({"prepend_layers": (1,)}, r"the document template must hold \{pst\} once"),
-        ({"prepend_layers": (0,)}, "prepend_layers must be whole numbers from 1"),
+        ({"prepend_layers": (0,)}, "prepend_layers must be a list of whole numbers from 1"),
         ({"attention": "causal"}, "attention must be one of reroute, bidirectional"),
-        ({"layers": "some"}, "layers must be whole numbers from 0, not 'some'"),
+        (
+            {"layers": "some"},
+            "layers must be a list of whole numbers from 0, or .all., or None to have",
+        ),
         ({"pooling": "max"}, "pooling must be one of last, mean, weighted-mean, hybrid, static"),
         ({"mean_tokens": "some"}, "mean_tokens must be one of all, content"),
         ({"slot_position": "middle"}, "slot_position must be one of last, first"),
@@ -96,7 +99,7 @@ def test_the_hash_is_stable_and_tells_configs_apart():
     assert len({config.hash() for config in configs}) == len(configs)
     # The whole of every preset: a change in any of them, templates included, shows here.
     everything = "".join(f"{name} {config.hash()}\n" for name, config in METHODS.items())
-    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "e9bcf8bbe6d025c0"
+    assert hashlib.sha256(everything.encode()).hexdigest()[:16] == "f80cead6560fe0e9"
 
 
 def test_layers_are_a_sorted_set():

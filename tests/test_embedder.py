@@ -403,6 +403,46 @@ def test_similarity_of_unlike_vectors(embedder):
         embedder.similarity(vectors, vectors[:, :5])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a text", "are compared, as `encode` gives them"),
+        ([["a"]], "are compared"),
+        ([[1.0], [1.0, 2.0]], "are compared, as"),
+        (np.zeros((2, 3, 48)), r"not an array of shape \(2, 3, 48\)"),
+        (np.zeros((2, 48), np.uint8), "Hamming distance"),
+        (torch.zeros(2, 48, requires_grad=True), "are compared, as"),
+    ],
+)
+def test_what_is_no_vectors_is_not_compared(embedder, given, message):
+    with pytest.raises(InputError, match=message):
+        embedder.similarity(given, embedder.encode(NOTICES[:2]))
+
+
+def test_what_a_config_says_is_changed_by_replace_alone(embedder):
+    for name in ("dim", "max_tokens", "config"):
+        with pytest.raises(AttributeError):
+            setattr(embedder, name, 3)
+
+
+def test_a_column_of_arrow(embedder):
+    pyarrow = pytest.importorskip("pyarrow")
+    column = pyarrow.chunked_array([NOTICES[:2], NOTICES[2:3]])
+    np.testing.assert_array_equal(embedder.encode(column), embedder.encode(NOTICES[:3]))
+    np.testing.assert_array_equal(next(embedder.encode_stream(column)).vectors, embedder.encode(NOTICES[:3]))
+    with pytest.raises(InputError, match="text 1 is a NoneType"):
+        embedder.encode(pyarrow.array(["a", None]))
+
+
+def test_a_home_is_a_home(embedder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    embedder.save_pretrained("~/saved")
+    assert (tmp_path / "saved" / "kvembed.json").is_file()
+    assert not (tmp_path / "~").exists()
+    assert Embedder.from_pretrained("~/saved", dtype="float32").config == embedder.config
+
+
 def test_states_that_are_not_finite_are_an_error_not_a_vector(tokenizer):
     model = tiny()
     with torch.no_grad():

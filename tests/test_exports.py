@@ -8,17 +8,30 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import kvembed
 
 
 def test_the_public_names():
     assert kvembed.__all__ == sorted(kvembed.__all__, key=lambda name: (not name.isupper(), name.startswith("_"), name))
     assert set(kvembed.__all__) == {
-        *("METHODS", "EmbedConfig", "Embedder", "Encoded", "Explanation", "Readout", "__version__"),
-        *("InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "UnsupportedModel"),
+        *("METHODS", "EmbedConfig", "Embedder", "Encoded", "Explanation", "Readout", "Role", "__version__"),
+        *("InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "TextTooLong", "UnsupportedModel"),
     }
     assert all(getattr(kvembed, name) is not None for name in kvembed.__all__)
     assert set(dir(kvembed)) == set(kvembed.__all__)
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_names(tmp_path):
+    (tmp_path / "user.py").write_text(
+        "from kvembed import Embeder, Embedder\ndef f(one: Embedder) -> None:\n    one.foo()\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert 'Module "kvembed" has no attribute "Embeder"' in done.stdout
+    assert '"Embedder" has no attribute "foo"' in done.stdout
 
 
 def test_importing_the_package_or_the_command_line_does_not_import_torch():

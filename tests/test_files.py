@@ -90,7 +90,9 @@ def test_csv_of_old_line_ends(tmp_path):
         ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: field 'text' holds 5, not text"),
         ("x.jsonl", b'{"text": null}', r"x\.jsonl, line 1: field 'text' holds null, not text"),
         ("x.jsonl", b'{"n": 5}', r"x\.jsonl, line 1: no text in field 'text'; it has n"),
-        ("x.jsonl", b"[1]", r"x\.jsonl, line 1: no text in field"),
+        ("x.jsonl", b"[1]", r"x\.jsonl, line 1: a line is an object or a string, not \[1\]"),
+        ("x.txt", "a".encode("utf-16"), r"x\.txt: is UTF-16, as Excel's Unicode text; save it as UTF-8"),
+        ("x.csv", b"id, text\n1,a", r"x\.csv: no column 'text'; it has id, ' text' \(choose"),
         ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1: not JSON"),
         ("x.csv", b"a,b\n1,2\n", r"x\.csv: no column 'text'; it has a, b"),
         ("x.csv", b"", r"x\.csv: no texts in it"),
@@ -169,7 +171,7 @@ def test_texts_are_counted_and_then_streamed(tmp_path):
     rows, count = stream_rows([tmp_path / "a.txt", tmp_path / "b.jsonl"])
     assert (count, [row.text for row in rows]) == (3, ["one", "two", "three"])
     (tmp_path / "b.jsonl").write_text('"three"\n4\n')
-    with pytest.raises(InputError, match="line 2: no text"):  # before anything is embedded
+    with pytest.raises(InputError, match="line 2: a line is"):  # before anything is embedded
         stream_rows([tmp_path / "a.txt", tmp_path / "b.jsonl"])
 
 
@@ -219,7 +221,7 @@ def test_a_tsv_whose_quotes_mean_nothing_is_not_read_as_one_row(tmp_path):
     [
         ("x.json", "JSON is read line by line"),
         ("x.md", "`kvembed index` takes documents"),
-        ("x.jsonl.gz", "is packed; unpack it first"),
+        ("x.jsonl.gz", "is compressed; decompress it first"),
         ("x.PDF", "has to be taken out first"),
     ],
 )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -617,6 +618,19 @@ def test_a_refit_keeps_what_is_not_said(folder, notes, monkeypatch):
     refused = run("index", "notes/ferry.md", "--db", "db", "--refit", "--bias", "2")
     assert refused.exit_code == 1
     assert "also has documents from" in refused.stderr
+
+
+def test_letters_in_two_characters_are_found_by_letters_in_one(embedder, tmp_path):
+    words = ["crème brûlée", "Zürich im Winter", "một hai ba tiếng"]
+    rows = [{"text": unicodedata.normalize("NFD", one)} for one in words]
+    assert rows[0]["text"] != words[0]
+    index, _ = made(embedder, tmp_path, jsonl(tmp_path / "nfd.jsonl", rows))
+    for query, found in [("crème", words[0]), ("zurich", words[1]), ("tiếng", words[2])]:
+        for form in ("NFC", "NFD"):
+            (hit,) = index.search(unicodedata.normalize(form, query), mode="text")
+            assert hit.text == found
+    with pytest.raises(InputError, match="query 1 is a list, not a string"):
+        index.search(["a"])
 
 
 def test_layers_by_the_model_are_an_option_too(folder, notes, monkeypatch):

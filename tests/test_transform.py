@@ -117,10 +117,14 @@ def test_files(tmp_path):
     assert again.digest() != fit({"document": read, "query": read}, INSIDE, {}).digest()
     whole = (tmp_path / "new" / "t.safetensors").read_bytes()
     renamed = [whole.replace(b"rotate", b"rotten"), whole.replace(b"mean.query", b"mean.quest")]
-    for content in (b"", b"{}", whole[:-9], *renamed):
+    broken = bytearray(whole)
+    broken[-8:] = b"\xff" * 8  # two numbers that are none
+    for content in (b"", b"{}", whole[:-9], *renamed, bytes(broken)):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(InputError, match="bad is not a transform of kvembed"):
             Transform.load(tmp_path / "bad")
+    with pytest.raises(InputError, match=r"is a folder; a transform is a \.safetensors file"):
+        Transform.load(tmp_path)
 
 
 TWO_VIEWS = EmbedConfig(more_readouts=[Readout(output_layer=0)], transform="whiten", query="Q {text}")
@@ -407,7 +411,7 @@ def test_saving_and_fitted_files(auto, tmp_path, llama, tokenizer, monkeypatch):
     )
     np.testing.assert_allclose(given_file.encode(NOTICES), auto.encode(NOTICES), atol=1e-6)
     for options, message in (
-        ({"method": "auto", "pooling": "mean"}, "fitted for another config"),
+        ({"method": "auto", "pooling": "mean"}, "fitted for another config of auto; fit one for it"),
         ({"method": "kv", "layers": (1,)}, "method kv has no transform"),
         ({"fitted": tmp_path / "no.safetensors"}, "no such file"),
         ({"fitted": tmp_path / "saved" / "kvembed.json"}, "is not a transform"),

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import EmbedConfig, Readout
+    from .config import EmbedConfig, Readout, Role
     from .embedder import Embedder, Explanation
     from .errors import InputError, KvembedError, ModelNotFound, OutOfMemory, TextTooLong, UnsupportedModel
     from .methods import METHODS
@@ -25,6 +25,7 @@ __all__ = [
     "ModelNotFound",
     "OutOfMemory",
     "Readout",
+    "Role",
     "TextTooLong",
     "UnsupportedModel",
     "__version__",
@@ -37,6 +38,7 @@ _HOMES = {
     "Encoded": "vectors",
     "Explanation": "embedder",
     "Readout": "config",
+    "Role": "config",
     "InputError": "errors",
     "KvembedError": "errors",
     "ModelNotFound": "errors",
@@ -46,11 +48,13 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Lazy, so that `kvembed --help` does not pay for importing torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kvembed' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+if not TYPE_CHECKING:  # or else a type checker would take any name
+
+    def __getattr__(name: str) -> Any:
+        # Lazy, so that `kvembed --help` does not pay for importing torch.
+        if name not in _HOMES:
+            raise AttributeError(f"module 'kvembed' has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

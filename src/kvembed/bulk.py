@@ -29,7 +29,7 @@ from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .extras import import_extra
-from .files import atomic_write, exclusive_writer, naming, sha256_of, why, write_json
+from .files import atomic_write, exclusive_writer, naming, sha256_of, user_path, why, write_json
 from .identity import first_difference, identity, json_hash
 from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
@@ -127,7 +127,7 @@ def bulk(
     """
     if shard_rows < 1:
         raise InputError(f"shard_rows must be a whole number from 1, not {shard_rows!r}")
-    source, out = Path(source), Path(out)
+    source, out = user_path(source), user_path(out)
     check_folders(source, out)
     plan = make_plan(source, field=field, id_field=id_field, shard_rows=shard_rows, progress=progress)
     embedder = embedder() if callable(embedder) else embedder

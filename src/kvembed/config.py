@@ -256,7 +256,8 @@ def _indices(name: str, value: Any, least: int) -> tuple[int, ...]:
     except TypeError:
         indices = (-1,)
     if isinstance(value, str) or not all(is_whole(index) and index >= least for index in indices):
-        raise InputError(f"{name} must be whole numbers from {least}, not {value!r}")
+        others = ', or "all", or None to have them chosen' if name == "layers" else ""
+        raise InputError(f"{name} must be a list of whole numbers from {least}{others}, not {value!r}")
     return tuple(sorted({int(index) for index in indices}))
 
 

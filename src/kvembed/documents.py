@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from .bars import Bar
 from .errors import InputError
-from .files import raise_named
+from .files import raise_named, user_path
 from .passages import passages
 from .texts import DOCUMENT_ENDINGS, MARKDOWN, ROW_ENDINGS, check_unicode, place_of, read_lines, read_rows
 from .transform import LEAST_TEXTS
@@ -118,7 +119,7 @@ class Corpus:
             InputError: a path that is missing; a row that can't be used, with its file and line; one id for two rows.
         """
         self._field, self._id_field = field, id_field
-        self.roots = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+        self.roots = list(dict.fromkeys(os.path.abspath(user_path(path)) for path in paths))
         if odd := [root for root in self.roots if not _is_unicode(root)]:
             raise InputError(f"{odd[0]!r}: its name is not UTF-8")
         self.gone = [root for root in self.roots if not os.path.lexists(root)]
@@ -244,6 +245,7 @@ class Corpus:
         if kind not in ROW_ENDINGS:
             lines = ((row.line, row.text) for row in read_lines(path))
             for line, text in passages(lines, headings=kind in MARKDOWN):
+                text = _composed(text)
                 yield Document(_hash([text, []]), text, file, line, {})
             return
         csv = kind in (".csv", ".tsv")
@@ -252,8 +254,14 @@ class Corpus:
             fields = {_column(name, named, at): _plain(value, csv) for name, value in row.others.items()}
             for name, value in fields.items():
                 check_unicode(f"{name} {value}", at)
-            key = _hash([row.text, sorted(fields.items())]) if row.id is None else str(row.id)
-            yield Document(key, row.text, file, row.line, fields)
+            text = _composed(row.text)
+            key = _hash([text, sorted(fields.items())]) if row.id is None else str(row.id)
+            yield Document(key, text, file, row.line, fields)
+
+
+def _composed(text: str) -> str:
+    """In Unicode's form NFC, as queries are: text search would not find "é" in two characters by "é" in one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def check_same(key: str, new: Place, known: Place) -> None:

@@ -10,7 +10,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,9 +90,6 @@ class Embedder:
         tokenizer: its tokenizer, likewise.
         backbone: the model as kvembed sees it.
         transform: what the config's transform was fitted to, or None if it has none.
-        dim: length of a vector.
-        max_tokens: the longest prompt in tokens, without a beginning that texts share: the config's, or else the
-            model's own limit. Where neither says any, or no layer is run, more than any text has (2**31).
     """
 
     def __init__(
@@ -160,7 +156,7 @@ class Embedder:
         )
         if config.max_tokens and limit and config.max_tokens > limit and not config.chunk_tokens:
             raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
-        self.max_tokens = config.max_tokens or limit or UNLIMITED
+        self._max_tokens = config.max_tokens or limit or UNLIMITED
         self._prefixes: dict[str, int] = {}  # template -> tokens of the prefix that its texts share
         self._texts = texts
         self._reader = Reader(self.backbone, config, self._prompter.size)
@@ -171,7 +167,6 @@ class Embedder:
             self.transform = self._fitted(transform, refit, progress)
             if config.dim and config.dim > self.transform.dim:
                 raise InputError(f"dim is {config.dim}, but the transform gives {self.transform.dim} at most")
-        self.dim = self.backbone.dim if self.transform is None else config.dim or self.transform.dim
 
     @classmethod
     def from_pretrained(
@@ -225,7 +220,7 @@ class Embedder:
             config = preset(method or "kv", **options)
         transform = None
         if fitted is not None:
-            transform = Transform.load(Path(fitted).expanduser())
+            transform = Transform.load(fitted)
         elif as_saved is not None and as_saved.transform != "none" and config.transform != "none" and texts is None:
             transform = saved_transform(source, revision=revision)
         model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
@@ -269,7 +264,7 @@ class Embedder:
             preset(method, **options),
             batch_tokens=batch_tokens,
             texts=texts,
-            transform=None if fitted is None else Transform.load(Path(fitted).expanduser()),
+            transform=None if fitted is None else Transform.load(fitted),
             progress=progress,
         )
 
@@ -306,6 +301,18 @@ class Embedder:
     def config(self) -> EmbedConfig:
         """What is done to a text, layers spelled out. To change it, `replace`."""
         return self._config
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector. To change it, `replace`."""
+        return self.backbone.dim if self.transform is None else self.config.dim or self.transform.dim
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt in tokens, without a beginning that texts share: the config's, or else the model's own
+        limit. Where neither says any, or no layer is run, more than any text has (2**31). To change it, `replace`.
+        """
+        return self._max_tokens
 
     @property
     def dtype(self) -> str:
@@ -370,7 +377,7 @@ class Embedder:
     ) -> Iterator[Encoded]:
         """`encode_with_report` in pieces, in order, as texts come; memory does not grow with their number.
 
-        While a piece is embedded the next one is tokenised.
+        A piece is 1,024 texts, or about a million characters. While one is embedded the next one is tokenised.
 
         Args:
             texts: strings, from anywhere; read two pieces ahead.
@@ -381,7 +388,7 @@ class Embedder:
         Raises:
             InputError: as `encode`, when the text is reached.
         """
-        _refuse_what_is_no_list(texts)
+        texts = _each(texts)
         bar = Bar(total=total, desc="embedding", unit="text", progress=progress)
         seen = cut = 0
         with ThreadPoolExecutor(1, "kvembed-tokenizing") as tokenizing, bar:
@@ -489,9 +496,9 @@ class Embedder:
                 return self._fitted(None, refit, progress)
             if same_model:
                 theirs, ours = transform.info.get("method", self.config.method), self.config.method
-                apart = "another config" if theirs == ours else f"method {theirs}, and this is {ours}"
-                raise InputError(f"the transform was fitted for {apart}")
-            rounded = "cast to float16 before it was saved: then take float16, or fit anew"
+                apart = f"another config of {ours}" if theirs == ours else f"method {theirs}, and this is {ours}"
+                raise InputError(f"the transform was fitted for {apart}; fit one for it, or leave it out")
+            rounded = "cast to float16, or saved without its tokenizer: then take float16, or fit anew"
             if self.dtype == "float16":
                 rounded = "not in float16, which rounds weights: take float32 or bfloat16, or fit anew"
             raise InputError(f"the transform was fitted for another model, or this one {rounded}")
@@ -524,9 +531,9 @@ class Embedder:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1].
 
         Raises:
-            InputError: rows of unlike lengths.
+            InputError: rows of unlike lengths, or what is no vectors.
         """
-        unit_a, unit_b = map(unit, map(np.atleast_2d, (a, b)))
+        unit_a, unit_b = (unit(_vectors(each)) for each in (a, b))
         if unit_a.shape[1] != unit_b.shape[1]:
             raise InputError(f"vectors of {unit_a.shape[1]} and of {unit_b.shape[1]} dimensions can't be compared")
         cosine: NDArray[np.float32] = (unit_a @ unit_b.T).clip(-1, 1).astype(np.float32)
@@ -628,8 +635,10 @@ def _check_loaded(model: Any, tokenizer: Any) -> None:
         raise InputError(f"the tokenizer is a {type(tokenizer).__name__}, not one of transformers")
 
 
-def _refuse_what_is_no_list(texts: Any) -> None:
-    """Also what can be gone through, but not text by text: a table gives its columns' names, a dict its keys."""
+def _each(texts: Any) -> Iterable[Any]:
+    """The texts one by one. Raises `InputError` for what is no list of them, also for what can be gone through, but
+    not text by text: a table gives its columns' names, a dict its keys.
+    """
     if isinstance(texts, str | bytes):
         raise InputError(f"texts must be strings in a list, not one {type(texts).__name__}")
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):
@@ -638,11 +647,27 @@ def _refuse_what_is_no_list(texts: Any) -> None:
         iter(texts)
     except TypeError:
         raise InputError(f"texts must be strings in a list, not a {type(texts).__name__}") from None
+    listed: Iterable[Any] = texts.to_pylist() if hasattr(texts, "to_pylist") else texts  # pyarrow's are no strings
+    return listed
 
 
 def _listed(texts: Iterable[Any]) -> list[Any]:
-    _refuse_what_is_no_list(texts)
-    return list(texts)
+    return list(_each(texts))
+
+
+def _vectors(given: Any) -> NDArray[np.float32]:
+    """(n, dim) float32. Raises `InputError` for what is no vectors, or those whose bits are packed."""
+    try:
+        found = np.atleast_2d(np.asarray(given))
+        kind = found.dtype
+        found = found.astype(np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"vectors (n, dim) are compared, as `encode` gives them: {error}") from None
+    if found.ndim != 2:
+        raise InputError(f"vectors (n, dim) are compared, not an array of shape {found.shape}")
+    if kind == np.uint8:
+        raise InputError("binary vectors are compared by Hamming distance, bit by bit; cosine needs `dequantize` first")
+    return found
 
 
 def _from_zero(layer: int | None, depth: int) -> int | None:

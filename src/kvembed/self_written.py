@@ -70,7 +70,7 @@ def write_texts(
     Args:
         model: with a language-modelling head.
         tokenizer: has a BOS (or else EOS) token.
-        count: how many texts; distinct, each of more than one word.
+        count: how many texts; distinct, each of more than one word or of more than 12 characters.
         seed: the same seed on the same machine and dtype gives the same texts; torch's own generator is left as it was.
         batch: texts sampled at once.
         cache: file to keep them in, and to read them from if it is there. Beside it, what a stopped run had written;
@@ -141,7 +141,9 @@ def write_texts(
                 return written
             if part:
                 state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-                store(part, json.dumps({"asked": asked, "turn": turn, "rng": state, "texts": [*texts]}), "the texts")
+                left = json.dumps({"asked": asked, "turn": turn, "rng": state, "texts": [*texts]})
+                if not store(part, left, "the texts"):
+                    cache = part = None  # told once
     raise InputError(
         f"{type(model).__name__} wrote only {len(texts)} distinct texts: give calibration texts, or layers=... and no "
         "method with a transform"

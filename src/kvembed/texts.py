@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import itertools
@@ -158,7 +159,7 @@ def _refuse_others(path: Path) -> None:
     if kind == ".json":
         raise InputError(f"{path}: JSON is read line by line, one object or string each, from a .jsonl file")
     if kind in _PACKED:
-        raise InputError(f"{path}: is packed; unpack it first")
+        raise InputError(f"{path}: is compressed; decompress it first")
     if kind in _FORMATTED:
         raise InputError(f"{path}: its text has to be taken out first, into a file of one of the kinds that are read")
 
@@ -186,6 +187,10 @@ class _Lines:
         try:
             text = raw.decode("utf-8" if self._offset else "utf-8-sig")
         except UnicodeDecodeError as error:
+            if not self._offset and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise InputError(
+                    f"{self._name}: is UTF-16, as Excel's Unicode text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+                ) from None
             place = f"{self._name}, line {self._line + 1}"
             raise InputError(f"{place}: not UTF-8 text (byte 0x{raw[error.start]:02x}); iconv can convert it") from None
         self._offset += len(raw)
@@ -237,6 +242,8 @@ def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
         if not isinstance(value, str):
             if isinstance(row, dict) and field in row:
                 raise InputError(f"{place}: field {field!r} holds {json.dumps(value):.40}, not text")
+            if not isinstance(row, dict):
+                raise InputError(f"{place}: a line is an object or a string, not {json.dumps(row):.40}")
             raise InputError(f"{place}: no text in field {field!r}{_fields(row)} (choose with --field)")
         check_unicode(value, place)
         if id_field is not None and not (isinstance(row, dict) and id_field in row):
@@ -249,7 +256,12 @@ def _json_rows(file: BinaryIO, name: str, field: str, id_field: str | None, star
 
 
 def _fields(row: Any) -> str:
-    return f"; it has {', '.join(map(str, row))[:200]}" if isinstance(row, dict) else ""
+    return f"; it has {_quoted(row)}" if isinstance(row, dict) else ""
+
+
+def _quoted(names: Iterable[str]) -> str:
+    """In quotes where one could not see a name's ends."""
+    return ", ".join(repr(name) if name != name.strip() or not name else name for name in names)[:200]
 
 
 def _csv_rows(file: BinaryIO, name: str, field: str, id_field: str | None, start: Mark, others: bool) -> Iterator[Row]:
@@ -378,7 +390,7 @@ def _column(columns: list[str], wanted: str, name: str, option: str = "") -> int
     if columns.count(wanted) > 1:
         raise InputError(f"{name}: column {wanted!r} is there more than once")
     if wanted not in columns:
-        raise InputError(f"{name}: no column {wanted!r}; it has {', '.join(columns)[:200]} (choose with {option})")
+        raise InputError(f"{name}: no column {wanted!r}; it has {_quoted(columns)} (choose with {option})")
     return columns.index(wanted)
 
 

@@ -23,8 +23,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .config import Role
 from .errors import InputError
-from .files import atomic_write, why
+from .files import atomic_write, user_path, why
 
 __all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "check_count", "fit"]
 
@@ -103,17 +103,21 @@ class Transform:
             digest.update(part.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file, whole or not at all; `info` is in its header, as JSON."""
         tensors = {f"mean.{role}": mean for role, mean in self.means.items()}
         tensors |= {"whiten": self.whiten, "rotate": self.rotate}
+        path = user_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(save(tensors, {"info": json.dumps(self.info, sort_keys=True)}))
 
     @classmethod
-    def load(cls, path: Path) -> Transform:
+    def load(cls, path: str | os.PathLike[str]) -> Transform:
         """The inverse of `save`. Raises `InputError` for anything else, or no file."""
+        path = user_path(path)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; a transform is a .safetensors file")
         try:
             path.stat()  # safetensors' own error names the file once more
             with safe_open(path, "pt") as file:
@@ -126,6 +130,8 @@ class Transform:
             fits = {mean.shape for mean in means.values()} == {(views, dim)} and {*means} == {"document", "query"}
             if not fits or transform.rotate.shape[0] != views * kept:
                 raise ValueError("its parts do not fit together")
+            if not all(part.isfinite().all() for part in (*means.values(), transform.whiten, transform.rotate)):
+                raise ValueError("it holds numbers that are not finite")
         except OSError as error:
             raise InputError(f"{path}: {why(error)}") from None
         except (SafetensorError, KeyError, ValueError, TypeError) as error:

@@ -48,7 +48,7 @@ def fitted_for(fingerprint: str, config: EmbedConfig) -> dict[str, str]:
 
 
 def warn_of_refit(transform: Transform) -> None:
-    """A change of config may leave a fit behind that can't be made again."""
+    """Say that a fit on given texts is lost, if it was one: it can't be made again."""
     if transform.info.get("texts") != SELF_WRITTEN:
         logger.warning(
             "the transform is not for this config, and was fitted on given texts, which are not at hand: another is "
@@ -99,6 +99,8 @@ def choose_transform(
             logger.warning("ignoring the damaged transform: %s", error)
     if texts is None and (shipped := _shipped(bound)):
         return shipped
+    if texts is not None:
+        check_count(len({*texts}))
     level = logging.INFO if progress else logging.WARNING
     logger.log(level, "fitting a transform on %s texts, once; on a CPU that takes minutes", source)
     found = list(dict.fromkeys(write() if texts is None else texts))
