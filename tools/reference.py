@@ -60,7 +60,11 @@ def python_page() -> str:
         member = package[name]
         if member.is_attribute:
             value = f"`{member.annotation}`: " if member.annotation else ""
-            told = {"METHODS": "the presets by name, see [choosing a model](models.md).", "__version__": "the version."}
+            told = {
+                "METHODS": "the presets by name, see [choosing a model](models.md).",
+                "Role": 'the type of a text\'s role, `"document"` or `"query"`: which template it is put in.',
+                "__version__": "the version.",
+            }
             lines += [f"## `{name}`", f"{value}{told[name]}"]
         else:
             lines += _entry(name, member, [one.name for one in member.members.values() if _is_public(one)])
