@@ -16,6 +16,7 @@ from kvembed import EmbedConfig, UnsupportedModel
 from kvembed.attention import Reroute, closed, delegated, prepended, unrotate
 from kvembed.attention_interface import attending, stock_attention
 from kvembed.backbone import Backbone
+from kvembed.hooks import keeping_rotations
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -279,7 +280,7 @@ def test_a_large_bias_of_a_few_keys_does_not_hide_their_rotation(dtype):
     with torch.no_grad():
         model.model.layers[2].self_attn.k_proj.bias.zero_()[5] = 300.0
         model.model.layers[2].self_attn.k_proj.weight.mul_(0.05)
-    assert Backbone(model.to(dtype))._rotary == ({0, 1, 2, 3, 4}, set())
+    assert Backbone(model.to(dtype))._rotary_layers == ({0, 1, 2, 3, 4}, set())
 
 
 def test_slot_position_first_with_a_scaled_rotation():
@@ -298,7 +299,7 @@ def test_slot_position_first_with_a_scaled_rotation():
         backbone.decoder(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
     at_zero = seen[backbone.layers[0].self_attn][:, :, -1]  # layer 0's input does not depend on positions
     rotations = {}
-    with torch.inference_mode(), backbone._keeping_rotations(rotations), attending(backbone.decoder, keep):
+    with torch.inference_mode(), keeping_rotations(backbone.decoder, rotations), attending(backbone.decoder, keep):
         seen.clear()
         backbone.decoder(input_ids=ids, use_cache=False)
     module = backbone.layers[0].self_attn

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvembed import OutOfMemory
-from kvembed.batching import blocks, is_device_lost, run_batches, token_batches
+from kvembed.batching import blocks, run_batches, token_batches
+from kvembed.device import is_device_lost
 
 
 @given(lengths=st.lists(st.integers(0, 3_000_000), max_size=9), count=st.integers(0, 3000))

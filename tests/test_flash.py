@@ -166,7 +166,7 @@ def test_a_trial_that_finds_no_memory_says_nothing_of_the_model(llama, monkeypat
 
     backbone = Backbone(llama)
     with monkeypatch.context() as patch:
-        patch.setattr(backbone, "_states", out_of_memory)
+        patch.setattr(backbone, "forward", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             assert backbone.can_pack
     assert backbone.can_pack

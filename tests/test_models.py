@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
-from kvembed import Embedder, InputError, ModelNotFound, models
+from kvembed import Embedder, InputError, ModelNotFound, device, models
 from kvembed.files import cache_folder, default_file_mode
 from kvembed.saved import default_method, saved_config
 
@@ -119,7 +119,7 @@ def test_cuda_without_a_gpu_is_a_cpu(gguf_file, monkeypatch):
 @pytest.mark.parametrize("able", [True, False])
 def test_old_gpus_do_not_multiply_bfloat16(monkeypatch, able):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able or including_emulation)
-    assert models._multiplies_bfloat16(torch.device("cuda")) == able
+    assert device._multiplies_bfloat16(torch.device("cuda")) == able
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "header"])

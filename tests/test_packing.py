@@ -109,7 +109,7 @@ def test_no_square_mask_for_full_attention(llama):
 
     backbone.rerouting = Watched
     ids, lengths = backbone.pad([[5] * 30, [6]])
-    backbone._states(ids, lengths, EmbedConfig(), packed=pack(ids, lengths))
+    backbone.forward(ids, lengths, EmbedConfig(), packed=pack(ids, lengths))
     assert masks == [None] * 2 * 5
 
 

@@ -48,6 +48,7 @@ from kvembed import EmbedConfig, Embedder, models
 from kvembed.attention import Reroute
 from kvembed.backbone import Backbone
 from kvembed.batching import token_batches
+from kvembed.device import best_device, best_dtype
 from kvembed.evaluate import hardware
 from kvembed.process import keep_freed_memory
 from kvembed.tasks import load_tasks
@@ -77,8 +78,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed")
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     arguments = parser.parse_args()
-    device = models.best_device()
-    arguments.dtype = arguments.dtype or models.best_dtype(device)
+    device = best_device()
+    arguments.dtype = arguments.dtype or best_dtype(device)
     model = arguments.shape or arguments.model
     plain = device.type == "cpu" and not arguments.shape
     out = arguments.out / (arguments.dtype if plain else f"{device.type}-{model}")
@@ -120,7 +121,7 @@ def _version(package: str) -> str:
 
 def _backbone(arguments: argparse.Namespace) -> Backbone:
     if arguments.shape:
-        return Backbone(random_model(arguments.shape, getattr(torch, arguments.dtype), models.best_device()))
+        return Backbone(random_model(arguments.shape, getattr(torch, arguments.dtype), best_device()))
     return Backbone(models.load(arguments.model, dtype=arguments.dtype)[0])
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
-from .batching import computed
+from .batching import computed_tokens
 
 __all__ = ["Batcher", "QueueFull"]
 
@@ -202,7 +202,7 @@ class Batcher(Generic[Item, Row]):
         same = [request.nearest(wanted) for request in self._turns if request.group == head.group]
         for _, request, place in heapq.merge(*same, key=itemgetter(0)):  # not all that waits has to be looked at
             longest, used = max(longest, request.lengths[place]), used + request.lengths[place]
-            if computed(len(batch) + 1, longest, used, packed=self.packed) > self.batch_tokens:
+            if computed_tokens(len(batch) + 1, longest, used, packed=self.packed) > self.batch_tokens:
                 break
             batch.append((request, place))
         for request, place in batch[1:]:

@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from .device import empty_device_cache, is_out_of_memory
 from .errors import OutOfMemory
 
 __all__ = [
     "blocks",
     "characters",
-    "computed",
-    "empty_device_cache",
-    "is_device_lost",
-    "is_out_of_memory",
+    "computed_tokens",
     "run_batches",
     "token_batches",
 ]
@@ -60,7 +58,7 @@ def characters(text: Any) -> int:
     return len(text) if isinstance(text, str) else 0
 
 
-def computed(texts: int, longest: int, tokens: int, *, packed: bool) -> int:
+def computed_tokens(texts: int, longest: int, tokens: int, *, packed: bool) -> int:
     """Tokens that a batch computes: packed, those of its texts; padded, as many as the longest for each."""
     return tokens if packed else texts * longest
 
@@ -85,7 +83,7 @@ def token_batches(
         tokens = lengths[index]
         mixed = border is not None and tokens <= border < longest
         more = len(batches[-1]) + 1 if batches else 1
-        if batches and not mixed and computed(more, longest, used + tokens, packed=packed) <= batch_tokens:
+        if batches and not mixed and computed_tokens(more, longest, used + tokens, packed=packed) <= batch_tokens:
             batches[-1].append(index)
             used += tokens
         else:
@@ -131,7 +129,7 @@ def run_batches(
         # Outside the handler: the traceback would keep the failed batch's tensors alive.
         if rows is None:
             empty_device_cache()
-            used = computed(len(batch), longest, sum(lengths[i] for i in batch), packed=packed)
+            used = computed_tokens(len(batch), longest, sum(lengths[i] for i in batch), packed=packed)
             budget = (used + longest) // 2  # a half, but never less than the longest text
             logger.warning("out of memory: batches cut from %d tokens to %d", used, budget)
             left = [index for waiting in (batch, *todo[::-1]) for index in waiting]
@@ -139,24 +137,3 @@ def run_batches(
             todo = [[left[i] for i in part] for part in smaller][::-1]
             continue
         yield batch, rows
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less at a time may help."""
-    # The allocators of CPUs and Macs raise plain RuntimeErrors, CUDA itself and its libraries errors of their own.
-    told = str(error)
-    signs = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in told for sign in signs)
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Whether the accelerator will fail in all that this process asks of it from now on."""
-    # Before torch 2.8 the class is missing, and such an error is a RuntimeError like others.
-    kind = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, kind) and not is_out_of_memory(error)
-
-
-def empty_device_cache() -> None:
-    """Let the accelerator, if there is one, have what torch keeps of it for later."""
-    if torch.accelerator.is_available():
-        torch.get_device_module().empty_cache()

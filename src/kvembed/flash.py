@@ -16,7 +16,7 @@ import logging
 import torch
 from torch import Tensor
 
-from .batching import is_out_of_memory
+from .device import is_out_of_memory
 
 __all__ = [
     "causal_with_lse",

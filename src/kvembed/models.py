@@ -33,20 +33,18 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .device import best_device, best_dtype, usable_device
 from .errors import InputError, KvembedError, ModelNotFound
 from .files import cache_folder, default_file_mode, sha256_of
 
 __all__ = [
     "BUNDLED",
     "Bundled",
-    "best_device",
-    "best_dtype",
     "hub_file",
     "label",
     "load",
     "local_path",
     "pull",
-    "usable_device",
 ]
 
 logger = logging.getLogger(__name__)
@@ -90,15 +88,15 @@ def load(
         InputError: unknown dtype or device; a revision of what is not on a hub.
         ModelNotFound: no such model, no network, or a file that can't be read.
     """
-    place = best_device() if device == "auto" else usable_device(device)
+    where = best_device() if device == "auto" else usable_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
-    torch_dtype = DTYPES[best_dtype(place) if dtype == "auto" else dtype]
+    torch_dtype = DTYPES[best_dtype(where) if dtype == "auto" else dtype]
     source = _local_folder(name, revision) or _on_hub(name, revision)
     with _readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = _whole(name, source, revision=revision, dtype=torch_dtype)
-    return model.eval().requires_grad_(False).to(place), tokenizer
+    return model.eval().requires_grad_(False).to(where), tokenizer
 
 
 def _whole(name: str, *source: Any, **options: Any) -> PreTrainedModel:
@@ -211,41 +209,6 @@ def hub_file(name: str, file: str, *, revision: str | None = None) -> Path | Non
     except Exception:  # whatever the HTTP library of the day raises, where there is no network
         cached = try_to_load_from_cache(name, file, revision=revision)
         return Path(cached) if isinstance(cached, str) else None
-
-
-def best_device() -> torch.device:
-    """The first accelerator, or else the CPU."""
-    # torch built for CUDA names it on a machine without a GPU too, unless told to look.
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def best_dtype(device: torch.device) -> str:
-    """A key of `DTYPES`."""
-    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """In hardware; else it is slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        return True
-    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.11 on
-    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
-
-
-def usable_device(device: str) -> torch.device:
-    """Raises `InputError` for a device that this machine does not have."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        here = torch.accelerator.current_accelerator(check_available=True)
-        known = ["cpu"]
-        if here:
-            known += [f"{here.type}:{number}" for number in range(torch.accelerator.device_count())]
-        raise InputError(
-            f"device {device!r} can't be used; here are {', '.join(known)} ({_first_line(error):.60})"
-        ) from None
 
 
 def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:

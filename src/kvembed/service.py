@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from .batcher import Batcher
-from .batching import blocks, is_device_lost
+from .batching import blocks
 from .config import Role
+from .device import is_device_lost
 from .embedder import Embedder
 from .errors import InputError, TextTooLong
 from .openai_api import ApiError, Input

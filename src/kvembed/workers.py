@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 import torch
 
 from .bars import Bar
-from .batching import blocks, characters, empty_device_cache
+from .batching import blocks, characters
 from .config import EmbedConfig, Role
+from .device import empty_device_cache, usable_device
 from .embedder import Embedder
 from .errors import InputError, KvembedError
-from .models import load, local_path, usable_device
+from .models import load, local_path
 from .process import quiet
 from .transform import Transform
 from .vectors import Encoded
