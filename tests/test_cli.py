@@ -204,7 +204,7 @@ def test_parse_layers():
     ("args", "message"),
     [
         (("--bias", "nan"), "bias must be a finite number, not nan"),
-        (("--method", "mean", "--bias", "2"), "--bias is the slot's, and method mean re-routes nothing"),
+        (("--method", "mean", "--bias", "2"), "--bias has no effect: method mean re-routes nothing"),
         (("--method", "static", "--layers", "1"), "--layers: method static runs no layer"),
         (("--method", "mean", "--dim", "8"), "method mean has no best dimensions to keep"),
         (("--layers", "9"), "layer 9 is out of range: llama has layers 0 to 4"),

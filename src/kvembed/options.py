@@ -1,20 +1,67 @@
-"""The options that say which embedder, as the commands and `serve run` have them: read, checked, and what loads it."""
+"""The options that commands share; and of those that say which embedder: read, checked, and what loads it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from .errors import InputError
-from .methods import preset
+from .methods import METHODS, preset
 from .process import import_models
 
 if TYPE_CHECKING:
     from .config import EmbedConfig
     from .embedder import Embedder
 
-__all__ = ["loader", "parse_layers"]
+__all__ = [
+    "BatchTokens",
+    "Bias",
+    "Devices",
+    "Dim",
+    "Dtype",
+    "Field",
+    "Fitted",
+    "Json",
+    "Layers",
+    "MaxTokens",
+    "Method",
+    "Model",
+    "Precision",
+    "RoleName",
+    "loader",
+    "parse_layers",
+]
+
+Model = Annotated[str, typer.Option("--model", help="smollm2, a hub id, a folder or a .gguf file.")]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the one saved with the model, or auto."),
+]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Layers to re-route: 6-9 or 4,5,10 or none or all or auto.")
+]
+Bias = Annotated[float | None, typer.Option("--bias", help="Bias of the slot's logit; the paper's is 1.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+RoleName = Annotated[Literal["document", "query"], typer.Option("--role", help="Which template.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Cut longer texts. Default: the model's limit.")]
+BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", help="Tokens in a batch.")]
+Precision = Annotated[
+    Literal["float32", "int8", "binary"],
+    typer.Option("--precision", help="int8: a byte a dimension. binary: a bit, for Hamming distance."),
+]
+Dim = Annotated[int | None, typer.Option("--dim", min=1, help="Keep the best dimensions of a method that orders them.")]
+Fitted = Annotated[
+    Path | None, typer.Option("--fitted", help="A transform that `kvembed tune -o` wrote. Default: the stored one.")
+]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", help="A process on each: cuda:0,cuda:1 or cpu,cpu. Default: one device, this process."),
+]
+Field = Annotated[str, typer.Option("--field", help="Key or column that holds the text.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def loader(
@@ -68,7 +115,7 @@ def loader(
             **options,
         )
         if bias is not None and not (embedder.config.layers and embedder.config.attention == "reroute"):
-            raise InputError(f"--bias is the slot's, and method {embedder.config.method} re-routes nothing")
+            raise InputError(f"--bias has no effect: method {embedder.config.method} re-routes nothing")
         return embedder
 
     return load
