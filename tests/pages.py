@@ -21,7 +21,7 @@ from typing import NamedTuple
 from conftest import running
 from typer.testing import CliRunner
 
-from kvembed import cli, models, server
+from kvembed import cli, models, saved, server
 
 BLOCK = re.compile(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 NOT_HERE = re.compile(r"^(pip|make|docker|serve|ray) |--mteb|--engine ray|--devices")
@@ -89,6 +89,7 @@ class Runner:
         monkeypatch.setenv("COLUMNS", "90")
         monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
         monkeypatch.setattr(models, "_local_folder", self.folder)
+        monkeypatch.setattr(saved, "hub_file", lambda *_, **__: None)  # the tiny one is no saved embedder
         monkeypatch.setattr(server, "serve", self.serve)
 
     def folder(self, name, revision=None):

@@ -8,8 +8,8 @@ import pytest
 from conftest import ground
 
 from kvembed.config import EmbedConfig
-from kvembed.embedder import Explanation
 from kvembed.errors import InputError
+from kvembed.explanation import Explanation
 from kvembed.layers import Profile
 from kvembed.page import DARK, LIGHT
 from kvembed.report import report_html

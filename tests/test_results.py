@@ -104,7 +104,7 @@ def test_a_tie_is_not_called_a_win(tables):
         ]
     text = tables._summary(rows, [])
     assert "- **smollm2**: beats `last` +10.0" in text
-    assert "; ties `mean` +0.3 (" in text
+    assert "; can't be told from `mean` +0.3 (" in text
     assert "; loses to `echo` -20.0 (" in text
     assert "| `kv` | 1 | 50.0 (" in text
 

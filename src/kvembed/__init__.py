@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EmbedConfig, Readout, Role
-    from .embedder import Embedder, Explanation
+    from .embedder import Embedder
     from .errors import InputError, KvembedError, ModelNotFound, OutOfMemory, TextTooLong, UnsupportedModel
+    from .explanation import Explanation
     from .methods import METHODS
     from .vectors import Encoded
 
@@ -36,7 +37,7 @@ _HOMES = {
     "EmbedConfig": "config",
     "Embedder": "embedder",
     "Encoded": "vectors",
-    "Explanation": "embedder",
+    "Explanation": "explanation",
     "Readout": "config",
     "Role": "config",
     "InputError": "errors",

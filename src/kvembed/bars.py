@@ -38,12 +38,12 @@ class Bar(tqdm):  # type: ignore[type-arg]  # its type parameter is for what it 
         now = time.monotonic()
         if now - self._told >= _SECONDS:
             self._told = now
-            told = f"{self.n:,.0f}"
+            message = f"{self.n:,.0f}"
             if self.total:
                 pace = max(self.n - self._first, 1e-9) / max(now - self._started, 1e-9)
                 left = self.format_interval(max(self.total - self.n, 0) / pace)
-                told += f" of {self.total:,.0f} {self._unit}s, {left} left"
+                message += f" of {self.total:,.0f} {self._unit}s, {left} left"
             else:
-                told += f" {self._unit}s"
-            logger.info("%s: %s", self._what, told)
+                message += f" {self._unit}s"
+            logger.info("%s: %s", self._what, message)
         return None

@@ -132,14 +132,14 @@ def bulk(
     plan = make_plan(source, field=field, id_field=id_field, shard_rows=shard_rows, progress=progress)
     embedder = embedder() if callable(embedder) else embedder
     embedder.prompts(["a"], role=role)  # options that leave no room for any text are no fault of the rows
-    told = _identity(embedder, plan, role, shard_rows)
-    told_hash = json_hash(told)
-    job = Job(plan, out, role, told_hash)
+    job_identity = _identity(embedder, plan, role, shard_rows)
+    job_hash = json_hash(job_identity)
+    job = Job(plan, out, role, job_hash)
     manifest: dict[str, Any] = {
         "model": model,
         "revision": getattr(embedder.model.config, "_commit_hash", None),
-        "job_hash": told_hash,
-        "job": told,
+        "job_hash": job_hash,
+        "job": job_identity,
     }
     with exclusive_writer(out):
         for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*")):
@@ -148,8 +148,10 @@ def bulk(
         if before is None or not (before["finished"] or any(out.glob("shard-*.parquet"))):  # nothing to be lost
             before = None
             _write_manifest(out, manifest | {"finished": False})
-        elif before["job"] != told:
-            raise InputError(f"{out} holds another job ({_difference(before['job'], told)}); choose another folder")
+        elif before["job"] != job_identity:
+            raise InputError(
+                f"{out} holds another job ({_difference(before['job'], job_identity)}); choose another folder"
+            )
         known = {part["name"]: part["sha256"] for part in (before or {}).get("shards", ())}
         done = {
             shard.index: found for shard in plan.shards if (found := found_shard(job, shard, known.get(shard.name)))
@@ -222,14 +224,14 @@ def _report(report: Report, tokens: float, rows: int) -> None:
 
 def _write(file: Any, ids: list[Any], encoded: Encoded, job: Job, shard: Shard) -> None:
     arrow, parquet = import_extra("pyarrow", "parquet"), import_extra("pyarrow.parquet", "parquet")
-    told = {
+    footer = {
         "job_hash": job.hash,
         "rows": [shard.first_row, shard.first_row + shard.rows],
         "tokens": int(encoded.token_counts.sum()),
         "texts_cut": encoded.truncated,
     }
     keys = arrow.array(ids, getattr(arrow, job.plan.id_type)())
-    table = as_table("id", keys, encoded).replace_schema_metadata({"kvembed": json.dumps(told)})
+    table = as_table("id", keys, encoded).replace_schema_metadata({"kvembed": json.dumps(footer)})
     parquet.write_table(table, file, use_dictionary=False, write_page_checksum=True)
 
 
@@ -239,10 +241,10 @@ def found_shard(job: Job, shard: Shard, sha256: str | None = None) -> Written | 
     path = job.out / shard.name
     try:
         meta = parquet.read_metadata(path)
-        told = json.loads(meta.metadata[b"kvembed"])
+        footer = json.loads(meta.metadata[b"kvembed"])
         wanted = (job.hash, [shard.first_row, shard.first_row + shard.rows], shard.rows)
-        if (told["job_hash"], told["rows"], meta.num_rows) == wanted and _is_whole(path, sha256):
-            return Written(shard.index, told["tokens"], told["texts_cut"], sha256 or "")
+        if (footer["job_hash"], footer["rows"], meta.num_rows) == wanted and _is_whole(path, sha256):
+            return Written(shard.index, footer["tokens"], footer["texts_cut"], sha256 or "")
     except FileNotFoundError:
         if sha256 is None:  # it has not been made yet
             return None
@@ -307,8 +309,10 @@ def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> di
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first thing in which two jobs differ, of their inputs the first that does."""
-    if told := first_difference(before, {name: value for name, value in now.items() if name not in ("inputs", "rows")}):
-        return told
+    if apart := first_difference(
+        before, {name: value for name, value in now.items() if name not in ("inputs", "rows")}
+    ):
+        return apart
     was = {file["path"]: file for file in before["inputs"]}
     changed = [file for file in now["inputs"] if file != was.get(file["path"])]
     if not changed:

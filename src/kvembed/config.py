@@ -10,8 +10,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from .checks import check_unicode, is_whole
 from .errors import InputError
-from .texts import check_unicode
 
 __all__ = [
     "EmbedConfig",
@@ -20,7 +20,6 @@ __all__ = [
     "Precision",
     "Readout",
     "Role",
-    "is_whole",
 ]
 
 Role = Literal["document", "query"]
@@ -206,8 +205,8 @@ class EmbedConfig:
         Fields at their defaults are left out, so that a field added one day leaves the old hashes as they are.
         """
         defaults = EmbedConfig().to_dict()
-        told = {name: value for name, value in self.to_dict().items() if value != defaults[name]}
-        text = json.dumps(told, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        changed = {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+        text = json.dumps(changed, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -242,11 +241,6 @@ def _readouts(given: Any) -> tuple[Readout, ...]:
         return tuple(part if isinstance(part, Readout) else Readout(**part) for part in given)
     except TypeError:
         raise InputError(f"more_readouts must be a list of read-outs, not {given!r}") from None
-
-
-def is_whole(value: object) -> bool:
-    """Whether it is a whole number, of NumPy or Python; True and False are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _indices(name: str, value: Any, least: int) -> tuple[int, ...]:

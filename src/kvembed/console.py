@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from .bulk import Summary
     from .config import EmbedConfig
-    from .embedder import Embedder, Explanation
+    from .embedder import Embedder
+    from .explanation import Explanation
     from .hits import Hit, Mode
     from .indexing import Indexed
     from .layers import Profile
@@ -117,7 +118,7 @@ def print_bulk(summary: Summary, out: Path) -> None:
 
 def print_indexed(done: Indexed, db: Path) -> None:
     """Print what an index holds now, and what was not read."""
-    told = [
+    parts = [
         f"{_counted(done.embedded, 'text')} embedded",
         f"{_counted(done.changed, 'document')} updated whose text was known" if done.changed else "",
         f"{done.removed:,} removed" if done.removed else "",
@@ -128,7 +129,7 @@ def print_indexed(done: Indexed, db: Path) -> None:
     others = ", ".join(f"{count:,} {kind}" for kind, count in sorted(done.passed_over.items()))
     print_line(
         f"{db}: {_counted(done.documents, 'document')} of {done.dim} dimensions; {_counted(done.files, 'file')} read, "
-        f"{', '.join(filter(None, told))}{f'; passed over: {others}' if others else ''}"
+        f"{', '.join(filter(None, parts))}{f'; passed over: {others}' if others else ''}"
     )
 
 

@@ -35,8 +35,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return True
-    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.11 on
-    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.11 on
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def usable_device(device: str) -> torch.device:
@@ -55,9 +55,9 @@ def usable_device(device: str) -> torch.device:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error means that memory ran out, so that less at a time may help."""
     # The allocators of CPUs and Macs raise plain RuntimeErrors, CUDA itself and its libraries errors of their own.
-    told = str(error)
+    message = str(error)
     signs = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in told for sign in signs)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in message for sign in signs)
 
 
 def is_device_lost(error: BaseException) -> bool:

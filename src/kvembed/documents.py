@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .bars import Bar
+from .checks import check_unicode
 from .errors import InputError
 from .files import raise_named, user_path
 from .passages import passages
-from .texts import DOCUMENT_ENDINGS, MARKDOWN, ROW_ENDINGS, check_unicode, place_of, read_lines, read_rows
+from .texts import DOCUMENT_ENDINGS, MARKDOWN, ROW_ENDINGS, place_of, read_lines, read_rows
 from .transform import LEAST_TEXTS
 
 __all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "check_same", "converted", "joint_kind"]

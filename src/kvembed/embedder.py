@@ -21,8 +21,10 @@ from . import models
 from .backbone import Backbone
 from .bars import Bar
 from .batching import blocks, characters
-from .config import EmbedConfig, Role, is_whole
+from .checks import is_whole
+from .config import EmbedConfig, Role
 from .errors import InputError, TextTooLong
+from .explanation import Explanation, token_texts
 from .fingerprint import fingerprint
 from .layers import choose_layers
 from .methods import preset
@@ -36,48 +38,9 @@ from .transform import Transform
 from .tuning import FIT_TOKENS, choose_transform, fitted_for, warn_of_refit
 from .vectors import Encoded
 
-__all__ = ["Embedder", "Explanation"]
+__all__ = ["Embedder"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What `Embedder.explain` gives.
-
-    Attributes:
-        prompt: the rendered prompt.
-        tokens: the piece of the prompt that each token stands for; an added special token by its name. A character of
-            several tokens is the first one's; the others have none.
-        token_ids: their ids.
-        span: first token of the text's own and one past its last.
-        tokens_cut: tokens of the text that were left out.
-        config: the embedder's, layers spelled out.
-        beta: layer -> for each token the share of its attention that goes to the slot, mean over heads, 0 to 1.
-        fitted_on: the transform's `info`, or None if the config has no transform.
-        chunks: how many the text is read in; of several, the first is shown.
-    """
-
-    prompt: str
-    tokens: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    span: tuple[int, int]
-    tokens_cut: int
-    config: EmbedConfig
-    beta: dict[int, tuple[float, ...]]
-    fitted_on: dict[str, Any] | None = None
-    chunks: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {
-            "tokens": list(self.tokens),
-            "token_ids": list(self.token_ids),
-            "span": list(self.span),
-            "config": self.config.to_dict(),
-            "beta": {str(layer): list(values) for layer, values in self.beta.items()},
-        }
 
 
 class Embedder:
@@ -547,14 +510,9 @@ class Embedder:
         whole = self._prompts([text], role, self.max_tokens)[0][0]
         prompt = (whole.chunks or (whole,))[0]
         betas = self._reader.betas(prompt)  # layer -> (1, Hq, n)
-        names = self.tokenizer.convert_ids_to_tokens(list(prompt.ids))
-        ends = [0, *itertools.accumulate((end for _, end in prompt.offsets), max)]
         return Explanation(
             prompt=prompt.text,
-            tokens=tuple(
-                prompt.text[max(start, told) : end] if end > start else name
-                for (start, end), told, name in zip(prompt.offsets, ends[:-1], names, strict=True)
-            ),
+            tokens=token_texts(prompt, self.tokenizer.convert_ids_to_tokens(list(prompt.ids))),
             token_ids=prompt.ids,
             span=prompt.span,
             tokens_cut=whole.tokens_cut,
@@ -624,8 +582,8 @@ class Embedder:
 
 def _taken_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, transform: Transform) -> Transform:
     """float16 rounds weights, and with them the fingerprint: a fit that was saved beside them is taken to be theirs."""
-    told = fingerprint(Backbone(model), Prompter(tokenizer))
-    return dataclasses.replace(transform, info=transform.info | {"fingerprint": told})
+    now = fingerprint(Backbone(model), Prompter(tokenizer))
+    return dataclasses.replace(transform, info=transform.info | {"fingerprint": now})
 
 
 def _check_loaded(model: Any, tokenizer: Any) -> None:

@@ -40,17 +40,17 @@ def fingerprint(backbone: Backbone, prompter: Prompter) -> str:
         InputError: weights that are offloaded can't be read.
     """
     digest = hashlib.sha256(backbone.model_type.encode())
-    told = dict(backbone.decoder.named_parameters())
-    kept = {id(parameter) for parameter in told.values()}
+    tensors = dict(backbone.decoder.named_parameters())
+    kept = {id(parameter) for parameter in tensors.values()}
     for name, value in backbone.decoder.state_dict(keep_vars=True).items():
-        told |= {f"{name}{place}": part for place, part in _tensors(value) if id(part) not in kept}
+        tensors |= {f"{name}{place}": part for place, part in _tensors(value) if id(part) not in kept}
     rotations = {name: tensor for name, tensor in backbone.decoder.named_buffers() if name.endswith("inv_freq")}
     for name in rotations:
         if (first := name.removesuffix("inv_freq") + "original_inv_freq") in rotations:
-            told[first] = rotations[first]  # the other may change with a long text
+            tensors[first] = rotations[first]  # the other may change with a long text
         else:
-            told[name] = rotations[name]
-    for name, tensor in told.items():
+            tensors[name] = rotations[name]
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise InputError(
                 "the model's weights are offloaded, so nothing can be chosen or fitted for them: give layers=..., "

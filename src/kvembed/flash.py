@@ -71,7 +71,7 @@ def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     causal = own & (apart >= 0)
     slots = key[:, :, last], value[:, :, last]
     try:
-        told = [  # what is seen, out, lse
+        tried = [  # what is seen, out, lse
             (causal, *packed_with_lse(query, key, value, starts, 7, scale)),
             (causal & (apart < 3), *packed_with_lse(query, key, value, starts, 7, scale, window=3)),
             (torch.ones_like(own), *full_with_lse(query, key, value, scale)),
@@ -80,12 +80,12 @@ def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     except Exception as error:  # another signature, or nothing behind it
         if is_out_of_memory(error):
             raise
-        told = []
+        tried = []
     whole_key, whole_value = (part.float().repeat_interleave(heads // kv_heads, 1) for part in (key, value))
     logits = query.float() @ whole_key.transpose(-1, -2) * scale  # (1,Hq,T,T)
     near = functools.partial(torch.allclose, atol=2e-2, rtol=2e-2)
     alike = []
-    for mask, out, lse in told:
+    for mask, out, lse in tried:
         seen = logits.masked_fill(~mask, float("-inf"))
         alike.append(lse.shape == seen.shape[:-1] and near(lse, seen.logsumexp(-1)))
         alike.append(near(out.float(), seen.softmax(-1) @ whole_value))

@@ -12,7 +12,7 @@ from .errors import InputError
 from .page import STEPS, box, safe
 
 if TYPE_CHECKING:
-    from .embedder import Explanation
+    from .explanation import Explanation
 
 __all__ = ["BETA", "beta_map", "coloured", "cosine_map", "count", "grid", "legend", "number", "panel"]
 

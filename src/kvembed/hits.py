@@ -79,6 +79,6 @@ def find(
 
 def lancedb_reason(error: Exception) -> str:
     """What LanceDB says went wrong, without where in its source."""
-    told = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split()))
-    told = re.sub(r"`(vector|_\w+)`, ", "", told)  # of the columns, those that are for filters
-    return re.sub(r"^(lance error: )?(LanceError\(\w+\): |Invalid input, )", "", told)[:300]
+    reason = re.sub(r", \S+\.rs:\d+:\d+.*", "", " ".join(str(error).split()))
+    reason = re.sub(r"`(vector|_\w+)`, ", "", reason)  # of the columns, those that are for filters
+    return re.sub(r"^(lance error: )?(LanceError\(\w+\): |Invalid input, )", "", reason)[:300]

@@ -28,9 +28,9 @@ def identity(embedder: Embedder, *, anew: bool = True) -> dict[str, Any]:
     }
 
 
-def json_hash(told: Any) -> str:
+def json_hash(value: Any) -> str:
     """16 hex digits of an `identity`, or of anything in plain JSON types."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -38,8 +38,8 @@ def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     for name, new in now.items():
         old = before.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            if told := first_difference(old, new):
-                return told
+            if deeper := first_difference(old, new):
+                return deeper
         elif old != new:
             return f"{name} {json.dumps(old):.80}, not {json.dumps(new):.80}"
     return ""

@@ -78,8 +78,8 @@ class Index:
         import_extra("lancedb", "search")
         path = user_path(folder)
         try:
-            told = json.loads((path / INDEX_FILE).read_text())
-            made_with, name = told["made_with"], told["model"]
+            stored = json.loads((path / INDEX_FILE).read_text())
+            made_with, name = stored["made_with"], stored["model"]
             if not isinstance(name, str) or not isinstance(made_with, dict):
                 raise TypeError("its parts are of other types")
             EmbedConfig.from_dict(made_with["config"])
@@ -118,8 +118,8 @@ class Index:
         index = cls(path, name, identity(embedder))
         index.__dict__["embedder"] = embedder
         if not refit and cls.is_filled(path):
-            if told := first_difference(cls.open(path).made_with, index.made_with):
-                raise InputError(f"{path} was made with {told}; --refit embeds everything anew")
+            if apart := first_difference(cls.open(path).made_with, index.made_with):
+                raise InputError(f"{path} was made with {apart}; --refit embeds everything anew")
             return index
         with exclusive_writer(path), naming(path):
             if embedder.transform is not None:
@@ -163,10 +163,10 @@ class Index:
         if config.layers is None or config.layers == "all":  # by the model
             plain = self.embedder.replace(layers=config.layers, transform="none", dim=None, more_readouts=())
             config = config.replace(layers=plain.config.layers)
-        told = {"dtype": dtype or self.made_with["dtype"], "config": config.to_dict()}
+        wanted = {"dtype": dtype or self.made_with["dtype"], "config": config.to_dict()}
         if fitted is not None:
-            told["transform"] = Transform.load(fitted).digest()
-        if apart := first_difference(self.made_with, told):
+            wanted["transform"] = Transform.load(fitted).digest()
+        if apart := first_difference(self.made_with, wanted):
             raise InputError(f"{self.folder} was made with {apart}; --refit embeds everything anew")
 
     @staticmethod
@@ -194,8 +194,8 @@ class Index:
 
         if self.exists(self.folder) and self.current().name == self.name:
             return
-        told = {"kvembed": __version__, "model": self.model, "made_with": self.made_with}
-        write_json(self.folder / INDEX_FILE, told)
+        content = {"kvembed": __version__, "model": self.model, "made_with": self.made_with}
+        write_json(self.folder / INDEX_FILE, content)
 
     def drop_others(self) -> None:
         """Remove tables and transforms that are neither this index's nor the folder's present one's."""
@@ -219,22 +219,22 @@ class Index:
         from .embedder import Embedder
         from .transform import Transform
 
-        told = self.made_with
+        stored = self.made_with
         try:
-            model, tokenizer = models.load(self.model, dtype=told["dtype"])
+            model, tokenizer = models.load(self.model, dtype=stored["dtype"])
         except ModelNotFound as error:
             raise ModelNotFound(f"{error} (--model says where the index's model is now)") from None
         transform = None
-        if told["transform"] is not None:
+        if stored["transform"] is not None:
             transform = Transform.load(self.transform_file)
         another = f"{self.folder} was made with other weights, or another tokenizer, than those of {self.model}"
         try:
             embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
         except InputError as error:  # what was right for the model that made the index
             raise InputError(f"{another}: {error}") from None
-        if embedder.fingerprint() != told.get("fingerprint"):  # indexes of earlier versions have none
+        if embedder.fingerprint() != stored.get("fingerprint"):  # indexes of earlier versions have none
             raise InputError(another)
-        if apart := first_difference(told, identity(embedder, anew=False)):
+        if apart := first_difference(stored, identity(embedder, anew=False)):
             raise InputError(f"{self.folder} was made with {apart}")
         return embedder
 

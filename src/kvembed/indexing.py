@@ -336,5 +336,5 @@ def _language_of(table: Table) -> str | None:
     """The language that a table's full-text index was made for; None if there is no such index."""
     for part in table.list_indices():
         if part.index_type == "FTS":
-            return str(told["language"]) if (told := part.index_details or {}).get("stem") else "None"
+            return str(details["language"]) if (details := part.index_details or {}).get("stem") else "None"
     return None

@@ -258,12 +258,14 @@ def profile_of(
     """`choose_layers` for a model by name (see `kvembed.models.load`)."""
     model, tokenizer = load(name, dtype=dtype)
     backbone, prompter = Backbone(model), Prompter(tokenizer)
-    told = fingerprint_of(backbone, prompter)
+    fingerprint = fingerprint_of(backbone, prompter)
 
     def write() -> list[str]:
-        return generated_texts(model, tokenizer, told, progress=progress)
+        return generated_texts(model, tokenizer, fingerprint, progress=progress)
 
-    return choose_layers(told, backbone, prompter, template, write, texts=texts, model=label(name), progress=progress)
+    return choose_layers(
+        fingerprint, backbone, prompter, template, write, texts=texts, model=label(name), progress=progress
+    )
 
 
 def shipped_profiles() -> list[Profile]:

@@ -101,14 +101,14 @@ def load(
 
 def _whole(name: str, *source: Any, **options: Any) -> PreTrainedModel:
     """The model. Raises `ModelNotFound` for one whose files lack weights: transformers draws those at random."""
-    model, told = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         *source, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
     inside = {id(weight) for weight in model.get_decoder().parameters()}
     head = model.get_output_embeddings()  # no vector depends on it, unless it is the input's too
     spared = {id(weight) for weight in head.parameters()} - inside if head is not None else set()
     names = {key for key, weight in model.named_parameters() if id(weight) in spared}
-    for what, keys in (("no", told["missing_keys"]), ("another shape of", told["mismatched_keys"])):
+    for what, keys in (("no", report["missing_keys"]), ("another shape of", report["mismatched_keys"])):
         lacking = sorted({key if isinstance(key, str) else key[0] for key in keys} - names)
         if lacking:
             more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
@@ -301,10 +301,10 @@ def _readable_errors(name: str) -> Iterator[None]:
     except KvembedError:
         raise
     except Exception as error:  # transformers, gguf, safetensors and the hub raise what they like
-        told = _first_line(error)
-        if found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", told):
-            told = f"transformers has no decoder-only language model for its config.json ({found[1]})"
-        raise ModelNotFound(f"can't load {name}: {told}") from error
+        reason = _first_line(error)
+        if found := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", reason):
+            reason = f"transformers has no decoder-only language model for its config.json ({found[1]})"
+        raise ModelNotFound(f"can't load {name}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -108,8 +108,10 @@ def embeddings_json(
     data = []
     for index, (vector, cut) in enumerate(zip(vectors, tokens_cut, strict=True)):
         base64_vector = encoding_format == "base64"
-        told = base64.b64encode(vector.astype("<f4").tobytes()).decode() if base64_vector else vector
-        data.append({"object": "embedding", "index": index, "embedding": told} | ({"tokens_cut": cut} if cut else {}))
+        embedding = base64.b64encode(vector.astype("<f4").tobytes()).decode() if base64_vector else vector
+        data.append(
+            {"object": "embedding", "index": index, "embedding": embedding} | ({"tokens_cut": cut} if cut else {})
+        )
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return as_json({"object": "list", "data": data, "model": model, "usage": usage})
 

@@ -12,9 +12,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .config import is_whole
+from .checks import check_unicode, is_whole
 from .errors import InputError, UnsupportedModel
-from .texts import check_unicode
 
 __all__ = ["UNLIMITED", "Prompt", "Prompter", "check_texts"]
 

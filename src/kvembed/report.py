@@ -19,7 +19,7 @@ from .page import LINES, STEPS, page, safe
 from .results import REFERENCES, Result, mean
 
 if TYPE_CHECKING:
-    from .embedder import Explanation
+    from .explanation import Explanation
     from .layers import Profile
 
 __all__ = ["report_html"]
@@ -238,9 +238,9 @@ def _cost_chart(table: _Table) -> str:
         title = f"{row.label}: {number(row.mean or 0)}{_interval(row)}, {row.tokens:,.0f} tokens per text"
         body.append(mark(f"{title}, forward passes: {row.done[0].passes}", a, b, (row.low, row.high), y))
         body.append(label_beside(row.label, a, b, taken))
-    told = "; ".join(f"{row.label}: {number(row.mean or 0)} at {row.tokens:.0f}" for row in rows)
+    summary = "; ".join(f"{row.label}: {number(row.mean or 0)} at {row.tokens:.0f}" for row in rows)
     names = ("tokens read per text, over all passes (log)", f"mean score, {count(len(table.columns), 'task')}")
-    drawing = chart(f"Mean score against tokens read per text. {told}", x, y, names, body)
+    drawing = chart(f"Mean score against tokens read per text. {summary}", x, y, names, body)
     return panel(f"{table.model}, suite {table.suite}", drawing, table.model)
 
 
@@ -261,8 +261,8 @@ def _curve(profile: Profile) -> str:
     chosen = ", ".join(map(str, profile.layers))
     label = f"Intrinsic dimension by layer; least {min(profile.curve):.1f}, most {max(profile.curve):.1f}"
     drawing = chart(f"{label}; chosen: {chosen}", x, y, ("decoder layer", "intrinsic dimension (TwoNN)"), body)
-    told = f"<p>Chosen: {chosen}. Measured on {count(profile.count, 'text')}, {safe(profile.texts)}.</p>"
-    return panel(profile.model, drawing + told, profile.model)
+    note = f"<p>Chosen: {chosen}. Measured on {count(profile.count, 'text')}, {safe(profile.texts)}.</p>"
+    return panel(profile.model, drawing + note, profile.model)
 
 
 def _sweep_chart(sweep: Sequence[Result]) -> str:
@@ -285,14 +285,14 @@ def _sweep_chart(sweep: Sequence[Result]) -> str:
     if not known:
         return ""
     x, y = linear_axis(map(_bias, known), LEFT + 8, RIGHT - 8), linear_axis(_ends(known), BOTTOM, TOP)
-    body, told = [], []
+    body, labels = [], []
     for name, colour, rows in drawn:
         spots = [(x(_bias(row)), y(row.mean or 0)) for row in rows]
         body.append(line(spots, colour))
         for row, spot in zip(rows, spots, strict=True):
-            told.append(f"{name}, bias {_bias(row):g}: {number(row.mean or 0)}{_interval(row)}")
-            body.append(mark(told[-1], *spot, (row.low, row.high), y, colour))
-    drawing = chart("; ".join(told), x, y, ("bias added to the slot's logit", "mean score"), body)
+            labels.append(f"{name}, bias {_bias(row):g}: {number(row.mean or 0)}{_interval(row)}")
+            body.append(mark(labels[-1], *spot, (row.low, row.high), y, colour))
+    drawing = chart("; ".join(labels), x, y, ("bias added to the slot's logit", "mean score"), body)
     return panel("", f'{drawing}<p class="keys">{"<br>".join(keyed)}</p>')
 
 
@@ -324,7 +324,7 @@ def _facts(results: Sequence[Result], sweep: Sequence[Result]) -> str:
         "this page": [f"written by kvembed {__version__} from stored results; it loads nothing from the network"],
     }
     return "\n".join(
-        f"<dt>{name}</dt><dd>{safe('; '.join(sorted(set(told))))}</dd>" for name, told in facts.items() if told
+        f"<dt>{name}</dt><dd>{safe('; '.join(sorted(set(values))))}</dd>" for name, values in facts.items() if values
     )
 
 

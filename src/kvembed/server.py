@@ -95,12 +95,12 @@ def serve(
     terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     host, port = listener.getsockname()[:2]
     try:
-        told = {
+        facts = {
             "address": f"http://{f'[{host}]' if ':' in host else host}:{port}",
             "model": names[0],
             "keys": len(keys),
         }
-        _Server(uvicorn_config(app), told).run(sockets=[listener])
+        _Server(uvicorn_config(app), facts).run(sockets=[listener])
     finally:
         logger.info("stopped")
         signal.signal(signal.SIGTERM, terminate)
@@ -145,9 +145,9 @@ class _Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """Says when it listens, and not before."""
 
-    def __init__(self, config: uvicorn.Config, told: dict[str, Any]) -> None:
+    def __init__(self, config: uvicorn.Config, facts: dict[str, Any]) -> None:
         super().__init__(config)
-        self._told = told
+        self._facts = facts
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in sockets or ():
@@ -157,7 +157,7 @@ class _Server(uvicorn.Server):
                 host, port = listener.getsockname()[:2]
                 raise InputError(f"can't listen on {host}:{port}: {why(error)}") from None
         await super().startup(sockets)
-        logger.info("listening", extra={"fields": self._told})
+        logger.info("listening", extra={"fields": self._facts})
 
 
 def uvicorn_config(app: FastAPI) -> uvicorn.Config:
@@ -265,9 +265,9 @@ def create_app(
 
     def described(name: str) -> dict[str, Any]:
         most = min(embedder.max_tokens, service.limits.queue_tokens)  # static vectors have no limit of their own
-        told = {"dimensions": embedder.dim, "max_tokens": most, "method": embedder.config.method}
-        told["config"] = embedder.config.hash()
-        return {"id": name, "object": "model", "created": started, "owned_by": "kvembed"} | told
+        details = {"dimensions": embedder.dim, "max_tokens": most, "method": embedder.config.method}
+        details["config"] = embedder.config.hash()
+        return {"id": name, "object": "model", "created": started, "owned_by": "kvembed"} | details
 
     @app.get("/v1/models", dependencies=guarded, summary="The model's names")
     async def models() -> Response:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .embedder import Embedder, Explanation
+from .embedder import Embedder
+from .explanation import Explanation
 from .heatmaps import BETA, beta_map, cosine_map
 from .page import page, safe
 from .prompts import UNLIMITED
@@ -28,7 +29,7 @@ def compare_page(embedder: Embedder, name: str, *, with_key: bool) -> str:
         "dimensions": str(embedder.dim),
         "longest input": "no limit" if most >= UNLIMITED else f"{most:,} tokens, template included",
     }
-    listed = "\n".join(f"<dt>{safe(term)}</dt><dd>{safe(told)}</dd>" for term, told in facts.items())
+    listed = "\n".join(f"<dt>{safe(term)}</dt><dd>{safe(value)}</dd>" for term, value in facts.items())
     key = '<label>API key <input id="key" type="password" autocomplete="off"></label>' if with_key else ""
     body = _FORM.format(key=key, most=MAX_TEXTS)
     lead = "A frozen language model as a text-embedding model."

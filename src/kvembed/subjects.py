@@ -88,7 +88,7 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
     def join(flat: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
         return embedder.join(flat.reshape(len(flat), -1, embedder.backbone.dim), role=role)
 
-    told = f"{embedder.fingerprint()}-{embedder.dtype}-{embedder.config.hash()}-{embedder.max_tokens}"
+    identity = f"{embedder.fingerprint()}-{embedder.dtype}-{embedder.config.hash()}-{embedder.max_tokens}"
     fitted = {}
     views = None
     if embedder.transform is not None:
@@ -99,7 +99,7 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         if embedder.config.chunk_tokens:  # they don't bear on a fit, but on what is read
             views += f"-{embedder.config.chunk_tokens}"
         views = digest(views)
-        told += f"-{embedder.transform.digest()}"
+        identity += f"-{embedder.transform.digest()}"
         told_of = ("texts", "texts_sha256", "count", "self_written")
         info = embedder.transform.info
         fitted = {"fitted_on": {name: info[name] for name in told_of if name in info}}
@@ -108,7 +108,7 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
         method=embedder.config.method,
         config=embedder.config.to_dict() | fitted,
         config_hash=embedder.config.hash(),
-        identity=digest(told),
+        identity=digest(identity),
         passes=embedder.config.forward_passes,
         device=f"{device}, {embedder.dtype}",
         encode=encode_views if views else encode,

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
+from .checks import check_unicode
 from .errors import InputError
 from .extras import import_extra
 from .files import naming
@@ -25,7 +26,6 @@ __all__ = [
     "ROW_ENDINGS",
     "Mark",
     "Row",
-    "check_unicode",
     "place_of",
     "read_lines",
     "read_rows",
@@ -392,17 +392,6 @@ def _column(columns: list[str], wanted: str, name: str, option: str = "") -> int
     if wanted not in columns:
         raise InputError(f"{name}: no column {wanted!r}; it has {_quoted(columns)} (choose with {option})")
     return columns.index(wanted)
-
-
-def check_unicode(text: str, place: str) -> None:
-    """Raises `InputError` for a lone surrogate, which JSON can hold and UTF-8 can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise InputError(
-            f"{place} holds a lone surrogate (U+{code:04X}) at character {error.start}: not valid Unicode"
-        ) from None
 
 
 def _id(value: Any, place: str, field: str) -> str | int:

@@ -90,8 +90,8 @@ def choose_transform(
     source = SELF_WRITTEN if texts is None else "given"
     corpus = None if texts is None else json_hash([*texts])
     rule = [] if texts is None else [_GIVEN_RULE]
-    told = json.dumps([bound, source, corpus, FORMULA, *rule], sort_keys=True)
-    cached = cache_folder() / "transforms" / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
+    key = json.dumps([bound, source, corpus, FORMULA, *rule], sort_keys=True)
+    cached = cache_folder() / "transforms" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if cached.exists():
         try:
             return Transform.load(cached)
