@@ -29,8 +29,8 @@ from .config import Role
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .extras import import_extra
-from .files import atomic_write, exclusive_writer, naming, sha256_of, user_path, why, write_json
-from .identity import first_difference, identity, json_hash
+from .files import atomic_write, exclusive_writer, json_hash, naming, sha256_of, user_path, why, write_json
+from .identity import first_difference, identity
 from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 

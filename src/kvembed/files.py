@@ -25,6 +25,7 @@ __all__ = [
     "check_writable",
     "default_file_mode",
     "exclusive_writer",
+    "json_hash",
     "naming",
     "raise_named",
     "sha256_of",
@@ -156,6 +157,11 @@ def store(path: Path, text: str, what: str) -> bool:
         logger.warning("%s could not be stored in %s: %s", what, path.parent, error)
         return False
     return True
+
+
+def json_hash(value: Any) -> str:
+    """16 hex digits of anything in plain JSON types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sha256_of(path: Path) -> str:

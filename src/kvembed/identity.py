@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .embedder import Embedder
 
-__all__ = ["first_difference", "identity", "json_hash"]
+__all__ = ["first_difference", "identity"]
 
 
 def identity(embedder: Embedder, *, anew: bool = True) -> dict[str, Any]:
@@ -26,11 +25,6 @@ def identity(embedder: Embedder, *, anew: bool = True) -> dict[str, Any]:
         "transform": None if embedder.transform is None else embedder.transform.digest(),
         "dim": embedder.dim,
     }
-
-
-def json_hash(value: Any) -> str:
-    """16 hex digits of an `identity`, or of anything in plain JSON types."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:

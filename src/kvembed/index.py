@@ -22,9 +22,9 @@ from .config import EmbedConfig
 from .documents import INDEX_FILE
 from .errors import InputError, ModelNotFound
 from .extras import import_extra
-from .files import check_folder, exclusive_writer, naming, user_path, why, write_json
+from .files import check_folder, exclusive_writer, json_hash, naming, user_path, why, write_json
 from .hits import Hit, Mode, find, lancedb_reason
-from .identity import first_difference, identity, json_hash
+from .identity import first_difference, identity
 from .indexing import Indexed, update
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from typing import Any
 from .embedder import Embedder
 from .errors import InputError
 from .extras import import_extra
-from .identity import identity, json_hash
+from .files import json_hash
+from .identity import identity
 
 import_extra("lancedb", "search")
 

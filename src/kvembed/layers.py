@@ -21,9 +21,8 @@ from .bars import Bar
 from .batching import run_batches
 from .config import EmbedConfig
 from .errors import InputError
-from .files import cache_folder, store
+from .files import cache_folder, json_hash, store
 from .fingerprint import fingerprint as fingerprint_of
-from .identity import json_hash
 from .models import label, load
 from .prompts import Prompter
 from .self_written import SELF_WRITTEN, generated_texts, texts_digest

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from .config import EmbedConfig, Role
 from .errors import InputError
-from .files import atomic_write, cache_folder
-from .identity import json_hash
+from .files import atomic_write, cache_folder, json_hash
 from .self_written import SELF_WRITTEN, texts_digest
 from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
 
