@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import NOTICES
 
-from kvembed import Embedder, models
+from kvembed import Embedder, device
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUERY = (EXAMPLES / "queries.txt").read_text().splitlines()[0]
@@ -29,7 +29,7 @@ def embedder(llama, tokenizer):
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """float32 on every machine: vectors are compared, and bfloat16 rounds a text's by the batch that it is in."""
-    monkeypatch.setattr(models, "_multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(device, "_multiplies_bfloat16", lambda device: False)
 
 
 @pytest.fixture
