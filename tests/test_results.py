@@ -157,3 +157,15 @@ def test_stale_tables_fail(tables, tmp_path, monkeypatch, capsys):
     assert text.endswith("after\n")
     path.write_text(result("a", score=51.0).to_json())
     assert tables.main() == 1
+
+
+def test_the_full_sets_are_compared_on_the_tasks_that_auto_has(tables):
+    full = [result(task, 70.0, seed=i, suite="full", method="auto") for i, task in enumerate("ab")]
+    full += [result(task, 60.0, seed=i, suite="full", method="kv") for i, task in enumerate("ab")]
+    full += [result("a", 90.0, suite="full", method="static")]  # lacks a task
+    trained = {"model": "trained", "method": "sentence-transformer", "suite": "full"}
+    full += [result(task, 80.0, seed=i, **trained) for i, task in enumerate("abc")]
+    rows = [line.split(" | ") for line in tables._full(full).splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["| trained (trained)", "| `auto`", "| `kv`"]
+    assert [row[2] for row in rows[2:]] == ["**-10.0**", "", "**+10.0**"]
+    assert tables._full([one for one in full if one.method != "auto"]) == ""
