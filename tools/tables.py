@@ -236,7 +236,7 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "`src/kvembed/scoring.py`. `mini` "
         "is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut to 1,024 tokens. Seconds are "
         "those of a busy shared machine; tokens tell the cost better (without the examples of `auto`, "
-        "computed once; the prefaces of `knowledge` and `meta-eol`, now computed once too, still count in theirs).",
+        "computed once; the prefaces of `meta-eol`, now computed once too, still count in its).",
         _tasks(mini),
         "Of a retrieval task n is the queries; so few documents make its scores much higher than on the whole set (the "
         "next table has SciFact's), and they can't be set beside others'. Several of QMSum's queries ask for one "
