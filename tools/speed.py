@@ -46,8 +46,8 @@ TITLES = {
 
 
 NOTES = {
-    "corpus": " Mean pooling without a prompt on both sides. The model's matrix products alone are the ceiling: what "
-    "would be left of kvembed's time with no attention, norms, rotation, tokenising or pooling at all.",
+    "corpus": " Mean pooling without a prompt on both sides. Matrix products alone, where they were measured, are the "
+    "ceiling: what would be left of kvembed's time with no attention, norms, rotation, tokenising or pooling at all.",
     "growth": " One text, re-routed in every layer.",
     "llama": " Mean pooling without a prompt on both sides. llama.cpp was built on the machine, for its own "
     "instructions. kvembed reads the first file; llama.cpp made the others of it.",
