@@ -767,11 +767,14 @@ def test_64_clients_with_mixed_lengths(folder, tmp_path):
     """The long run, on a real model, is tools/serve_load.py."""
     path = Path(__file__).parent.parent / "tools" / "serve_load.py"
     arguments = ["--model", folder, "--out", tmp_path, "--clients", "64", "--seconds", "45", "--texts", "400"]
+    arguments += [
+        "--dtype",
+        "float32",
+    ]  # in bfloat16 a random model's vectors may move more than a wrong batch would show
     subprocess.run([sys.executable, path, *arguments], check=True)
     told = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert {*told["load"]["outcomes"]} <= {"answered", "status 429"}
     assert told["load"]["outcomes"]["answered"] > 500
     warm, end = told["load"]["memory_mb"]
     assert end <= 1.05 * warm
-    # bfloat16 rounds by the batch, and whitening magnifies that in a random model
-    assert told["difference"] < (1e-5 if told["dtype"] == "float32" else 0.1)
+    assert told["difference"] < (1e-5 if told["dtype"] == "float32" else 0.03)  # bfloat16 rounds by the batch

@@ -123,6 +123,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--method", default="auto")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--texts", type=int, default=200)
@@ -131,9 +132,9 @@ async def main() -> None:
     options = parser.parse_args()
     told: dict[str, Any] = {"model": options.model, "method": options.method, "throughput": {}, "difference": 0.0}
     keep_freed_memory()  # as the server's process does
-    embedder = Embedder.from_pretrained(options.model, method=options.method)
+    embedder = Embedder.from_pretrained(options.model, method=options.method, dtype=options.dtype)
     texts = mixed(options.texts, 0)
-    with serving(options.model, "--method", options.method) as address:
+    with serving(options.model, "--method", options.method, "--dtype", options.dtype) as address:
         client = AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600)
         ratios: dict[int, list[tuple[float, float]]] = {1: [], 50: []}
         for _ in range(options.rounds):

@@ -149,9 +149,8 @@ def bulk(
             before = None
             _write_manifest(out, manifest | {"finished": False})
         elif before["job"] != job_identity:
-            raise InputError(
-                f"{out} holds another job ({_difference(before['job'], job_identity)}); choose another folder"
-            )
+            apart = _difference(before["job"], job_identity)
+            raise InputError(f"{out} holds another job ({apart}); choose another folder")
         known = {part["name"]: part["sha256"] for part in (before or {}).get("shards", ())}
         done = {
             shard.index: found for shard in plan.shards if (found := found_shard(job, shard, known.get(shard.name)))
@@ -260,9 +259,8 @@ def _is_whole(path: Path, sha256: str | None) -> bool:
     """By a checksum, or else by those that Parquet has of its own pages, which raise where they do not fit."""
     if sha256 is not None:
         return sha256 == sha256_of(path)
-    for _ in (
-        import_extra("pyarrow.parquet", "parquet").ParquetFile(path, page_checksum_verification=True).iter_batches()
-    ):
+    parquet = import_extra("pyarrow.parquet", "parquet")
+    for _ in parquet.ParquetFile(path, page_checksum_verification=True).iter_batches():
         pass
     return True
 
@@ -309,9 +307,8 @@ def _identity(embedder: Embedder, plan: Plan, role: Role, shard_rows: int) -> di
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The first thing in which two jobs differ, of their inputs the first that does."""
-    if apart := first_difference(
-        before, {name: value for name, value in now.items() if name not in ("inputs", "rows")}
-    ):
+    others = {name: value for name, value in now.items() if name not in ("inputs", "rows")}
+    if apart := first_difference(before, others):
         return apart
     was = {file["path"]: file for file in before["inputs"]}
     changed = [file for file in now["inputs"] if file != was.get(file["path"])]

@@ -33,6 +33,7 @@ from .options import (
     Dtype,
     Field,
     Fitted,
+    IdField,
     Json,
     Layers,
     MaxTokens,
@@ -76,9 +77,7 @@ def embed(
         Path | None, typer.Option("--output", "-o", help=".npy, .jsonl or .parquet; none: .jsonl on standard output.")
     ] = None,
     field: Field = "text",
-    id_field: Annotated[
-        str | None, typer.Option("--id-field", help="Key or column that holds the id. Default: row numbers, from 0.")
-    ] = None,
+    id_field: IdField = None,
     model: Model = "smollm2",
     method: Method = None,
     layers: Layers = None,

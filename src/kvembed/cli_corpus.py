@@ -21,6 +21,7 @@ from .options import (
     Dtype,
     Field,
     Fitted,
+    IdField,
     Layers,
     MaxTokens,
     Method,
@@ -45,9 +46,7 @@ def bulk(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shards: new, empty, or of the same job.")],
     field: Field = "text",
-    id_field: Annotated[
-        str | None, typer.Option("--id-field", help="Key or column that holds the id. Default: row numbers, from 0.")
-    ] = None,
+    id_field: IdField = None,
     shard_rows: Annotated[int, typer.Option("--shard-rows", min=1, help="Rows of a shard.")] = 10_000,
     engine: Annotated[
         Literal["local", "ray"], typer.Option("--engine", help="This process, or a pool of actors on Ray Data.")

@@ -119,7 +119,7 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prepend_layers", _indices("prepend_layers", self.prepend_layers, least=1))
         if self.layers is not None and not (isinstance(self.layers, str) and self.layers == "all"):
-            object.__setattr__(self, "layers", _indices("layers", self.layers, least=0))
+            object.__setattr__(self, "layers", _indices("layers", self.layers, least=0, others=_OTHER_LAYERS))
         for role in get_args(Role):
             object.__setattr__(self, role, self._checked_templates(role))
         _check_choices(self)
@@ -210,6 +210,7 @@ class EmbedConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_OTHER_LAYERS = ', or "all", or None to have them chosen'
 _CHOICES: dict[str, tuple[str, ...]] = {
     "attention": get_args(AttentionChange),
     "slot_position": get_args(SlotPosition),
@@ -243,14 +244,13 @@ def _readouts(given: Any) -> tuple[Readout, ...]:
         raise InputError(f"more_readouts must be a list of read-outs, not {given!r}") from None
 
 
-def _indices(name: str, value: Any, least: int) -> tuple[int, ...]:
-    """Sorted, each once."""
+def _indices(name: str, value: Any, least: int, others: str = "") -> tuple[int, ...]:
+    """Sorted, each once; `others` says what else there may be, for the error."""
     try:
         indices = tuple(value)
     except TypeError:
         indices = (-1,)
     if isinstance(value, str) or not all(is_whole(index) and index >= least for index in indices):
-        others = ', or "all", or None to have them chosen' if name == "layers" else ""
         raise InputError(f"{name} must be a list of whole numbers from {least}{others}, not {value!r}")
     return tuple(sorted({int(index) for index in indices}))
 

@@ -19,7 +19,6 @@ import math
 import os
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from .checks import check_unicode
 from .errors import InputError
 from .files import raise_named, user_path
 from .passages import passages
-from .texts import DOCUMENT_ENDINGS, MARKDOWN, ROW_ENDINGS, place_of, read_lines, read_rows
+from .texts import DOCUMENT_ENDINGS, MARKDOWN, ROW_ENDINGS, composed, place_of, read_lines, read_rows
 from .transform import LEAST_TEXTS
 
 __all__ = ["INDEX_FILE", "Corpus", "Document", "Kind", "Place", "check_same", "converted", "joint_kind"]
@@ -246,7 +245,7 @@ class Corpus:
         if kind not in ROW_ENDINGS:
             lines = ((row.line, row.text) for row in read_lines(path))
             for line, text in passages(lines, headings=kind in MARKDOWN):
-                text = _composed(text)
+                text = composed(text)
                 yield Document(_hash([text, []]), text, file, line, {})
             return
         csv = kind in (".csv", ".tsv")
@@ -255,14 +254,9 @@ class Corpus:
             fields = {_column(name, named, at): _plain(value, csv) for name, value in row.others.items()}
             for name, value in fields.items():
                 check_unicode(f"{name} {value}", at)
-            text = _composed(row.text)
+            text = composed(row.text)
             key = _hash([text, sorted(fields.items())]) if row.id is None else str(row.id)
             yield Document(key, text, file, row.line, fields)
-
-
-def _composed(text: str) -> str:
-    """In Unicode's form NFC, as queries are: text search would not find "é" in two characters by "é" in one."""
-    return unicodedata.normalize("NFC", text)
 
 
 def check_same(key: str, new: Place, known: Place) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from .files import check_folder, exclusive_writer, json_hash, naming, user_path,
 from .hits import Hit, Mode, find, lancedb_reason
 from .identity import first_difference, identity
 from .indexing import Indexed, update
+from .texts import composed
 
 if TYPE_CHECKING:
     from lancedb.table import Table
@@ -316,7 +316,7 @@ class Index:
                 raise InputError(f"query {number} is empty" if len(queries) > 1 else "the query is empty")
         if top < 1:
             raise InputError(f"top must be a whole number from 1, not {top!r}")
-        queries = [unicodedata.normalize("NFC", query) for query in queries]  # as texts are
+        queries = [*map(composed, queries)]  # as texts are
         vectors: Any = [None] * len(queries) if mode == "text" else self.embedder.encode_query(queries)
         table = self.table  # one version for both searches of a hybrid one, or a document could be in it twice
         top = min(top, table.count_rows() + 1)  # LanceDB counts in 32 bits

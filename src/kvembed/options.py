@@ -24,6 +24,7 @@ __all__ = [
     "Dtype",
     "Field",
     "Fitted",
+    "IdField",
     "Json",
     "Layers",
     "MaxTokens",
@@ -61,6 +62,9 @@ Devices = Annotated[
     typer.Option("--devices", help="A process on each: cuda:0,cuda:1 or cpu,cpu. Default: one device, this process."),
 ]
 Field = Annotated[str, typer.Option("--field", help="Key or column that holds the text.")]
+IdField = Annotated[
+    str | None, typer.Option("--id-field", help="Key or column that holds the id. Default: row numbers, from 0.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .config import Precision, Role
 from .errors import InputError, ModelNotFound
 from .extras import import_extra
+from .files import json_hash
 from .models import bars_off
 from .quantize import dequantize, quantize
 from .tasks import LIMITS
@@ -233,7 +234,7 @@ def _reference(
     encode: Callable[[Sequence[str], Role], Encoded],
     fit: Callable[[Sequence[str]], None] | None = None,
 ) -> Subject:
-    config_hash = digest(json.dumps(config | {"method": method}, sort_keys=True))
+    config_hash = json_hash(config | {"method": method})
     return Subject(model, method, config, config_hash, digest(weights + config_hash), 1, "cpu, float32", encode, fit)
 
 

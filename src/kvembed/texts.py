@@ -10,6 +10,7 @@ import json
 import logging
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +27,7 @@ __all__ = [
     "ROW_ENDINGS",
     "Mark",
     "Row",
+    "composed",
     "place_of",
     "read_lines",
     "read_rows",
@@ -162,6 +164,11 @@ def _refuse_others(path: Path) -> None:
         raise InputError(f"{path}: is compressed; decompress it first")
     if kind in _FORMATTED:
         raise InputError(f"{path}: its text has to be taken out first, into a file of one of the kinds that are read")
+
+
+def composed(text: str) -> str:
+    """In Unicode's form NFC: text search would not find "é" in two characters by "é" in one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def place_of(path: Path, line: int) -> str:
