@@ -127,6 +127,24 @@ def test_methods_are_paired():
     assert first.replicates == score(task, at(*np.zeros(200), *angle), NONE).replicates
 
 
+def test_queries_for_the_same_documents_are_drawn_together():
+    """Five queries for each of forty documents, of which twenty are found, say no more than one query each."""
+    documents = np.eye(60, dtype=np.float32)[:, 20:]  # the last forty differ
+    wanted = np.repeat(np.arange(40), 5)
+    queries = np.eye(40, dtype=np.float32)[np.where(wanted < 20, wanted, 0)]
+
+    def half_of(wanted, queries):
+        relevant = tuple({20 + int(document): 1, 0: 0} for document in wanted)
+        task = Task("t", "retrieval", ("",) * 60, ("",) * len(wanted), relevant=relevant)
+        result = score(task, documents, queries)
+        return (result.high - result.low) / 2
+
+    assert half_of(wanted, queries) == pytest.approx(1.96 * 50 / 40**0.5, rel=0.2)
+    assert half_of(wanted[::5], queries[::5]) == pytest.approx(1.96 * 50 / 40**0.5, rel=0.2)
+    one_document = half_of(np.zeros(100), np.eye(40, dtype=np.float32)[np.arange(100) % 2])
+    assert one_document == pytest.approx(1.96 * 50 / 100**0.5, rel=0.2)  # of one group nothing could be drawn
+
+
 def test_equal_texts_tie_whatever_the_rounding():
     documents = np.random.default_rng(0).normal(size=(60, 50)).astype(np.float32)
     twice = np.concatenate([documents, documents])

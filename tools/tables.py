@@ -239,10 +239,10 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "computed once; the prefaces of `meta-eol`, now computed once too, still count in its).",
         _tasks(mini),
         "Of a retrieval task n is the queries; so few documents make its scores much higher than on the whole set (the "
-        "next table has SciFact's), and they can't be set beside others'. Several of QMSum's queries ask for one "
-        "meeting, but are drawn as if each asked for its own: drawn by meeting, intervals would be a quarter wider in "
-        "`mini` and half as wide again among long texts. A classifier of `mini` learns from ten texts a label at most: "
-        "for SST2, with two labels, that are 20 in all, and another 20 would move scores by 3 to 4 points.",
+        "next table has SciFact's), and they can't be set beside others'. Queries that look for the same documents are "
+        "drawn together: QMSum's by meeting, of which there are fewer. A classifier of `mini` learns from ten texts a "
+        "label at most: for SST2, with two labels, that are 20 in all, and another 20 would move scores by 3 to 4 "
+        "points.",
         "## Is the harness right?",
         "all-MiniLM-L6-v2 on the full sets, against its public scores:",
         _proof(results),

@@ -25,7 +25,7 @@ import dataclasses
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,8 @@ class Score:
     Attributes:
         metric: a value of `METRICS`.
         value: in percent.
-        low, high: 95 % bootstrap interval over items (percentiles), within what the metric can be.
+        low, high: 95 % bootstrap interval over items (percentiles), within what the metric can be. Queries that look
+            for the same documents are drawn together.
         replicates: the bootstrap scores behind it, `REPLICATES` of them, their mean moved to `value`. For a task the
             same items are drawn for every method, so the difference of two methods' replicates is a paired bootstrap of
             their difference.
@@ -81,14 +82,31 @@ def score(task: Task, documents: NDArray[np.float32], queries: NDArray[np.float3
         queries: (number of queries, dim), likewise; may be empty.
     """
     value = _SCORERS[task.kind](task, _unit(documents), _unit(queries))
-    draw = np.random.default_rng(zlib.crc32(f"{task.name} {task.n}".encode()))
     whole = value(np.arange(task.n))
-    drawn = np.array([value(draw.integers(0, task.n, task.n)) for _ in range(REPLICATES)])
+    drawn = np.array([value(items) for items in _samples(task)])
     # Duplicates in a sample raise the V-measure; only the replicates' spread is wanted, so they are centred.
     replicates = drawn - drawn.mean() + whole
     least = -100 if task.kind == "sts" else 0
     low, high = np.percentile(replicates, [2.5, 97.5]).clip(least, 100).tolist()
     return Score(METRICS[task.kind], whole, low, high, tuple(replicates.tolist()))
+
+
+def _samples(task: Task) -> Iterator[NDArray[np.int64]]:
+    """Items drawn with replacement, `REPLICATES` times; the same for every method.
+
+    Queries that look for the same documents succeed or fail together, so they are drawn together. Resampling by
+    cluster: Davison & Hinkley 1997, section 3.8.
+    """
+    wanted: list[Any] = [frozenset(document for document, gain in row.items() if gain) for row in task.relevant]
+    alike: dict[Any, list[int]] = {}
+    for item, key in enumerate(wanted or range(task.n)):
+        alike.setdefault(key, []).append(item)
+    groups = [np.array(items, np.int64) for items in alike.values()]
+    if len(groups) == 1:  # nothing would vary
+        groups = [*np.arange(task.n)[:, None]]
+    draw = np.random.default_rng(zlib.crc32(f"{task.name} {task.n}".encode()))
+    for _ in range(REPLICATES):
+        yield np.concatenate([groups[index] for index in draw.integers(0, len(groups), len(groups))])
 
 
 def _unit(vectors: NDArray[np.float32]) -> Vectors:
