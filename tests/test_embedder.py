@@ -627,6 +627,13 @@ def test_the_default_dtype_does_not_matter(llama, tokenizer, dtype):
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("long", ["document", "query"])
+def test_a_template_that_leaves_no_room_is_told_before_the_first_text(llama, tokenizer, long):
+    templates = {"document": "{text}", "query": "{text}"} | {long: "so many words " * 9 + "{text}"}
+    with pytest.raises(InputError, match="max_tokens is 8, but the template alone takes"):
+        Embedder.from_model(llama, tokenizer, method="mean", max_tokens=8, **templates)
+
+
 def test_a_template_that_leaves_no_room_for_chunks(tokenizer):
     model = tiny(max_position_embeddings=64)
     refused = []

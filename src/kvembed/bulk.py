@@ -131,7 +131,6 @@ def bulk(
     check_folders(source, out)
     plan = make_plan(source, field=field, id_field=id_field, shard_rows=shard_rows, progress=progress)
     embedder = embedder() if callable(embedder) else embedder
-    embedder.prompts(["a"], role=role)  # options that leave no room for any text are no fault of the rows
     job_identity = _identity(embedder, plan, role, shard_rows)
     job_hash = json_hash(job_identity)
     job = Job(plan, out, role, job_hash)

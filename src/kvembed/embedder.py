@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -123,6 +123,8 @@ class Embedder:
         self._prefixes: dict[str, int] = {}  # template -> tokens of the prefix that its texts share
         self._texts = texts
         self._reader = Reader(self.backbone, config, self._prompter.size)
+        for role in get_args(Role):  # templates that leave no room for any text are told now, not at the first text
+            self._prompts(["a"], role, self._max_tokens)
         self.transform: Transform | None = None
         if transform is not None and config.transform == "none":
             raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
