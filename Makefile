@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-gpu check audit site reference families bench results tables clean
+.PHONY: demo test test-slow test-gpu check audit site reference families bench results unseen tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -58,6 +58,11 @@ results: $(INSTALLED)
 	$(BIN)/python tools/results.py --data $(DATA) $(MODELS)
 	$(BIN)/python tools/auto.py --data $(DATA)
 	$(BIN)/python tools/ablation.py --data $(DATA)
+
+# results/unseen: tasks made of packages of Debian, in the folder DATA; MODELS as above
+unseen: $(INSTALLED)
+	$(BIN)/python tools/unseen.py make $(DATA)
+	$(BIN)/python tools/unseen.py run $(DATA) $(MODELS)
 
 # docs/results.md and docs/speed.md, plots and README's table, from the files in results/
 tables: $(INSTALLED)

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import re
+from collections import Counter
 
 import pytest
 
@@ -164,7 +165,7 @@ def test_broken_and_missing_folders(put, tmp_path):
 
 def test_mini_is_a_fixed_sample(put):
     put("s/test", [PAIR | {"s1": f"text {i}", "score": i} for i in range(1000)])
-    put("c/train", [{"text": f"t{i}", "label": f"l{i % 7}"} for i in range(500)])
+    put("c/train", [{"text": f"t{i}", "label": f"l{i % 7}"} for i in range(900)])
     put("c/test", [{"text": f"u{i}", "label": f"l{i % 7}"} for i in range(900)])
     put("r/corpus", [{"id": i, "text": f"d{i} " * 500} for i in range(2000)])
     put("r/queries", [{"id": i, "text": f"q{i}"} for i in range(300)])
@@ -173,7 +174,7 @@ def test_mini_is_a_fixed_sample(put):
     assert [mini(task).digest() for task in load(folder)] == [classes.digest(), retrieval.digest(), sts.digest()]
     assert sts.n == 250
     assert all(text == f"text {gold:.0f}" for text, gold in zip(sts.documents, sts.gold, strict=False))
-    assert (classes.train, classes.n) == (70, 500)
+    assert (classes.train, classes.n) == (7 * 80, 500)
     assert retrieval.n == 100
     assert 100 < len(retrieval.documents) < 250
     assert sum(map(len, retrieval.documents)) <= MINI_CORPUS
@@ -181,6 +182,17 @@ def test_mini_is_a_fixed_sample(put):
         ((document, gain),) = gains.items()
         assert retrieval.documents[document].startswith(f"d{query[1:]} ")
         assert gain == 1
+
+
+@pytest.mark.parametrize(("labels", "each"), [(2, 80), (10, 80), (20, 40), (77, 10), (100, 10)])
+def test_mini_has_more_texts_of_a_label_where_there_are_few(put, labels, each):
+    for half in ("train", "test"):
+        folder = put(f"x/{half}", [{"text": f"{half} {i}", "label": f"l{i % labels}"} for i in range(100 * labels)])
+    (task,) = load(folder)
+    few = mini(task)
+    assert Counter(few.gold[: few.train]) == {f"l{i}": each for i in range(labels)}
+    assert all(text.startswith("train") for text in few.documents[: few.train])
+    assert all(text.startswith("test") for text in few.documents[few.train :])
 
 
 def test_a_small_task_stays_whole(put):

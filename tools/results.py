@@ -9,6 +9,7 @@ A model is NAME or NAME=PATH, NAME being what tables call it. A folder with `mod
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,26 +38,37 @@ def main() -> None:
     arguments = parser.parse_args()
     tasks = load_tasks(arguments.data)
     for suite in arguments.suite or ("mini", "full", "long"):
-        for subject in _subjects(arguments.models, suite, arguments.method):
+        alone = [] if arguments.method else references(arguments.models, suite)
+        for subject in itertools.chain(alone, embedders(arguments.models, suite, arguments.method)):
             full = SHORT if subject.method in WHOLE else (*SHORT, "scifact")
             chosen = [task for task in sample(tasks, suite) if suite != "full" or task.name in full]
             rows = list(evaluate(subject, chosen, suite=suite, results=arguments.results, progress=True))
             print(f"{mean(rows).value:6.2f}  {suite}, {subject.model}, {subject.method}", flush=True)
 
 
-def _subjects(models: Sequence[str], suite: str, methods: Sequence[str] | None) -> Iterator[Subject]:
-    if suite == "mini" and methods is None:
+def references(models: Sequence[str], suite: str) -> Iterator[Subject]:
+    """TF-IDF, and the trained ones among the models."""
+    if suite == "mini":
         yield tfidf_subject()
+    for model in models if suite != "long" else ():
+        name, _, path = model.partition("=")
+        if _is_trained(path):
+            yield sentence_transformer_subject(path, name)
+
+
+def embedders(models: Sequence[str], suite: str, methods: Sequence[str] | None) -> Iterator[Subject]:
+    """Each method on each backbone among the models."""
     for model in models:
         name, _, path = model.partition("=")
-        if path and (Path(path) / "modules.json").is_file():
-            if suite != "long" and methods is None:
-                yield sentence_transformer_subject(path, name)
-        elif suite == "mini" or name == SMALLEST:
+        if not _is_trained(path) and (suite == "mini" or name == SMALLEST):
             for method in methods or (WHOLE if suite == "full" else METHODS if name == SMALLEST else SOME):
                 embedder = Embedder.from_pretrained(path or name, method=method, dtype="auto", progress=True)
                 for limited in at_limits(embedder, suite):
                     yield embedder_subject(limited, name)
+
+
+def _is_trained(path: str) -> bool:
+    return bool(path) and (Path(path) / "modules.json").is_file()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ __all__ = ["LIMITS", "MINI_TOKENS", "Kind", "Task", "load_tasks", "mini", "sampl
 Kind = Literal["sts", "pairs", "classification", "clustering", "reranking", "retrieval"]
 
 # The sizes of `mini`; a retrieval corpus is bounded by its characters, of each document at most MINI_DOCUMENT.
-MINI_PAIRS, MINI_TEST, MINI_TRAIN_PER_LABEL, MINI_CLUSTERING, MINI_RERANKING, MINI_QUERIES = 250, 500, 10, 1000, 34, 100
+MINI_PAIRS, MINI_TEST, MINI_CLUSTERING, MINI_RERANKING, MINI_QUERIES = 250, 500, 1000, 34, 100
+# Training texts in all, if that is no fewer of a label than the first and no more than the second number: ten
+# classifiers learn from eight of a label each, and should not learn from the same.
+MINI_TRAIN, MINI_TRAIN_OF_LABEL = 800, (10, 80)
 MINI_CORPUS, MINI_DOCUMENT = 300_000, 4_000
 MINI_TOKENS = 1024
 # suite -> limits of tokens that it is run at; longer texts are cut, and counted. `full`: the model's own limit.
@@ -148,8 +151,11 @@ def mini(task: Task) -> Task:
         return dataclasses.replace(task, documents=tuple(documents), gold=tuple(task.gold[i] for i in chosen))
     if task.kind in ("classification", "clustering"):
         train: list[int] = []
-        for label in sorted({*task.gold[: task.train]}):
-            train += _sample(draw, [i for i in range(task.train) if task.gold[i] == label], MINI_TRAIN_PER_LABEL)
+        labels = sorted({*task.gold[: task.train]})
+        least, most = MINI_TRAIN_OF_LABEL
+        each = min(most, max(least, MINI_TRAIN // (len(labels) or 1)))
+        for label in labels:
+            train += _sample(draw, [i for i in range(task.train) if task.gold[i] == label], each)
         size = MINI_TEST if task.train else MINI_CLUSTERING
         test = _sample(draw, range(task.train, len(task.documents)), size)
         chosen = sorted(train) + test
