@@ -102,7 +102,7 @@ def test_a_tie_is_not_called_a_win(tables):
             result(task, 40.0, 1, seed=i, method="last"),
             result(task, 70.0, 1, seed=i, method="echo"),
         ]
-    text = tables._summary(rows, [])
+    text = tables._summary(rows, [], [])
     assert "- **smollm2**: beats `last` +10.0" in text
     assert "; can't be told from `mean` +0.3 (" in text
     assert "; loses to `echo` -20.0 (" in text
@@ -111,8 +111,24 @@ def test_a_tie_is_not_called_a_win(tables):
 
 def test_a_method_that_lacks_tasks_is_not_in_the_summary(tables):
     rows = [result("a"), result("b"), result("a", method="mean")]
-    assert "`mean`" not in tables._summary(rows, [])
+    assert "`mean`" not in tables._summary(rows, [], [])
     assert "1 of 2 tasks" in tables._document(rows, rows)
+
+
+def test_tasks_that_nothing_was_chosen_by_stand_apart(tables):
+    mini = [result("a", method="auto", score=50)]
+    unseen = [
+        result(task, method=method, score=score, suite="unseen")
+        for task in ("x", "y")
+        for method, score in (("auto", 40), ("kv", 20))
+    ]
+    readme, page = tables._summary(mini, unseen, []), tables._document(mini, [*mini, *unseen])
+    assert "The same on [five tasks" in readme
+    assert "- **smollm2**: beats `kv` +20.0" in readme
+    _, _, apart = page.partition("## On tasks that nothing was chosen by")
+    assert "x (sts, 100), y (sts, 100)" in apart
+    assert "| `kv` | 20.0 " in apart
+    assert "unseen" not in tables._document(mini, mini)
 
 
 def test_what_is_left_of_a_method_without_its_re_routing_is_told(tables):
