@@ -66,7 +66,7 @@ def main() -> None:
         if dim is None or dim < auto.dim:
             told = f"size {dim or auto.dim} {precision}"
             run(quantized_subject(embedder_subject(auto.replace(dim=dim), name), precision), small, "auto", told)
-    for count in (0, 3) if "examples" in parts else ():
+    for count in (0, 3, 5) if "examples" in parts else ():
         fewer: dict[str, Any] = {role: _with_examples(auto.config.templates(role)[0], count) for role in ROLES}
         run(embedder_subject(auto.replace(**fewer), name), small, "auto", f"{count or 'no'} examples")
     for task in tasks if "own" in parts else ():
