@@ -471,6 +471,10 @@ def _own(mini: list[Result], results: list[Result]) -> str:
         "## `auto`, fitted on the task's own texts\n\nWhat is searched, or a classifier's training texts without their "
         "labels; never what is scored. **Bold**: the interval of the difference leaves out 0."
     )
+    dtypes = {(r.model, r.task): r.device.split(", ")[-1] for r in mini if r.method == "auto"}
+    other = sorted({r.task for r in results if dtypes.get((r.model, r.task)) not in (None, r.device.split(", ")[-1])})
+    if other:
+        title += f" Of {', '.join(other)} the two are of runs in unlike dtypes, which is a part of their difference."
     return "\n\n".join([title, table(head, "llrrrr", body)])
 
 
