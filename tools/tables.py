@@ -328,14 +328,16 @@ def _board(results: list[Result], model: str) -> str:
     if ours is None:
         return ""
     tasks = sorted(result.task for result in ours)
-    body = []
-    for (name, method), found in sorted(groups.items(), key=lambda pair: -mean(_of(pair[1], ours) or ours).value):
+    rivals = []
+    for (name, method), found in groups.items():
         rows = _of(found, ours)
-        if sorted(result.task for result in rows) == tasks and (name == model or method in REFERENCES):
-            scores = {result.task: f"{result.score:.1f} ± {(result.high - result.low) / 2:.1f}" for result in rows}
-            gap = "" if rows == ours else _gap(difference(ours, rows))
-            told = f"{name} ({REFERENCES[method]})" if method in REFERENCES else f"`{method}`"
-            body.append([told, _interval(mean(rows)), gap, *(scores[task] for task in tasks)])
+        if (name == model or method in REFERENCES) and sorted(result.task for result in rows) == tasks:
+            rivals.append((f"{name} ({REFERENCES[method]})" if method in REFERENCES else f"`{method}`", rows))
+    body = []
+    for told, rows in sorted(rivals, key=lambda pair: -mean(pair[1]).value):
+        scores = {result.task: f"{result.score:.1f} ± {(result.high - result.low) / 2:.1f}" for result in rows}
+        gap = "" if rows == ours else _gap(difference(ours, rows))
+        body.append([told, _interval(mean(rows)), gap, *(scores[task] for task in tasks)])
     return table(["method", "mean", "`auto` minus it", *tasks], "lrr" + "r" * len(tasks), body)
 
 
@@ -456,11 +458,14 @@ def _own(mini: list[Result], results: list[Result]) -> str:
     """`auto` fitted on a task's own unlabelled texts, against the same fitted on what the model wrote itself."""
     presets = _presets(mini)
     body = []
+    other: set[str] = set()  # tasks of which the two are in unlike dtypes
     for model in MODELS:
         usual = {result.task: result for result in presets.get((model, "auto"), [])}
         rows = [result for result in results if result.model == model and result.task in usual]
         for own in sorted(rows, key=lambda result: result.task):
             scores = [f"{x.score:.1f} ± {(x.high - x.low) / 2:.1f}" for x in (usual[own.task], own)]
+            if own.device.split(", ")[-1] != usual[own.task].device.split(", ")[-1]:
+                other.add(own.task)
             told = own.config["fitted_on"]
             fitted_on = f"{told['count'] - told.get('self_written', 0):,}"
             body.append([model, own.task, *scores, _gap(difference([own], [usual[own.task]])), fitted_on])
@@ -471,10 +476,10 @@ def _own(mini: list[Result], results: list[Result]) -> str:
         "## `auto`, fitted on the task's own texts\n\nWhat is searched, or a classifier's training texts without their "
         "labels; never what is scored. **Bold**: the interval of the difference leaves out 0."
     )
-    dtypes = {(r.model, r.task): r.device.split(", ")[-1] for r in mini if r.method == "auto"}
-    other = sorted({r.task for r in results if dtypes.get((r.model, r.task)) not in (None, r.device.split(", ")[-1])})
     if other:
-        title += f" Of {', '.join(other)} the two are of runs in unlike dtypes, which is a part of their difference."
+        title += (
+            f" Of {', '.join(sorted(other))} the two are of runs in unlike dtypes, which is a part of their difference."
+        )
     return "\n\n".join([title, table(head, "llrrrr", body)])
 
 

@@ -25,9 +25,10 @@ import itertools
 import json
 import random
 import re
+import string
 import subprocess
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -52,9 +53,7 @@ SUBJECTS = (
 )
 FIELDS = 12
 OF_EACH = 50  # texts of a cluster
-DIGITS = {
-    digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
-}
+DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"  # of dictd's numbers
 
 
 def main() -> None:
@@ -140,9 +139,7 @@ def _fields(dictd: Path) -> Iterator[tuple[str, str]]:
         if body:
             paragraphs = re.sub(r"[{}]", "", body[2]).split("\n\n")
             found.append((body[1], _short(paragraphs[0])))
-    counts: dict[str, int] = defaultdict(int)
-    for field, _ in found:
-        counts[field] += 1
+    counts = Counter(field for field, _ in found)
     chosen = sorted(counts, key=lambda field: (-counts[field], field))[:FIELDS]
     yield from (pair for pair in found if pair[0] in chosen)
 
@@ -199,7 +196,10 @@ def _entries(dictd: Path, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _number(digits: str) -> int:
-    return sum(DIGITS[digit] * 64**power for power, digit in zip(itertools.count(), reversed(digits), strict=False))
+    value = 0
+    for digit in digits:
+        value = value * len(DIGITS) + DIGITS.index(digit)
+    return value
 
 
 if __name__ == "__main__":
