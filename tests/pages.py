@@ -92,7 +92,7 @@ class Runner:
         monkeypatch.setattr(saved, "hub_file", lambda *_, **__: None)  # the tiny one is no saved embedder
         monkeypatch.setattr(server, "serve", self.serve)
 
-    def folder(self, name, revision=None):
+    def folder(self, name):
         """In place of `models._local_folder`."""
         is_tiny = self.is_tiny and not os.path.isdir(name)  # a folder that the page has made is what it is
         return self.folders["tiny"] if is_tiny else self.folders.get(name) or self.known(name)

@@ -163,9 +163,9 @@ def test_pull_prints_the_folder(run, folder):
 
 def test_a_revision_of_what_is_no_hub_id_is_refused(run, folder):
     for name in (folder, "smollm2"):
-        result = run("pull", name, "--revision", "main")
+        result = run("pull", f"{name}@main")
         assert result.exit_code == 1
-        assert result.stderr == f"kvembed: a revision is of a hub id, and {name} is none: leave 'main' out\n"
+        assert result.stderr == f"kvembed: a revision is of a hub id, and {name} is none: leave '@main' out\n"
 
 
 def test_a_lone_surrogate_in_a_file_is_named_by_its_line(run, folder, tmp_path):

@@ -53,7 +53,7 @@ def loaded():
 def real(loaded):
     """The default model's folder, and an embedder."""
     folder = models.pull("smollm2")
-    return folder, Embedder.from_model(*loaded(str(folder), dtype="auto", device="auto", revision=None))
+    return folder, Embedder.from_model(*loaded(str(folder), dtype="auto", device="auto"))
 
 
 @pytest.fixture

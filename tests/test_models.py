@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -20,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from kvembed import Embedder, InputError, ModelNotFound, device, models
+from kvembed.documents import Corpus
 from kvembed.files import cache_folder, default_file_mode
+from kvembed.index import Index
 from kvembed.saved import default_method, saved_config
+from kvembed.workers import Recipe
 
 
 @pytest.fixture
@@ -338,7 +342,7 @@ def test_pulling_takes_other_weights_only_where_there_are_no_safetensors(monkeyp
         asked.append("*.bin" in ignore_patterns)
         return tmp_path
 
-    monkeypatch.setattr(models, "_on_hub", lambda name, revision: name)
+    monkeypatch.setattr(models, "_on_hub", lambda name: (name, None))
     monkeypatch.setattr(models, "snapshot_download", download)
     models.pull("some/model")
     (tmp_path / "model.safetensors").touch()
@@ -374,20 +378,59 @@ def test_a_saved_embedder_on_a_hub_is_opened_as_it_was_saved(on_hub):
     assert saved_config("user/saved") is None
 
 
+def test_a_revision_of_a_hubs_model(on_hub, llama, tokenizer, tmp_path):
+    """Told by the name, so that whatever keeps the name keeps it too: an index, a worker."""
+    Embedder.from_model(llama, tokenizer, method="echo").save_pretrained(on_hub.parent / "def")
+    refs = on_hub.parents[1] / "refs"
+    (refs / "pr").mkdir()
+    (refs / "pr" / "1").write_text("def")
+    assert models.pull("user/saved@pr/1") == on_hub.parent / "def"
+    embedder = Embedder.from_pretrained("user/saved@pr/1")
+    assert embedder.config.method == "echo"
+    assert Embedder.from_pretrained("user/saved", revision="pr/1").config == embedder.config
+    assert Recipe.of(embedder, "user/saved@pr/1").load().config == embedder.config
+    index = Index.create(tmp_path / "index", embedder, model="user/saved@pr/1")
+    (tmp_path / "notes.txt").write_text("a text")
+    index.update(Corpus([tmp_path / "notes.txt"]))
+    assert Index.open(tmp_path / "index").embedder.config.method == "echo"
+
+
+@pytest.mark.parametrize(
+    "name, error, told",
+    [
+        ("user/saved@", InputError, "user/saved@: no revision after the @"),
+        ("user/saved@v2", ModelNotFound, "user/saved@v2 is neither"),
+        ("missing@2.gguf", ModelNotFound, "missing@2.gguf: no such file or folder"),
+        ("./missing@2", ModelNotFound, "./missing@2: no such file or folder"),
+        ("smollm2@main", InputError, "smollm2 is none: leave '@main' out"),
+    ],
+)
+def test_a_revision_that_is_none(on_hub, name, error, told):
+    for use in (saved_config, models.pull, models.load):
+        with pytest.raises(error, match=re.escape(told)):
+            use(name)
+
+
+def test_a_folder_may_have_an_at_in_its_name(on_hub):
+    folder = on_hub.rename(on_hub.parent / "model@2")
+    assert models.pull(str(folder)) == folder
+    assert saved_config(str(folder)).method == "prompt-eol"
+
+
 def test_a_file_beside_a_hubs_model(monkeypatch, tmp_path):
     """With a network the hub is asked each time, so that a new commit is seen."""
     asked = []
-    monkeypatch.setattr(models, "_on_hub", lambda name, revision: name)
+    monkeypatch.setattr(models, "_on_hub", lambda name: ("a/b", "r"))
     monkeypatch.setattr(models, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
     monkeypatch.setattr(models, "hf_hub_download", lambda name, file, revision: f"{tmp_path}/{revision}/{file}")
-    assert models.hub_file("a/b", "kvembed.json", revision="r") == tmp_path / "r" / "kvembed.json"
+    assert models.hub_file("a/b@r", "kvembed.json") == tmp_path / "r" / "kvembed.json"
     assert asked[0].endswith("/a/b/resolve/r/kvembed.json")
 
     def missing(*_, **__):
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr(models, "get_hf_file_metadata", missing)
-    assert models.hub_file("a/b", "kvembed.json") is None
+    assert models.hub_file("a/b@r", "kvembed.json") is None
 
 
 def test_a_name_stands_for_what_is_here_but_a_bundled_one(tmp_path, monkeypatch):

@@ -279,14 +279,13 @@ def serve(
 
 def pull(
     model: Annotated[str, typer.Argument(help="smollm2, a hub id, a folder or a .gguf file.")] = "smollm2",
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, of a hub id.")] = None,
 ) -> None:
     """Make a model ready to use without the network; prints its folder."""
     with one_line_errors():
         import_models()
         from . import models
 
-        print_line(str(models.pull(model, revision=revision)))
+        print_line(str(models.pull(model)))
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {

@@ -152,14 +152,14 @@ class Embedder:
         """Load a model and make it an embedder.
 
         Args:
-            name: a bundled name (`"smollm2"`), a hub id, a folder or a `.gguf` file. What `save_pretrained` wrote is
-                opened as it was saved, also from a hub.
+            name: a bundled name (`"smollm2"`), a hub id, `id@revision`, a folder or a `.gguf` file. What
+                `save_pretrained` wrote is opened as it was saved, also from a hub.
             method: a preset, see `kvembed.METHODS`, or a config of your own. Default: the one saved with the model, or
                 else `"kv"`.
             dtype: `"float32"`, `"bfloat16"`, `"float16"` (or torch's own), or `"auto"`: bfloat16, or float32 where the
                 CPU or GPU can't multiply it. Pooling and all after it are in float32.
             device: a torch device, or `"auto"`.
-            revision: of a hub id.
+            revision: branch, tag or commit of a hub id, if the name does not tell it.
             batch_tokens: tokens in a batch. Default: 2,048 on a CPU, 16,384 elsewhere.
             texts: unlabelled texts to choose layers by and to fit a transform on, if the method has one (100 and more;
                 up to 500 are used for it, beside self-written ones). Default: what is stored for this model, or else
@@ -178,7 +178,8 @@ class Embedder:
         if not isinstance(name, str | os.PathLike):
             raise InputError(f"a model's name or path is needed, not a {type(name).__name__}; from_model takes a model")
         source, dtype = os.fspath(name), str(dtype).removeprefix("torch.")
-        as_saved = saved_config(source, revision=revision)
+        source += f"@{revision}" if revision is not None else ""
+        as_saved = saved_config(source)
         if method is None and as_saved is not None:
             config = as_saved.replace(**options)
         else:
@@ -187,8 +188,8 @@ class Embedder:
         if fitted is not None:
             transform = Transform.load(fitted)
         elif as_saved is not None and as_saved.transform != "none" and config.transform != "none" and texts is None:
-            transform = saved_transform(source, revision=revision)
-        model, tokenizer = models.load(source, dtype=dtype, device=device, revision=revision)
+            transform = saved_transform(source)
+        model, tokenizer = models.load(source, dtype=dtype, device=device)
         if transform is not None and fitted is None and model.dtype == torch.float16:
             transform = _taken_for(model, tokenizer, transform)
         embedder = cls(

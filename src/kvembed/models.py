@@ -73,16 +73,14 @@ BUNDLED = {
 }
 
 
-def load(
-    name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, frozen and in evaluation mode, with its tokenizer.
 
     Args:
-        name: a key of `BUNDLED`, a folder, a `.gguf` file (converted to safetensors in the cache, once), or a hub id.
+        name: a key of `BUNDLED`, a folder, a `.gguf` file (converted to safetensors in the cache, once), or a hub id,
+            at a branch, tag or commit if that is told: `id@revision`.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16, or float32 on a CPU or GPU that can't multiply it.
         device: a torch device, or `auto`: the first accelerator, else the CPU.
-        revision: of a hub id.
 
     Raises:
         InputError: unknown dtype or device; a revision of what is not on a hub.
@@ -92,7 +90,8 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; choose from auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES[best_dtype(where) if dtype == "auto" else dtype]
-    source = _local_folder(name, revision) or _on_hub(name, revision)
+    folder = _local_folder(name)
+    source, revision = (folder, None) if folder else _on_hub(name)
     with _readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = _whole(name, source, revision=revision, dtype=torch_dtype)
@@ -116,11 +115,11 @@ def _whole(name: str, *source: Any, **options: Any) -> PreTrainedModel:
     return model
 
 
-def pull(name: str, *, revision: str | None = None) -> Path:
+def pull(name: str) -> Path:
     """Make a model ready to load without the network.
 
     Args:
-        name, revision: as in `load`.
+        name: as in `load`.
 
     Returns:
         The folder it is in.
@@ -128,15 +127,15 @@ def pull(name: str, *, revision: str | None = None) -> Path:
     Raises:
         InputError, ModelNotFound: as in `load`.
     """
-    folder = _local_folder(name, revision)
+    folder = _local_folder(name)
     if folder is None:
-        _on_hub(name, revision)
+        hub_id, revision = _on_hub(name)
         with _readable_errors(name):
             # one copy of the weights: not the same again in other formats
             others = ["*.gguf", "*.pth", "*.onnx", "*.h5", "*.msgpack", "original/*"]
-            folder = Path(snapshot_download(name, revision=revision, ignore_patterns=[*others, "*.bin"]))
+            folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=[*others, "*.bin"]))
             if not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(name, revision=revision, ignore_patterns=others))
+                folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=others))
     return folder
 
 
@@ -152,10 +151,8 @@ def local_path(name: str) -> Path | None:
     return Path(path) if name and name not in BUNDLED and os.path.exists(path) else None
 
 
-def _local_folder(name: str, revision: str | None = None) -> Path | None:
+def _local_folder(name: str) -> Path | None:
     """A folder that transformers can load, made now if need be; None for a hub id."""
-    if revision is not None and (name in BUNDLED or local_path(name)):
-        raise InputError(f"a revision is of a hub id, and {name} is none: leave {revision!r} out")
     if name in BUNDLED:
         bundled = BUNDLED[name]
         return _convert_once(f"{name}-{bundled.sha256[:12]}", lambda folder: _download(bundled, folder))
@@ -171,43 +168,49 @@ def _local_folder(name: str, revision: str | None = None) -> Path | None:
     raise ModelNotFound(f"{name}: neither a folder nor a .gguf file")
 
 
-def _on_hub(name: str, revision: str | None) -> str:
-    """The hub id, if it is cached or the hub has it; transformers itself would try for a minute before saying no."""
+def _on_hub(name: str) -> tuple[str, str | None]:
+    """The hub id and the revision, if it is cached or the hub has it; transformers would try a minute to say no."""
     if not name:
         raise ModelNotFound("the model's name is empty")
-    if name.lower().endswith(".gguf") or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ModelNotFound(f"{name}: no such file or folder")
+    whole, (name, at, told) = name, name.partition("@")
+    revision = told or None
+    if at and (name in BUNDLED or local_path(name)):
+        raise InputError(f"a revision is of a hub id, and {name} is none: leave {at + told!r} out")
+    if at and not told:
+        raise InputError(f"{whole}: no revision after the @")
+    if whole.lower().endswith(".gguf") or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ModelNotFound(f"{whole}: no such file or folder")
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
-        raise ModelNotFound(f"{name!r} is neither a file or folder here nor a possible hub id") from None
+        raise ModelNotFound(f"{whole!r} is neither a file or folder here nor a possible hub id") from None
     if not isinstance(cached, str):
         try:
             get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise ModelNotFound(f"{name}: the hub has no such model, or it is private ({_first_line(error)})") from None
+            raise ModelNotFound(f"{whole}: the hub has no such model, or it is private ({_first_line(error)})") from None
         except Exception as error:  # whatever the HTTP library of the day raises
             raise ModelNotFound(
-                f"{name} is neither {', '.join(BUNDLED)} nor a folder nor a .gguf file here, it is not in the hub's "
+                f"{whole} is neither {', '.join(BUNDLED)} nor a folder nor a .gguf file here, it is not in the hub's "
                 f"cache, and the hub can't be reached ({_first_line(error)})"
             ) from None
-    return name
+    return name, revision
 
 
-def hub_file(name: str, file: str, *, revision: str | None = None) -> Path | None:
+def hub_file(name: str, file: str) -> Path | None:
     """A file beside a hub id's model, fetched if need be; None if there is none, or no network and none in the cache.
 
     Raises:
         ModelNotFound: no such model.
     """
-    _on_hub(name, revision)
+    hub_id, revision = _on_hub(name)
     try:
-        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=10)
-        return Path(hf_hub_download(name, file, revision=revision))
+        get_hf_file_metadata(hf_hub_url(hub_id, file, revision=revision), timeout=10)
+        return Path(hf_hub_download(hub_id, file, revision=revision))
     except EntryNotFoundError:
         return None
     except Exception:  # whatever the HTTP library of the day raises, where there is no network
-        cached = try_to_load_from_cache(name, file, revision=revision)
+        cached = try_to_load_from_cache(hub_id, file, revision=revision)
         return Path(cached) if isinstance(cached, str) else None
 
 

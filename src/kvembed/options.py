@@ -79,7 +79,6 @@ def loader(
     dim: int | None = None,
     fitted: Path | None = None,
     texts: list[str] | None = None,
-    revision: str | None = None,
     base: EmbedConfig | None = None,
 ) -> Callable[[], Embedder]:
     """What loads the model; a bad option is told at once, before seconds of imports.
@@ -88,7 +87,7 @@ def loader(
         layers: as `parse_layers` reads them.
         method: None: `auto`, or a saved folder's own.
         base: a config that options change, instead of a method's.
-        model, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts, revision: as `Embedder.from_pretrained` has
+        model, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts: as `Embedder.from_pretrained` has
             them; None: not said.
 
     Raises:
@@ -109,12 +108,11 @@ def loader(
 
         embedder = Embedder.from_pretrained(
             model,
-            method=base or method or default_method(model, revision=revision),
+            method=base or method or default_method(model),
             dtype=dtype,
             batch_tokens=batch_tokens,
             fitted=fitted,
             texts=texts,
-            revision=revision,
             progress=True,
             **options,
         )

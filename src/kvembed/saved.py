@@ -52,17 +52,17 @@ _ST_FILES: dict[str, Any] = {
 }
 
 
-def saved_config(model: str, *, revision: str | None = None) -> EmbedConfig | None:
+def saved_config(model: str) -> EmbedConfig | None:
     """The config that was saved with a model; None if none was.
 
     Args:
-        model, revision: as in `models.load`.
+        model: as in `models.load`.
 
     Raises:
         InputError: it is damaged.
         ModelNotFound: no such model.
     """
-    path = _beside(model, CONFIG_FILE, revision)
+    path = _beside(model, CONFIG_FILE)
     if path is None:
         return None
     with naming(path):
@@ -73,22 +73,22 @@ def saved_config(model: str, *, revision: str | None = None) -> EmbedConfig | No
         raise InputError(f"{path} is not a kvembed config: {error}") from None
 
 
-def saved_transform(model: str, *, revision: str | None = None) -> Transform | None:
+def saved_transform(model: str) -> Transform | None:
     """The transform that was saved with a model; None if none was. Arguments and errors as in `saved_config`."""
-    path = _beside(model, TRANSFORM_FILE, revision)
+    path = _beside(model, TRANSFORM_FILE)
     return None if path is None else Transform.load(path)
 
 
-def _beside(model: str, file: str, revision: str | None) -> Path | None:
+def _beside(model: str, file: str) -> Path | None:
     folder = local_path(model)
     if folder is None:
-        return None if model in BUNDLED else hub_file(model, file, revision=revision)
+        return None if model in BUNDLED else hub_file(model, file)
     return folder / file if (folder / file).is_file() else None
 
 
-def default_method(model: str, *, revision: str | None = None) -> str | None:
+def default_method(model: str) -> str | None:
     """The method of the command line and the server where none is named: `auto`, or (None) the one saved with it."""
-    return "auto" if saved_config(model, revision=revision) is None else None
+    return "auto" if saved_config(model) is None else None
 
 
 def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:

@@ -32,7 +32,6 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field("smollm2", min_length=1)
-    revision: str | None = None
     name: str | None = Field(None, description="What clients call it. Default: its own.")
     method: str | None = None
     layers: str | None = None
@@ -51,7 +50,7 @@ class Arguments(BaseModel):
     def embedder(self) -> Embedder:
         """Load the model."""
         options = self.model_dump(
-            include={"method", "layers", "bias", "dtype", "dim", "fitted", "max_tokens", "batch_tokens", "revision"}
+            include={"method", "layers", "bias", "dtype", "dim", "fitted", "max_tokens", "batch_tokens"}
         )
         return loader(self.model, **options)()
 
