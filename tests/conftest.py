@@ -35,7 +35,9 @@ def _own_cache(request, tmp_path, monkeypatch):
     """
     if "real" not in request.keywords:
         monkeypatch.setenv("KVEMBED_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("kvembed.self_written._COUNT", 200)
+        monkeypatch.setattr("kvembed.tuning.FIT_TEXTS", 200)
+        monkeypatch.setattr("kvembed.tuning.QUERY_TEXTS", 150)
+        monkeypatch.setattr("kvembed.layers._TEXTS", 150)
         monkeypatch.setattr("kvembed.tuning._GIVEN_TEXTS", 120)
 
 

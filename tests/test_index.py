@@ -634,7 +634,7 @@ def test_letters_in_two_characters_are_found_by_letters_in_one(embedder, tmp_pat
 
 
 def test_layers_by_the_model_are_an_option_too(folder, notes, monkeypatch):
-    monkeypatch.setattr("kvembed.self_written._COUNT", 60)
+    monkeypatch.setattr("kvembed.layers._TEXTS", 60)
     options = ("--method", "kv", "--dtype", "float32")
     run("index", "notes", "--db", "db", "--model", folder, *options, "--layers", "none")
     refused = run("index", "notes", "--db", "db", "--layers", "auto")

@@ -25,7 +25,12 @@ def chosen(backbone, tokenizer, template, **options):
     prompter = Prompter(tokenizer)
     told = fingerprint(backbone, prompter)
     return choose_layers(
-        told, backbone, prompter, template, lambda: generated_texts(backbone.model, tokenizer, told), **options
+        told,
+        backbone,
+        prompter,
+        template,
+        lambda count: generated_texts(backbone.model, tokenizer, told, count),
+        **options,
     )
 
 
@@ -127,7 +132,7 @@ def test_a_batch_that_does_not_fit_is_halved(llama, tokenizer, monkeypatch, capl
 
 def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypatch):
     backbone = Backbone(tiny(seed=5))
-    monkeypatch.setattr("kvembed.self_written._COUNT", 40)
+    monkeypatch.setattr("kvembed.layers._TEXTS", 40)
     first = chosen(backbone, tokenizer, "In: {text}", model="tiny")
     stored = list((cache_folder() / "profiles").iterdir())
     assert [Profile.from_json(path.read_text()) for path in stored] == [first]
@@ -235,6 +240,15 @@ def test_texts_that_cannot_be_stored_or_read_are_no_obstacle(tokenizer, llama, m
     assert write_texts(llama, tokenizer, count=5, batch=10, cache=tmp_path / "texts.json") == texts
     assert "ignoring the damaged texts" in caplog.text
     assert json.loads((tmp_path / "texts.json").read_text()) == texts
+
+
+def test_more_texts_begin_with_the_same_ones(tokenizer, llama, tmp_path):
+    cache = tmp_path / "texts.json"
+    five = write_texts(llama, tokenizer, count=5, batch=4, cache=cache)
+    nine = write_texts(llama, tokenizer, count=9, batch=4, cache=cache)
+    assert (nine[:5], len(nine)) == (five, 9)
+    assert json.loads(cache.read_text()) == nine
+    assert write_texts(None, None, count=5, batch=4, cache=cache) == five  # from the nine
 
 
 def test_the_models_own_generation_settings_do_not_matter(tokenizer):

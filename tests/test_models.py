@@ -396,7 +396,7 @@ def test_a_revision_of_a_hubs_model(on_hub, llama, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, error, told",
+    ("name", "error", "told"),
     [
         ("user/saved@", InputError, "user/saved@: no revision after the @"),
         ("user/saved@v2", ModelNotFound, "user/saved@v2 is neither"),

@@ -21,6 +21,7 @@ from kvembed.models import pull
 from kvembed.self_written import generated_texts, texts_digest
 from kvembed.subjects import sentence_transformer_subject
 from kvembed.tasks import load_tasks
+from kvembed.tuning import FIT_TEXTS
 
 pytestmark = pytest.mark.real
 
@@ -172,9 +173,9 @@ def test_what_it_wrote_comes_with_the_package(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr("kvembed.self_written.cache_folder", lambda: tmp_path)
     monkeypatch.setattr("kvembed.self_written.write_texts", lambda *_, **__: pytest.fail("texts were written"))
     embedder = Embedder.from_model(*smollm2, method="auto")
-    texts = generated_texts(*smollm2, embedder.fingerprint())
+    texts = generated_texts(*smollm2, embedder.fingerprint(), FIT_TEXTS)
     assert texts_digest(texts) == embedder.transform.info["texts_sha256"]
-    assert len(set(texts)) == 1000
+    assert len(set(texts)) == FIT_TEXTS
     assert not list(tmp_path.iterdir())
 
 

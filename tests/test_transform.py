@@ -131,7 +131,7 @@ TWO_VIEWS = EmbedConfig(more_readouts=[Readout(output_layer=0)], transform="whit
 
 
 def tuned(read, tmp_path, config=TWO_VIEWS, **options):
-    return choose_transform("x", config, read, lambda: TEXTS, **options)
+    return choose_transform("x", config, read, lambda count: TEXTS, **options)
 
 
 def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
@@ -155,6 +155,29 @@ def test_tuning_keeps_what_it_fitted_and_what_it_read(tmp_path):
     (stored,) = (tmp_path / "cache" / "transforms").glob("*.safetensors")
     stored.write_bytes(b"damaged")
     assert tuned(lambda *_: pytest.fail("it was kept"), tmp_path).digest() == first.digest()
+
+
+def test_some_of_the_texts_are_read_as_queries_too(tmp_path, monkeypatch, tokenizer):
+    """Of queries only the mean is wanted, and those are the model's own texts where there are any."""
+    monkeypatch.setattr("kvembed.tuning.QUERY_TEXTS", 60)
+    asked, told = [], []
+
+    def read(texts, role, templates):
+        asked.append((role, texts[0], len(texts)))
+        return views(len(texts[0]), texts=len(texts)) + (role == "query")
+
+    given = [f"text {number}" for number in range(110)]
+    transform = tuned(read, tmp_path, texts=given, report=lambda done, total: told.append((done, total)))
+    assert [one for one in asked if one[0] == "query"] == [("query", TEXTS[0], 60)]
+    assert told[-1] == (110 + len(TEXTS) + 60,) * 2
+    means = read(TEXTS[:60], "query", [0])
+    means = means / np.linalg.norm(means, axis=-1, keepdims=True)
+    np.testing.assert_allclose(transform.means["query"], means.mean(0), atol=1e-6)
+
+    cant = tiny().model  # write
+    asked.clear()
+    choose_transform("x", TWO_VIEWS, read, lambda _: write_texts(cant, tokenizer), texts=given[1:])
+    assert [one for one in asked if one[0] == "query"] == [("query", given[1], 60)]
 
 
 def test_what_was_read_for_another_formula_is_read_again(tmp_path, monkeypatch):
@@ -234,7 +257,9 @@ def test_few_given_texts_are_joined_by_self_written_ones(tmp_path, caplog, token
     assert seen == few[:-1]  # what was read of the self-written ones is kept, and nothing else
     assert len(list((tmp_path / "cache" / "transforms").glob("*.npy"))) == 1
     seen.clear()
-    alone = choose_transform("x", config, read, lambda: write_texts(tiny().model, tokenizer), texts=few[1:])
+    alone = choose_transform(
+        "x", config, read, lambda count: write_texts(tiny().model, tokenizer, count=count), texts=few[1:]
+    )
     assert (seen, alone.info["self_written"]) == (few[1:], 0)
     assert "on 129 given texts alone, which is not as good: LlamaModel can't write" in caplog.text
 
@@ -324,7 +349,7 @@ def test_a_stopped_writer_goes_on_as_if_it_had_not_been(llama, tokenizer, tmp_pa
 def auto(llama, tokenizer, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVEMBED_CACHE", str(tmp_path_factory.mktemp("cache")))  # made before a test's own cache is
-        patch.setattr("kvembed.self_written._COUNT", 200)
+        patch.setattr("kvembed.tuning.FIT_TEXTS", 200)
         patch.setattr("kvembed.tuning._GIVEN_TEXTS", 120)
         return Embedder.from_model(llama, tokenizer, method="auto", texts=MANY)
 

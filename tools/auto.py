@@ -30,6 +30,7 @@ from kvembed.self_written import generated_texts
 from kvembed.subjects import Subject, embedder_subject, marked, quantized_subject
 from kvembed.tasks import MINI_TOKENS, Task, load_tasks, mini, sample
 from kvembed.transform import Transform, fit
+from kvembed.tuning import FIT_TEXTS, QUERY_TEXTS
 
 Views = dict[Role, NDArray[np.float32]]
 ROLES: tuple[Role, ...] = ("document", "query")
@@ -94,8 +95,11 @@ def _own(task: Task) -> tuple[str, ...]:
 
 def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float32], Role], NDArray[np.float32]]]]:
     """Name, and what makes vectors (N,dim) of all views (N,V,D)."""
-    texts = generated_texts(auto.model, auto.tokenizer, auto.fingerprint(), progress=True)
-    views: Views = {role: auto.encode_views(texts, role=role).vectors for role in ROLES}
+    texts = generated_texts(auto.model, auto.tokenizer, auto.fingerprint(), FIT_TEXTS, progress=True)
+    views: Views = {
+        "document": auto.encode_views(texts).vectors,
+        "query": auto.encode_views(texts[:QUERY_TEXTS], role="query").vectors,
+    }
     inside = [readout.is_inside for _, readout in auto.config.views]
 
     def fitted(kept: Sequence[int], some: Views) -> Transform:
@@ -131,7 +135,11 @@ def _variants(auto: Embedder) -> Iterator[tuple[str, Callable[[NDArray[np.float3
     yield "joined, not stretched", on(every, dataclasses.replace(whole, rotate=whole.rotate / whole.rotate.norm(dim=0)))
     one_mean = {role: whole.means["document"] for role in whole.means}
     yield "one mean for both roles", on(every, dataclasses.replace(whole, means=one_mean))
-    yield "fitted on 250 texts", on(every, fitted(every, {role: part[:250] for role, part in views.items()}))
+    for count in (250, 1000):
+        yield (
+            f"fitted on {count:,} texts",
+            on(every, fitted(every, {role: part[:count] for role, part in views.items()})),
+        )
 
 
 def _with(

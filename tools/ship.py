@@ -1,6 +1,6 @@
 """src/kvembed/calibration/ and transforms/: what the default model wrote, and its transforms. Nobody waits for them.
 
-    python tools/ship.py [METHOD ...]
+    python tools/ship.py [--method METHOD ...]
 
 Takes texts and transforms from the cache, or makes them (minutes), and rounds the latter to float16; they are found by
 the model, and by the config that they are for. To be run again when `transform.FORMULA`, a method's config or the way
@@ -18,6 +18,7 @@ from kvembed import METHODS, Embedder
 from kvembed.files import store
 from kvembed.self_written import SEED, generated_texts
 from kvembed.transform import FORMULA
+from kvembed.tuning import FIT_TEXTS
 
 FOLDER = Path(__file__).parent.parent / "src" / "kvembed"
 
@@ -26,8 +27,8 @@ def main() -> None:
     """Write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fitted = [name for name, config in METHODS.items() if config.transform != "none"]
-    parser.add_argument("methods", nargs="*", choices=[*fitted, []], default=fitted)
-    methods = parser.parse_args().methods
+    parser.add_argument("--method", action="append", choices=fitted)
+    methods = parser.parse_args().method or fitted
     ship_texts()
     for method in methods:
         ship(method)
@@ -39,7 +40,7 @@ def ship_texts() -> None:
     target = FOLDER / "calibration" / f"{embedder.fingerprint()}-{SEED}.json"
     for old in target.parent.glob("*.json"):
         old.unlink()  # or else it would be found, and written again
-    texts = generated_texts(embedder.model, embedder.tokenizer, embedder.fingerprint(), progress=True)
+    texts = generated_texts(embedder.model, embedder.tokenizer, embedder.fingerprint(), FIT_TEXTS, progress=True)
     store(target, json.dumps(texts, indent=0, ensure_ascii=False) + "\n", "the texts")
     print(f"{target.relative_to(FOLDER.parent.parent)}: {len(texts):,} texts")
 

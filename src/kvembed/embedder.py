@@ -97,7 +97,7 @@ class Embedder:
                 self.backbone,
                 self._prompter,
                 config.templates("document")[0],
-                lambda: self._own_texts(progress),
+                lambda count: self._own_texts(count, progress),
                 texts=texts,
                 model=name,
                 batch_tokens=self.batch_tokens,
@@ -484,14 +484,14 @@ class Embedder:
                 self.fingerprint(),
                 self.config,
                 read,
-                lambda: self._own_texts(progress),
+                lambda count: self._own_texts(count, progress),
                 texts=self._texts,
                 report=report,
                 progress=progress,
             )
 
-    def _own_texts(self, progress: bool) -> list[str]:
-        return generated_texts(self.model, self.tokenizer, self.fingerprint(), progress=progress)
+    def _own_texts(self, count: int, progress: bool) -> list[str]:
+        return generated_texts(self.model, self.tokenizer, self.fingerprint(), count, progress=progress)
 
     def similarity(self, a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
         """Cosine similarity of every row of `a` (n, dim) with every row of `b` (m, dim): (n, m) float32 in [-1, 1].

@@ -32,6 +32,7 @@ __all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "shipped_profil
 logger = logging.getLogger(__name__)
 
 _MOST_TOKENS = 512  # of a calibration text in its template
+_TEXTS = 1000  # self-written ones
 _LEAST_POINTS = 20  # that TwoNN can say anything of
 
 
@@ -191,7 +192,7 @@ def choose_layers(
     backbone: Backbone,
     prompter: Prompter,
     template: str,
-    write: Callable[[], list[str]],
+    write: Callable[[int], list[str]],
     *,
     texts: Sequence[str] | None = None,
     model: str = "",
@@ -205,7 +206,7 @@ def choose_layers(
         backbone: the model.
         prompter: of its tokenizer.
         template: the document template in use; the last token's states depend on it.
-        write: gives texts that the model wrote itself; called if there are no others and nothing is stored.
+        write: gives that many texts that the model wrote itself; called if there are no others and nothing is stored.
         texts: calibration texts.
         model: name to write into the profile.
         batch_tokens: as in `Embedder`.
@@ -229,7 +230,7 @@ def choose_layers(
             return profile
     logger.info("choosing layers for %s by intrinsic dimension, once", model or backbone.model_type)
     if texts is None:
-        texts = write()
+        texts = write(_TEXTS)
     curve = id_curve(backbone, prompter, texts, template, batch_tokens=batch_tokens, progress=progress)
     profile = Profile(
         model=model or backbone.model_type,
@@ -259,8 +260,8 @@ def profile_of(
     backbone, prompter = Backbone(model), Prompter(tokenizer)
     fingerprint = fingerprint_of(backbone, prompter)
 
-    def write() -> list[str]:
-        return generated_texts(model, tokenizer, fingerprint, progress=progress)
+    def write(count: int) -> list[str]:
+        return generated_texts(model, tokenizer, fingerprint, count, progress=progress)
 
     return choose_layers(
         fingerprint, backbone, prompter, template, write, texts=texts, model=label(name), progress=progress

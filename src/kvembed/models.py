@@ -188,7 +188,9 @@ def _on_hub(name: str) -> tuple[str, str | None]:
         try:
             get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise ModelNotFound(f"{whole}: the hub has no such model, or it is private ({_first_line(error)})") from None
+            raise ModelNotFound(
+                f"{whole}: the hub has no such model, or it is private ({_first_line(error)})"
+            ) from None
         except Exception as error:  # whatever the HTTP library of the day raises
             raise ModelNotFound(
                 f"{whole} is neither {', '.join(BUNDLED)} nor a folder nor a .gguf file here, it is not in the hub's "

@@ -25,19 +25,18 @@ logger = logging.getLogger(__name__)
 
 SELF_WRITTEN = "self-written"  # where texts came from, in profiles and transforms; the other is "given"
 SEED = 0
-_COUNT = 1000
 _TOKENS = 32  # the longest text
 
 
 def generated_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fingerprint: str, *, progress: bool = False
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fingerprint: str, count: int, *, progress: bool = False
 ) -> list[str]:
-    """About 1,000 short texts that the model wrote itself: from the cache, or written now and kept there.
+    """Short texts that the model wrote itself: from the cache, or written now and kept there.
 
     The default model's come with the package.
 
     Args:
-        model, tokenizer, progress: as in `write_texts`.
+        model, tokenizer, count, progress: as in `write_texts`.
         fingerprint: of the model.
 
     Raises:
@@ -45,9 +44,9 @@ def generated_texts(
     """
     name = f"{fingerprint}-{SEED}.json"
     if (shipped := files("kvembed") / "calibration" / name).is_file():
-        return list(json.loads(shipped.read_text(encoding="utf-8")))
+        return list(json.loads(shipped.read_text(encoding="utf-8")))[:count]
     keep = cache_folder() / "texts" / name
-    return write_texts(model, tokenizer, count=_COUNT, seed=SEED, cache=keep, progress=progress)
+    return write_texts(model, tokenizer, count=count, seed=SEED, cache=keep, progress=progress)
 
 
 def texts_digest(texts: Sequence[str]) -> str:
@@ -70,7 +69,8 @@ def write_texts(
     Args:
         model: with a language-modelling head.
         tokenizer: has a BOS (or else EOS) token.
-        count: how many texts; distinct, each of more than one word or of more than 12 characters.
+        count: how many texts; distinct, each of more than one word or of more than 12 characters. More begin with
+            the same ones as fewer.
         seed: the same seed on the same machine and dtype gives the same texts; torch's own generator is left as it was.
         batch: texts sampled at once.
         cache: file to keep them in, and to read them from if it is there. Beside it, what a stopped run had written;
@@ -85,7 +85,8 @@ def write_texts(
     """
     if cache is not None and cache.is_file():
         try:
-            return list(json.loads(cache.read_text(encoding="utf-8")))
+            if len(kept := list(json.loads(cache.read_text(encoding="utf-8")))) >= count:
+                return kept[:count]
         except (OSError, ValueError) as error:
             logger.warning("ignoring the damaged texts in %s: %s", cache, error)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

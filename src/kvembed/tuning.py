@@ -21,7 +21,7 @@ from .files import atomic_write, cache_folder, json_hash
 from .self_written import SELF_WRITTEN, texts_digest
 from .transform import FORMULA, LEAST_TEXTS, Transform, check_count, fit
 
-__all__ = ["FIT_TOKENS", "choose_transform", "fitted_for", "warn_of_refit"]
+__all__ = ["FIT_TEXTS", "FIT_TOKENS", "QUERY_TEXTS", "choose_transform", "fitted_for", "warn_of_refit"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,10 @@ FIT_TOKENS = 256  # of a calibration text, without its template; more would cost
 # Fields that don't bear on a fit, and those that bear on nothing where no layer is changed.
 _UNBOUND: dict[str, Any] = {"method": "custom", "dim": None, "max_tokens": None, "chunk_tokens": None}
 _OF_CHANGED_LAYERS = ("attention", "bias", "slot_position", "slot_self")
-_FIT_TEXTS = 1000
+FIT_TEXTS = 2000
+QUERY_TEXTS = 500  # of these are read as queries too, of which only the mean is wanted
 _GIVEN_TEXTS = 500  # where there are self-written ones to go with them
-_GIVEN_RULE = 1  # counts changes of how they are used: a stored fit of another is not re-used
+_GIVEN_RULE = 2  # counts changes of how they are used: a stored fit of another is not re-used
 _PIECE = 100  # texts that are read at a time, and kept when a run is stopped
 
 
@@ -59,7 +60,7 @@ def choose_transform(
     fingerprint: str,
     config: EmbedConfig,
     read: Callable[[Sequence[str], Role, Sequence[int]], NDArray[np.float32]],
-    write: Callable[[], list[str]],
+    write: Callable[[int], list[str]],
     *,
     texts: Sequence[str] | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -73,9 +74,9 @@ def choose_transform(
         fingerprint: of the model.
         config: what makes the views. In a template that documents and queries share, each text is read once.
         read: (texts, role, which templates) -> their views (N,V,D), at most `FIT_TOKENS` tokens of each text.
-        write: gives texts that the model wrote itself; called if nothing is in the cache.
+        write: gives that many texts that the model wrote itself; called if nothing is in the cache.
         texts: unlabelled texts, of which at most 500 different ones, drawn at random with a fixed seed, are used beside
-            the self-written ones; with a model that can't write, 1,000. The given ones' weight is the part of their
+            the self-written ones; with a model that can't write, 2,000. The given ones' weight is the part of their
             vectors that is the same in all of them after a fit without them (`Transform.common`): little in ordinary
             text, of which self-written text says more; half in another language than the model's. Queries, which given
             texts are none of, keep the mean of the self-written ones.
@@ -88,7 +89,7 @@ def choose_transform(
     bound = fitted_for(fingerprint, config)
     source = SELF_WRITTEN if texts is None else "given"
     corpus = None if texts is None else json_hash([*texts])
-    rule = [] if texts is None else [_GIVEN_RULE]
+    rule = [FIT_TEXTS, QUERY_TEXTS] if texts is None else [_GIVEN_RULE]
     key = json.dumps([bound, source, corpus, FORMULA, *rule], sort_keys=True)
     cached = cache_folder() / "transforms" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if cached.exists():
@@ -102,7 +103,7 @@ def choose_transform(
         check_count(len({*texts}))
     level = logging.INFO if progress else logging.WARNING
     logger.log(level, "fitting a transform on %s texts, once; on a CPU that takes minutes", source)
-    found = list(dict.fromkeys(write() if texts is None else texts))
+    found = list(dict.fromkeys(write(FIT_TEXTS) if texts is None else texts))
     origin: dict[str, Any] = {
         "method": config.method,
         "texts": source,
@@ -111,18 +112,18 @@ def choose_transform(
     check_count(len(found))
     given, own = ([], found) if texts is None else (found, _joined(write, found))
     if texts is not None:
-        most = _GIVEN_TEXTS if own else _FIT_TEXTS
+        most = _GIVEN_TEXTS if own else FIT_TEXTS
         given = random.Random(0).sample(given, most) if len(given) > most else given
         origin["self_written"] = len(own)
     views_of_own = cached.with_name(f"views-{json_hash([bound, own, FORMULA, FIT_TOKENS])}")
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
-    total = (len(templates) + len(unlike)) * (len(given) + len(own))
+    total = len(templates) * (len(given) + len(own)) + len(unlike) * len((own or given)[:QUERY_TEXTS])
     pieces: list[Path] = []  # not wanted any more once the transform is fitted
     done = 0
 
-    def gather(role: Role, which: Sequence[int]) -> NDArray[np.float32]:
+    def gather(role: Role, which: Sequence[int], given: Sequence[str], own: Sequence[str]) -> NDArray[np.float32]:
         """(N, templates, read-outs, D)"""
         nonlocal done
         parts = []
@@ -137,17 +138,18 @@ def choose_transform(
                 report(done, total)
         return np.concatenate(parts).reshape(len(given) + len(own), len(which), len(config.readouts), -1)
 
-    documents = gather("document", range(len(templates)))
-    queries = documents.copy()
-    if unlike:
-        queries[:, unlike] = gather("query", unlike)
+    documents = gather("document", range(len(templates)), given, own)
     first = len(given) if own else 0
-    views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries[first:]}
+    queries = documents[first:]
+    if unlike:
+        queries = queries[:QUERY_TEXTS].copy()
+        queries[:, unlike] = gather("query", unlike, [] if own else given[:QUERY_TEXTS], own[:QUERY_TEXTS])
+    views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries}
     views = {role: part.reshape(len(part), -1, part.shape[-1]) for role, part in views.items()}
     inside = [one.is_inside for _, one in config.views]
     weights = None
     if given and len(own) >= LEAST_TEXTS:
-        alone = fit({role: part[-len(own) :] for role, part in views.items()}, inside, {})
+        alone = fit(views | {"document": views["document"][first:]}, inside, {})
         share = alone.common(views["document"][:first])
         weights = np.repeat([share / first, (1 - share) / len(own)], [first, len(own)])
         origin["weight_of_given"] = round(share, 3)
@@ -161,13 +163,13 @@ def choose_transform(
     return transform
 
 
-def _joined(write: Callable[[], list[str]], found: Sequence[str]) -> list[str]:
+def _joined(write: Callable[[int], list[str]], found: Sequence[str]) -> list[str]:
     """Self-written texts to go with given ones; none, with a warning, from a model that can't write."""
     try:
         known = {*found}
-        return [text for text in write() if text not in known]
+        return [text for text in write(FIT_TEXTS) if text not in known]
     except InputError as error:
-        count = min(len(found), _FIT_TEXTS)
+        count = min(len(found), FIT_TEXTS)
         logger.warning("fitting on %d given texts alone, which is not as good: %s", count, error)
         return []
 
