@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -185,3 +186,21 @@ def test_the_full_sets_are_compared_on_the_tasks_that_auto_has(tables):
     assert [row[0] for row in rows[2:]] == ["| trained (trained)", "| `auto`", "| `kv`"]
     assert [row[2] for row in rows[2:]] == ["**-10.0**", "", "**+10.0**"]
     assert tables._full([one for one in full if one.method != "auto"]) == ""
+
+
+def test_scores_that_pages_tell_in_prose_are_those_of_the_table():
+    """Typed by hand where a sentence needs them, so nothing else would notice when they are measured anew."""
+    readme, models = ((ROOT / name).read_text() for name in ("README.md", "docs/models.md"))
+    scores = {  # method -> of each model
+        row[0].strip(" `"): [cell.split()[0] for cell in row[2:]]
+        for row in (line.strip("| ").split(" | ") for line in readme.splitlines() if line.startswith("| `"))
+        if len(row) == 5
+    }
+    trained = re.search(r"all-MiniLM-L6-v2 \(trained, .*?\) ([\d.]+)", readme)[1]
+    kv, auto = (sorted(scores[method]) for method in ("kv", "auto"))
+    about = readme.partition("## Quick start")[0].replace("\n", " ")
+    assert f"the mean score of `kv` is {kv[0]} to {kv[-1]}, that of `auto` {auto[0]} to {auto[-1]}; the trained" in about
+    assert f"all-MiniLM-L6-v2 scores {trained}." in about
+    told = models.partition("## What can be loaded")[0].replace("\n", " ")
+    for method in ("auto", "static", "kv"):
+        assert f"({', '.join(scores[method])})" in told
