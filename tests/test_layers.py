@@ -143,7 +143,7 @@ def test_a_profile_is_worked_out_once_from_self_written_text(tokenizer, monkeypa
         fingerprint(backbone, Prompter(tokenizer)),
     )
     assert first.layers == window(first.curve, first.attention_layers)
-    (written,) = (cache_folder() / "texts").iterdir()
+    (written,) = (cache_folder() / "texts").glob("*.json")
     texts = json.loads(written.read_text())
     assert len(set(texts)) == 40
 
@@ -242,13 +242,27 @@ def test_texts_that_cannot_be_stored_or_read_are_no_obstacle(tokenizer, llama, m
     assert json.loads((tmp_path / "texts.json").read_text()) == texts
 
 
-def test_more_texts_begin_with_the_same_ones(tokenizer, llama, tmp_path):
+def test_more_texts_begin_with_the_same_ones(tokenizer, llama, tmp_path, monkeypatch):
     cache = tmp_path / "texts.json"
+    turns, generate = [], llama.generate
+    monkeypatch.setattr(llama, "generate", lambda *args, **options: turns.append(1) or generate(*args, **options))
+    nine = write_texts(llama, tokenizer, count=9, batch=4)
+    at_once = len(turns)
     five = write_texts(llama, tokenizer, count=5, batch=4, cache=cache)
-    nine = write_texts(llama, tokenizer, count=9, batch=4, cache=cache)
-    assert (nine[:5], len(nine)) == (five, 9)
+    assert nine[:5] == five
+    assert write_texts(llama, tokenizer, count=9, batch=4, cache=cache) == nine
+    assert len(turns) == 2 * at_once  # it went on after the five
     assert json.loads(cache.read_text()) == nine
-    assert write_texts(None, None, count=5, batch=4, cache=cache) == five  # from the nine
+    assert write_texts(llama, tokenizer, count=5, batch=4, cache=cache) == five  # from the nine
+    cache.unlink()
+    assert write_texts(llama, tokenizer, count=5, batch=4, cache=cache) == five  # from what is beside it
+    assert len(turns) == 2 * at_once
+
+
+def test_a_model_that_writes_too_little_is_told(tokenizer, llama, monkeypatch):
+    monkeypatch.setattr(llama, "generate", lambda prompt, **_: prompt)  # it ends each text at once
+    with pytest.raises(InputError, match="LlamaForCausalLM wrote only 0 distinct texts: give calibration texts, or"):
+        write_texts(llama, tokenizer, count=10, batch=4)
 
 
 def test_the_models_own_generation_settings_do_not_matter(tokenizer):

@@ -199,7 +199,9 @@ def test_scores_that_pages_tell_in_prose_are_those_of_the_table():
     trained = re.search(r"all-MiniLM-L6-v2 \(trained, .*?\) ([\d.]+)", readme)[1]
     kv, auto = (sorted(scores[method]) for method in ("kv", "auto"))
     about = readme.partition("## Quick start")[0].replace("\n", " ")
-    assert f"the mean score of `kv` is {kv[0]} to {kv[-1]}, that of `auto` {auto[0]} to {auto[-1]}; the trained" in about
+    assert (
+        f"the mean score of `kv` is {kv[0]} to {kv[-1]}, that of `auto` {auto[0]} to {auto[-1]}; the trained" in about
+    )
     assert f"all-MiniLM-L6-v2 scores {trained}." in about
     told = models.partition("## What can be loaded")[0].replace("\n", " ")
     for method in ("auto", "static", "kv"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import copy
 import hashlib
 import json
@@ -73,8 +72,8 @@ def write_texts(
             the same ones as fewer.
         seed: the same seed on the same machine and dtype gives the same texts; torch's own generator is left as it was.
         batch: texts sampled at once.
-        cache: file to keep them in, and to read them from if it is there. Beside it, what a stopped run had written;
-            the next run on a CPU goes on from there, and writes the same as if it had not been stopped.
+        cache: file to keep them in, and to read them from if it is there. Beside it, on a CPU, how far the writing has
+            come: a run that is stopped goes on from there, and so does one that wants more, as if all were written now.
         progress: show a bar on a terminal.
 
     Returns:
@@ -122,44 +121,42 @@ def write_texts(
     ):
         torch.manual_seed(seed)
         part = cache.with_suffix(".part") if cache is not None and device.type == "cpu" else None
-        asked = f"{count} {_TOKENS} {seed} {batch}"
-        first = _resume(part, asked, texts) if part else 0
+        asked = f"{_TOKENS} {seed} {batch}"
+        turn = _resume(part, asked, texts) if part else 0
         bar.update(min(len(texts), count))
-        for turn in range(first, 3 * count // batch + 3):
+        while len(texts) < count and turn < 3 * count // batch + 3:
             rows = writer.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
             for text in tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True):
                 text = text.strip().rstrip("\ufffd")  # half a character, cut off by the length limit
                 if len(text.split()) > 1 or len(text) > 12:  # some languages use no spaces
                     texts[text] = None
             bar.update(min(len(texts), count) - bar.n)
-            if len(texts) >= count:
-                written = list(texts)[:count]
-                if cache is not None:
-                    store(cache, json.dumps(written, indent=0, ensure_ascii=False), "the texts")
-                if part:
-                    with contextlib.suppress(OSError):
-                        part.unlink()
-                return written
+            turn += 1
             if part:
                 state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
                 left = json.dumps({"asked": asked, "turn": turn, "rng": state, "texts": [*texts]})
                 if not store(part, left, "the texts"):
                     cache = part = None  # told once
-    raise InputError(
-        f"{type(model).__name__} wrote only {len(texts)} distinct texts: give calibration texts, or layers=... and no "
-        "method with a transform"
-    )
+    if len(texts) < count:
+        raise InputError(
+            f"{type(model).__name__} wrote only {len(texts)} distinct texts: give calibration texts, or layers=... "
+            "and no method with a transform"
+        )
+    written = list(texts)[:count]
+    if cache is not None:
+        store(cache, json.dumps(written, indent=0, ensure_ascii=False), "the texts")
+    return written
 
 
 def _resume(part: Path, asked: str, texts: dict[str, None]) -> int:
-    """Take over what a stopped run left: its texts and torch's generator. Returns the turn to go on with."""
+    """Take over what an earlier run left: its texts and torch's generator. Returns how many batches it wrote."""
     try:
         left = json.loads(part.read_text(encoding="utf-8"))
         if left["asked"] != asked:
             return 0
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(left["rng"])), dtype=torch.uint8))
         texts |= dict.fromkeys(left["texts"])
-        return int(left["turn"]) + 1
+        return int(left["turn"])
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
