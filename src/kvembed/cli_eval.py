@@ -38,7 +38,7 @@ def evaluate(
     suite: Annotated[
         Literal["mini", "full", "long"],
         typer.Option(
-            "--suite", help="A fixed sample of every task; everything; long documents at 512 to 4,096 tokens."
+            "--suite", help="A fixed sample of every task; everything; long documents at 512 to 16,384 tokens."
         ),
     ] = "mini",
     tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task; may be given again.")] = None,

@@ -144,7 +144,8 @@ def marked(subject: Subject, name: str, value: str, **changes: Any) -> Subject:
 
 def at_limits(embedder: Embedder, suite: str) -> list[Embedder]:
     """The embedder at each of a suite's limits of tokens that it can take; as it is if there is none."""
-    limits = [limit for limit in LIMITS[suite] if limit < embedder.max_tokens]
+    in_chunks = embedder.config.chunk_tokens is not None
+    limits = [limit for limit in LIMITS[suite] if in_chunks or limit < embedder.max_tokens]
     return [embedder.replace(max_tokens=limit) for limit in limits] or [embedder]
 
 
