@@ -15,7 +15,7 @@ from kvembed import Embedder, InputError, ModelNotFound
 from kvembed import evaluate as module
 from kvembed.evaluate import evaluate
 from kvembed.results import Result, read_results
-from kvembed.subjects import embedder_subject, sentence_transformer_subject, tfidf_subject
+from kvembed.subjects import at_limits, embedder_subject, sentence_transformer_subject, tfidf_subject
 from kvembed.tasks import Task
 
 STS = Task("sts", "sts", tuple(NOTICES[:20]), gold=tuple(float(i * 7 % 10) for i in range(10)))
@@ -271,3 +271,12 @@ def test_a_reference_is_known_by_all_that_decides_its_vectors(llama, tokenizer, 
 def test_no_such_reference(tmp_path):
     with pytest.raises(ModelNotFound, match="can't be opened with sentence-transformers"):
         sentence_transformer_subject(tmp_path / "nowhere")
+
+
+def test_long_texts_are_read_at_every_limit_that_an_embedder_can_take(tokenizer):
+    whole = Embedder.from_model(tiny(max_position_embeddings=2000), tokenizer, method="mean")
+    in_chunks = whole.replace(chunk_tokens=256)
+    assert [one.max_tokens for one in at_limits(whole, "long")] == [512, 1024]
+    assert [one.max_tokens for one in at_limits(in_chunks, "long")] == [512, 1024, 2048, 4096, 16_384]
+    assert [one.max_tokens for one in at_limits(in_chunks.replace(max_tokens=600), "long")] == [512]  # as it was told
+    assert [one.max_tokens for one in at_limits(whole, "full")] == [2000]

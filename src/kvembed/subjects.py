@@ -144,8 +144,9 @@ def marked(subject: Subject, name: str, value: str, **changes: Any) -> Subject:
 
 def at_limits(embedder: Embedder, suite: str) -> list[Embedder]:
     """The embedder at each of a suite's limits of tokens that it can take; as it is if there is none."""
-    in_chunks = embedder.config.chunk_tokens is not None
-    limits = [limit for limit in LIMITS[suite] if in_chunks or limit < embedder.max_tokens]
+    # Read in chunks, a text may have more tokens than the model takes, unless it was told how many.
+    free = embedder.config.chunk_tokens is not None and embedder.config.max_tokens is None
+    limits = [limit for limit in LIMITS[suite] if free or limit < embedder.max_tokens]
     return [embedder.replace(max_tokens=limit) for limit in limits] or [embedder]
 
 
