@@ -274,9 +274,10 @@ def test_no_such_reference(tmp_path):
 
 
 def test_long_texts_are_read_at_every_limit_that_an_embedder_can_take(tokenizer):
+    """In chunks, more than its model takes at once, but never more than it was told."""
     whole = Embedder.from_model(tiny(max_position_embeddings=2000), tokenizer, method="mean")
     in_chunks = whole.replace(chunk_tokens=256)
     assert [one.max_tokens for one in at_limits(whole, "long")] == [512, 1024]
     assert [one.max_tokens for one in at_limits(in_chunks, "long")] == [512, 1024, 2048, 4096, 16_384]
-    assert [one.max_tokens for one in at_limits(in_chunks.replace(max_tokens=600), "long")] == [512]  # as it was told
+    assert [one.max_tokens for one in at_limits(in_chunks.replace(max_tokens=600), "long")] == [512]
     assert [one.max_tokens for one in at_limits(whole, "full")] == [2000]

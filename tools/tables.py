@@ -315,8 +315,8 @@ def _unseen(results: list[Result]) -> str:
     told = ", ".join(f"{r.task} ({r.kind}, {r.n:,})" for r in sorted(first.values(), key=attrgetter("task")))
     about = (
         "Five tasks made from packages of Debian when `auto` was done, by `tools/unseen.py`, which says what they are: "
-        f"{told}; cut as `mini` is. Nothing was chosen by them, neither before nor after. **Bold**: the interval of "
-        "`auto` minus the method leaves out 0."
+        f"{told}; cut as `mini` is. Nothing was chosen by them; fewer examples were tried on them since, and the eight "
+        "kept ([Experiments](experiments.md#examples)). **Bold**: the interval of `auto` minus the method leaves out 0."
     )
     return "\n\n".join(["## On tasks that nothing was chosen by", about, *boards])
 

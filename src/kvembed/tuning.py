@@ -119,7 +119,8 @@ def choose_transform(
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
-    total = len(templates) * (len(given) + len(own)) + len(unlike) * len((own or given)[:QUERY_TEXTS])
+    as_queries = ([] if own else given[:QUERY_TEXTS], own[:QUERY_TEXTS])
+    total = len(templates) * (len(given) + len(own)) + len(unlike) * sum(map(len, as_queries))
     pieces: list[Path] = []  # not wanted any more once the transform is fitted
     done = 0
 
@@ -143,7 +144,7 @@ def choose_transform(
     queries = documents[first:]
     if unlike:
         queries = queries[:QUERY_TEXTS].copy()
-        queries[:, unlike] = gather("query", unlike, [] if own else given[:QUERY_TEXTS], own[:QUERY_TEXTS])
+        queries[:, unlike] = gather("query", unlike, *as_queries)
     views: dict[Role, NDArray[np.float32]] = {"document": documents, "query": queries}
     views = {role: part.reshape(len(part), -1, part.shape[-1]) for role, part in views.items()}
     inside = [one.is_inside for _, one in config.views]
