@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow test-gpu check audit site reference families bench results unseen tables clean
+.PHONY: demo test test-slow test-gpu check audit site reference families bench results unseen languages tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -63,6 +63,11 @@ results: $(INSTALLED)
 unseen: $(INSTALLED)
 	$(BIN)/python tools/unseen.py make $(DATA)
 	$(BIN)/python tools/unseen.py run $(DATA) $(MODELS)
+
+# results/languages: package descriptions in eight languages, in the folder DATA; MODELS as above
+languages: $(INSTALLED)
+	$(BIN)/python tools/languages.py make $(DATA)
+	$(BIN)/python tools/languages.py run $(DATA) $(MODELS)
 
 # docs/results.md and docs/speed.md, plots and README's table, from the files in results/
 tables: $(INSTALLED)

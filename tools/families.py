@@ -66,7 +66,18 @@ def _try(family: str) -> Row:
     except AssertionError as error:
         return Row(family, "wrong", str(error))
     notes = [f"tried as `{_checks.STAND_INS[family]}`"] if family in _checks.STAND_INS else []
-    return Row(family, "works", ", ".join(notes + _kinds(Backbone(model))))
+    backbone = Backbone(model)
+    return Row(family, "works", ", ".join(notes + _kinds(backbone) + _without_auto(backbone)))
+
+
+def _without_auto(backbone: Backbone) -> list[str]:
+    """What a model that can be re-routed may still lack."""
+    try:
+        backbone.check_readable()
+        _ = backbone.static
+    except UnsupportedModel:
+        return ["no `auto`"]
+    return []
 
 
 def _kinds(backbone: Backbone) -> list[str]:
@@ -124,7 +135,9 @@ def render(rows: list[Row]) -> str:
         f"Every causal language model type of transformers {transformers.__version__}, tried with a tiny random model: "
         f"{summary}. *Works* means that the re-routed states of a right-padded batch equal those of an independent "
         "attention function written from the definition, text by text, and that without re-routing they equal the "
-        "model's own. What can't be re-routed, or would be re-routed wrongly, is refused with the reason given here. "
+        "model's own. *No `auto`*: the states between its layers, or its input embeddings, have another shape "
+        "than those at the top, and `auto` reads both. What can't be re-routed, or would be re-routed wrongly, is "
+        "refused with the reason given here. "
         "Made by `python tools/families.py`.",
         "",
         "| model type | result | note |",

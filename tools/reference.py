@@ -52,7 +52,12 @@ def cli_page() -> str:
 
 def python_page() -> str:
     """docs/python.md: what users import, by its docstrings; read by griffe, which does not run the code."""
-    package: Any = griffe.load("kvembed", search_paths=[ROOT / "src"], docstring_parser="google")
+    package: Any = griffe.load(
+        "kvembed",
+        search_paths=[ROOT / "src"],
+        docstring_parser="google",
+        docstring_options={"returns_multiple_items": False},
+    )
     lines = ["# Python", MADE.format("docstrings")]
     lines.append("What `import kvembed` offers comes first; then, by module, what needs an extra to be installed.")
     names = sorted(package.exports, key=lambda name: (name != "Embedder", name.startswith("__"), name.isupper(), name))

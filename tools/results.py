@@ -52,7 +52,7 @@ def references(models: Sequence[str], suite: str) -> Iterator[Subject]:
         yield tfidf_subject()
     for model in models if suite != "long" else ():
         name, _, path = model.partition("=")
-        if _is_trained(path):
+        if is_trained(path):
             yield sentence_transformer_subject(path, name)
 
 
@@ -60,14 +60,15 @@ def embedders(models: Sequence[str], suite: str, methods: Sequence[str] | None) 
     """Each method on each backbone among the models."""
     for model in models:
         name, _, path = model.partition("=")
-        if not _is_trained(path) and (suite == "mini" or name == SMALLEST):
+        if not is_trained(path) and (suite == "mini" or name == SMALLEST):
             for method in methods or (WHOLE if suite == "full" else METHODS if name == SMALLEST else SOME):
                 embedder = Embedder.from_pretrained(path or name, method=method, dtype="auto", progress=True)
                 for limited in at_limits(embedder, suite):
                     yield embedder_subject(limited, name)
 
 
-def _is_trained(path: str) -> bool:
+def is_trained(path: str) -> bool:
+    """Whether a model's folder is that of a trained reference."""
     return bool(path) and (Path(path) / "modules.json").is_file()
 
 

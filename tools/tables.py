@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -239,10 +240,12 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "# Results",
         "Made by `make tables` from the files in `results/`; nothing here is typed by hand. A score is in percent, "
         "with its 95 % bootstrap interval over the task's items: it says nothing of other tasks, other models, other "
-        "training texts or another run, and of twenty differences in **bold** one is chance. What each metric is: "
-        "`src/kvembed/scoring.py`. `mini` "
-        "is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut to 1,024 tokens. Seconds are "
-        "those of a busy shared machine; tokens tell the cost better (without the examples of `auto`, "
+        "training texts or another run. Where two methods are in truth alike, one difference in twenty is still in "
+        "**bold**. What each metric is: `src/kvembed/scoring.py`. `mini` is a fixed sample of eleven public tasks "
+        "(`src/kvembed/tasks.py`), texts cut to 1,024 tokens (for all-MiniLM-L6-v2 to 256, for `echo` to 512, which it "
+        "reads twice, for TF-IDF not at all). The models' weights are of 4 bits each, turned back into float32: others "
+        "of the same name will score a little differently. Seconds are those of a busy shared machine; tokens tell the "
+        "cost better (without the examples of `auto`, "
         "computed once; the prefaces of `meta-eol`, now computed once too, still count in its).",
         _tasks(mini),
         "Of a retrieval task n is the queries; so few documents make its scores much higher than on the whole set (the "
@@ -271,6 +274,7 @@ def _document(mini: list[Result], results: list[Result]) -> str:
     parts += [
         _full([result for result in results if result.suite == "full"]),
         _unseen([result for result in results if result.suite == "unseen"]),
+        _languages([result for result in results if result.suite == "languages"]),
         _auto([result for result in results if result.suite == "auto"]),
         _own(mini, [result for result in results if result.suite == "own"]),
         _long(results),
@@ -321,11 +325,33 @@ def _unseen(results: list[Result]) -> str:
     return "\n\n".join(["## On tasks that nothing was chosen by", about, *boards])
 
 
+def _languages(results: list[Result]) -> str:
+    """Other languages than English, fitted on text in them and without."""
+    boards = []
+    for kind, told in (
+        ("retrieval", "long descriptions by the line that stands above them, nDCG@10"),
+        ("clustering", "such lines by section, V measure"),
+    ):
+        found = [dataclasses.replace(r, task=r.task.partition("-")[2]) for r in results if r.kind == kind]
+        boards += [f"{model}, {told}:\n\n{board}" for model in MODELS if (board := _board(found, model))]
+    if not boards:
+        return ""
+    about = (
+        "Descriptions of Debian's packages as its translators wrote them (`tools/languages.py`), of 200 characters at "
+        "most. *Fitted on the language's texts*: on 500 such descriptions, those that are searched among them, beside "
+        "what the model writes itself. all-MiniLM-L6-v2 was trained on English; TF-IDF finds no words in Chinese and "
+        "Japanese, which have no spaces. **Bold**: the interval of `auto` minus the method leaves out 0."
+    )
+    return "\n\n".join(["## In other languages", about, *boards])
+
+
 def _board(results: list[Result], model: str) -> str:
     """`auto` of a model, its other methods and the references, on the tasks that `auto` was run on; best first."""
-    groups = {(model, method): rows for (model, method, _), rows in by_method(results).items()}
-    ours = groups.get((model, "auto"))
-    if ours is None:
+    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result.model, result.method].append(result)
+    ours = groups[model, "auto"]
+    if not ours:
         return ""
     tasks = sorted(result.task for result in ours)
     rivals = []
@@ -397,7 +423,7 @@ def _differences(groups: dict[str, list[Result]]) -> str:
 def _auto(results: list[Result]) -> str:
     """`auto` without one of its parts at a time, and with smaller vectors."""
     groups = by_method(results)
-    parts = []
+    parts, sizes = [], []
     for model in MODELS:
         found = {method: rows for (name, method, _), rows in groups.items() if name == model}
         base = found.get("auto")
@@ -408,12 +434,12 @@ def _auto(results: list[Result]) -> str:
         choices = {method: rows for method, rows in whole.items() if not method.startswith("size ")}
         ranked = sorted(choices.items(), key=lambda pair: (pair[0] != "auto", -mean(pair[1]).value))
         parts += [_against(f"{model}: variant", "auto", ranked, base), _one_left_out(choices, base)]
-        if sizes := {method: rows for method, rows in whole.items() if method.startswith("size ")}:
-            parts.append(_sizes(sizes, base))
+        if fewer := {method: rows for method, rows in whole.items() if method.startswith("size ")}:
+            sizes += [f"{model}:", _sizes(fewer, base)]
     if not parts:
         return ""
     title = "## `auto`, part by part\n\n**Bold**: the interval of the difference leaves out 0."
-    return "\n\n".join([title, *parts])
+    return "\n\n".join([title, *parts, *(["## Fewer dimensions and bits", *sizes] if sizes else [])])
 
 
 def _against(what: str, method: str, found: Iterable[tuple[str, list[Result]]], base: list[Result]) -> str:

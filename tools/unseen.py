@@ -79,13 +79,13 @@ def make(folder: Path) -> None:
         for package in Path(place).glob("*.deb"):
             subprocess.run(["dpkg-deb", "--extract", package, place], check=True)  # noqa: S607
         share = Path(place, "usr/share")
-        _write(folder / "debian-sections", test=_labelled(_sections(), OF_EACH))
+        write_task(folder / "debian-sections", test=labelled(_sections(), OF_EACH))
         for name, found in (("foldoc-fields", _fields(share / "dictd")), ("fortunes", _fortunes(share / "games"))):
-            rows = _labelled(found)
-            _write(folder / name, train=rows[::2], test=rows[1::2])
-        _write(folder / "wordnet-kinds", test=_labelled(_kinds(share / "wordnet"), OF_EACH))
+            rows = labelled(found)
+            write_task(folder / name, train=rows[::2], test=rows[1::2])
+        write_task(folder / "wordnet-kinds", test=labelled(_kinds(share / "wordnet"), OF_EACH))
         pairs = list(_pairs(share))
-        _write(
+        write_task(
             folder / "wordnet-webster",
             corpus=[{"id": noun, "text": entry} for noun, _, entry in pairs],
             queries=[{"id": noun, "text": gloss} for noun, gloss, _ in pairs],
@@ -93,18 +93,19 @@ def make(folder: Path) -> None:
         )
 
 
-def _write(home: Path, **files: Iterable[Mapping[str, object]]) -> None:
+def write_task(home: Path, **files: Iterable[Mapping[str, object]]) -> None:
+    """A folder with a JSON Lines file of each name."""
     home.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _labelled(found: Iterable[tuple[str, str]], most: int | None = None) -> list[dict[str, str]]:
+def labelled(found: Iterable[tuple[str, str]], most: int | None = None, *, shortest: int = 20) -> list[dict[str, str]]:
     """(label, text) -> rows in random order, at most so many of a label; what is there twice, once."""
     by_label: dict[str, list[str]] = defaultdict(list)
     seen: set[str] = set()
     for label, text in found:
-        if len(text) >= 20 and text not in seen:
+        if len(text) >= shortest and text not in seen:
             seen.add(text)
             by_label[label].append(text)
     draw = random.Random(0)
@@ -117,10 +118,10 @@ def _labelled(found: Iterable[tuple[str, str]], most: int | None = None) -> list
     return rows
 
 
-def _short(text: str) -> str:
-    """In one line, whole words, at most `LONGEST` characters."""
+def one_line(text: str, longest: int = LONGEST) -> str:
+    """In one line, whole words, if there are spaces between them, and at most so many characters."""
     text = " ".join(text.split())
-    return text if len(text) <= LONGEST else text[:LONGEST].rpartition(" ")[0]
+    return text if len(text) <= longest else text[:longest].rpartition(" ")[0] or text[:longest]
 
 
 def _sections() -> Iterator[tuple[str, str]]:
@@ -129,7 +130,7 @@ def _sections() -> Iterator[tuple[str, str]]:
     for package in listed.split("\n\n"):
         fields = dict(line.partition(": ")[::2] for line in package.splitlines() if line[:1].isalpha())
         if fields.get("Section") in SECTIONS and "Description" in fields:
-            yield fields["Section"], _short(fields["Description"])
+            yield fields["Section"], one_line(fields["Description"])
 
 
 def _fields(dictd: Path) -> Iterator[tuple[str, str]]:
@@ -138,7 +139,7 @@ def _fields(dictd: Path) -> Iterator[tuple[str, str]]:
         body = re.search(r"<([a-z ]+)>(.+)", entry, re.DOTALL)
         if body:
             paragraphs = re.sub(r"[{}]", "", body[2]).split("\n\n")
-            found.append((body[1], _short(paragraphs[0])))
+            found.append((body[1], one_line(paragraphs[0])))
     counts = Counter(field for field, _ in found)
     chosen = sorted(counts, key=lambda field: (-counts[field], field))[:FIELDS]
     yield from (pair for pair in found if pair[0] in chosen)
@@ -147,7 +148,7 @@ def _fields(dictd: Path) -> Iterator[tuple[str, str]]:
 def _fortunes(games: Path) -> Iterator[tuple[str, str]]:
     for subject in SUBJECTS:
         for saying in re.split(r"^%\s*$", (games / "fortunes" / subject).read_text(), flags=re.MULTILINE):
-            yield subject, _short(re.split(r"\n\s*-- ", saying)[0])
+            yield subject, one_line(re.split(r"\n\s*-- ", saying)[0])
 
 
 def _nouns(wordnet: Path) -> Iterator[tuple[str, list[str], str]]:
@@ -157,7 +158,7 @@ def _nouns(wordnet: Path) -> Iterator[tuple[str, list[str], str]]:
             fields, _, gloss = line.partition(" | ")
             parts = fields.split()
             words = parts[4 : 4 + 2 * int(parts[3], 16) : 2]
-            yield parts[1], words, _short(gloss.partition(';"')[0].partition('; "')[0])
+            yield parts[1], words, one_line(gloss.partition(';"')[0].partition('; "')[0])
 
 
 def _kinds(wordnet: Path) -> Iterator[tuple[str, str]]:
@@ -175,7 +176,7 @@ def _pairs(share: Path) -> Iterator[tuple[str, str, str]]:
         head = re.match(r"[^\\]+\\[^\\]+\\,? n\.(.+)", entry, re.DOTALL)
         if head and "WordNet" not in entry and "1913 Webster" in entry:
             text = re.sub(r"\[[^\]]*\]|[{}]|^\s*\d+\.", "", head[1], flags=re.MULTILINE)
-            entries[word.lower()].append(_short(text))
+            entries[word.lower()].append(one_line(text))
     draw = random.Random(0)
     both = [noun for noun in sorted(glosses) if len(glosses[noun]) == 1 and len(entries[noun]) == 1 and noun.isalpha()]
     for noun in draw.sample(both, 2000):

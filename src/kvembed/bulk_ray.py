@@ -58,7 +58,7 @@ def ray_engine(model: str, *, address: str | None = None, workers: int | None = 
         model: a bundled name, a hub id, a folder or a `.gguf` file that every node can load.
         address: of a running cluster, as `ray.init` takes it. Default: `$RAY_ADDRESS`, or else Ray is started on this
             machine for the job.
-        workers: how many actors at most, each with a copy of the model. Default: one a GPU, or else one a node.
+        workers: how many actors at most, each with a copy of the model. Default: one per GPU, or else one per node.
 
     Raises:
         InputError: Ray is not installed.

@@ -70,7 +70,7 @@ def embed(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            help=".txt (a text a line), .jsonl, .csv, .tsv or .parquet; none: standard input, a text a line."
+            help=".txt (one text per line), .jsonl, .csv, .tsv or .parquet; none: standard input, one text per line."
         ),
     ] = None,
     output: Annotated[

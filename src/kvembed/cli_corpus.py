@@ -41,7 +41,8 @@ def bulk(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="IN", help=".parquet, .jsonl, .ndjson, .csv, .tsv, a text a line, or a folder of the first five."
+            metavar="IN",
+            help=".parquet, .jsonl, .ndjson, .csv, .tsv, one text per line, or a folder of the first five.",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shards: new, empty, or of the same job.")],
@@ -56,7 +57,8 @@ def bulk(
         typer.Option("--address", help="Address of a running Ray cluster. Default: Ray starts on this machine."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Ray actors at most. Default: one a GPU, or else one a node.")
+        int | None,
+        typer.Option("--workers", min=1, help="Ray actors at most. Default: one per GPU, or else one per node."),
     ] = None,
     devices: Devices = None,
     model: Model = "smollm2",
@@ -123,7 +125,7 @@ def index(
     ] = None,
     language: Annotated[
         str | None,
-        typer.Option("--language", help="Whose word stems text search knows, or none. Default: English."),
+        typer.Option("--language", help="Language of the word stems that text search uses, or none. Default: English."),
     ] = None,
     refit: Annotated[
         bool, typer.Option("--refit", help="Choose model, config and transform anew, and embed everything anew.")

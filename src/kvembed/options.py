@@ -48,14 +48,19 @@ Bias = Annotated[float | None, typer.Option("--bias", help="Bias of the slot's l
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 RoleName = Annotated[Literal["document", "query"], typer.Option("--role", help="Which template.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Cut longer texts. Default: the model's limit.")]
-BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", help="Tokens in a batch.")]
+BatchTokens = Annotated[
+    int | None, typer.Option("--batch-tokens", help="Tokens in a batch. Default: 2048 on a CPU, 16384 on a GPU.")
+]
 Precision = Annotated[
     Literal["float32", "int8", "binary"],
-    typer.Option("--precision", help="int8: a byte a dimension. binary: a bit, for Hamming distance."),
+    typer.Option("--precision", help="int8: one byte per dimension. binary: one bit, for Hamming distance."),
 ]
 Dim = Annotated[int | None, typer.Option("--dim", min=1, help="Keep the best dimensions of a method that orders them.")]
 Fitted = Annotated[
-    Path | None, typer.Option("--fitted", help="A transform that `kvembed tune -o` wrote. Default: the stored one.")
+    Path | None,
+    typer.Option(
+        "--fitted", help="A transform that `kvembed tune -o` wrote. Default: one fitted on self-written text."
+    ),
 ]
 Devices = Annotated[
     str | None,

@@ -267,6 +267,8 @@ def create_app(
         most = min(embedder.max_tokens, service.limits.queue_tokens)  # static vectors have no limit of their own
         details = {"dimensions": embedder.dim, "max_tokens": most, "method": embedder.config.method}
         details["config"] = embedder.config.hash()
+        if embedder.transform is not None:
+            details["transform"] = embedder.transform.digest()
         return {"id": name, "object": "model", "created": started, "owned_by": "kvembed"} | details
 
     @app.get("/v1/models", dependencies=guarded, summary="The model's names")
