@@ -276,6 +276,24 @@ def test_the_command(folder, source, whole, tmp_path):
     assert json.loads((out / "_manifest.json").read_text())["model"] == "tiny"
 
 
+def test_a_job_goes_on_with_its_own_fit(folder, llama, tokenizer, source, tmp_path):
+    """On a machine that has not got it, say."""
+    fit, out = tmp_path / "fit.safetensors", tmp_path / "out"
+    Embedder.from_model(llama, tokenizer, method="static", texts=MANY).transform.save(fit)
+    job = (source, out, "--model", folder, "--shard-rows", 4, "--method")
+    assert run(*job, "static", "--fitted", fit).exit_code == 0
+    assert (out / "_transform.safetensors").read_bytes() == fit.read_bytes()
+    before = content(out)
+    (out / "shard-000000.parquet").unlink()
+    assert "in 10 shards (9 there before)," in run(*job, "static").stdout
+    assert content(out) == before
+    assert (
+        "out holds a job with a fit of its own (_transform.safetensors): the transform was fitted for method static"
+        in (run(*job, "auto").stderr)
+    )
+    assert "out holds another job" in run(*job, "mean").stderr
+
+
 def test_the_documented_commands(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()

@@ -825,8 +825,21 @@ def test_an_open_index_says_that_it_was_replaced(embedder, tmp_path):
     before, _ = made(embedder, tmp_path, path)
     other = embedder.replace(bias=3.0)
     Index.create(tmp_path / "db", other, model="tiny", refit=True).update(Corpus([path]))
-    with pytest.raises(InputError, match="refit has replaced this index"):
-        before.search("ferry")
+    for use in (lambda: before.search("ferry"), lambda: before.update(Corpus([path]))):
+        with pytest.raises(InputError, match="refit has replaced this index"):
+            use()
+    assert Index.open(tmp_path / "db").made_with == Index.create(tmp_path / "db", other).made_with
+
+
+def test_a_fit_survives_an_update_of_the_index_that_it_is_to_replace(embedder, llama, tokenizer, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ROWS[:3])
+    before, _ = made(embedder, tmp_path, path)
+    static = Embedder.from_model(llama, tokenizer, method="static")
+    after = Index.create(tmp_path / "db", static, model="tiny", refit=True)
+    before.update(Corpus([path]))
+    assert not after.transform_file.exists()
+    after.update(Corpus([path]))
+    assert after.transform_file.exists()
 
 
 def test_nothing_to_index_leaves_no_index(folder, tmp_path):

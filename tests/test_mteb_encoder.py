@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,17 @@ def test_results_of_two_configs_do_not_collide(encoder, llama, tokenizer):
     other = MtebEncoder(Embedder.from_model(llama, tokenizer, method="mean"), "a/tiny")
     assert encoder.mteb_model_meta.name == other.mteb_model_meta.name == "kvembed/a--tiny"
     assert encoder.mteb_model_meta.experiment_kwargs != other.mteb_model_meta.experiment_kwargs
+
+
+def test_results_of_two_fits_or_dtypes_do_not_collide(llama, tokenizer):
+    texts = [f"text {number}" for number in range(150)]
+    fits = [Embedder.from_model(llama, tokenizer, method="static", texts=texts[:count]) for count in (100, 150)]
+    rounded = Embedder.from_model(copy.deepcopy(llama).bfloat16(), tokenizer, method="mean")
+    exact = Embedder.from_model(llama, tokenizer, method="mean")
+    for one, other in (fits, (exact, rounded)):
+        assert one.config == other.config
+        told = [MtebEncoder(each).mteb_model_meta.experiment_kwargs for each in (one, other)]
+        assert told[0] != told[1]
 
 
 def test_no_such_task(encoder):

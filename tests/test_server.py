@@ -496,6 +496,16 @@ def test_an_unread_answer_is_sent_in_pieces_and_its_connection_ends(start, embed
     assert 0 < taken < len(whole[2]) / 2
 
 
+def test_bodies_without_a_key_take_no_room(start, embedder):
+    server = start(embedder, keys=["k"], limits=Limits(held_bytes=50_000, body_seconds=20))
+    with socket.create_connection(("127.0.0.1", server.port)) as large:
+        large.sendall(HEAD.replace(b"1000", b"60000") + b" " * 45_000)
+        time.sleep(0.3)
+        for _ in range(3):
+            assert call(server, raw=b" " * 40_000, headers={"Authorization": "Bearer k"})[0] == 400
+        assert call(server, raw=b" " * 40_000)[0] == 401
+
+
 def test_bodies_of_all_requests_together_have_a_limit(start, embedder):
     server = start(embedder, limits=Limits(held_bytes=50_000, body_seconds=20))
     with socket.create_connection(("127.0.0.1", server.port)) as large:

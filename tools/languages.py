@@ -39,7 +39,7 @@ from kvembed.texts import read_texts
 # Of those with a thousand translations, so that every family and script is there once or twice.
 LANGUAGES = ("da", "de", "fr", "ja", "ko", "pl", "ru", "zh_CN")
 UNSPACED = ("ja", "zh_CN")  # where a line's end is no space
-METHODS = ("auto", "static", "kv", "prompt-eol")
+METHODS = ("auto", "static", "kv")
 GIVEN = "auto, fitted on the language's texts"
 DOCUMENTS, QUERIES, OF_EACH = 300, 100, 25
 LONGEST = 200  # characters of a description: of Cyrillic and the like, up to three times as many tokens

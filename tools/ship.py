@@ -17,7 +17,6 @@ from pathlib import Path
 from kvembed import METHODS, Embedder
 from kvembed.files import store
 from kvembed.self_written import SEED, generated_texts
-from kvembed.transform import FORMULA
 from kvembed.tuning import FIT_TEXTS
 
 FOLDER = Path(__file__).parent.parent / "src" / "kvembed"
@@ -56,7 +55,6 @@ def ship(method: str) -> None:
         means={role: mean.half() for role, mean in transform.means.items()},
         whiten=transform.whiten.half(),
         rotate=transform.rotate.half(),
-        info=transform.info | {"formula": str(FORMULA)},
     ).save(target)
     print(f"{target.relative_to(FOLDER.parent.parent)}: {target.stat().st_size:,} bytes")
 

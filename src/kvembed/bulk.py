@@ -2,6 +2,7 @@
 
     OUT/_manifest.json         what the job is; at the end also what each shard holds, and its checksum
     OUT/shard-000000.parquet   rows of id, tokens, tokens_cut, embedding
+    OUT/_transform.safetensors the fit of a method that has one: on another machine another would be made
     OUT/_lock                  held by the process that writes
 
 A shard holds the rows that the plan gives it, embedded in blocks that depend on these rows alone: wherever a job is
@@ -34,9 +35,11 @@ from .identity import first_difference, identity
 from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 
-__all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "run_here"]
+__all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "kept_fit", "run_here"]
 
 logger = logging.getLogger(__name__)
+
+_FIT = "_transform.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +144,15 @@ def bulk(
         "job": job_identity,
     }
     with exclusive_writer(out):
-        for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*")):
+        for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*"), *out.glob(f".{_FIT}.*")):
             stale.unlink(missing_ok=True)  # what a killed run left half-written
         before = _read_manifest(out / MANIFEST)
         if before is None or not (before["finished"] or any(out.glob("shard-*.parquet"))):  # nothing to be lost
             before = None
+            with naming(out / _FIT):
+                (out / _FIT).unlink(missing_ok=True)
+                if embedder.transform is not None:
+                    embedder.transform.save(out / _FIT)
             _write_manifest(out, manifest | {"finished": False})
         elif before["job"] != job_identity:
             apart = _difference(before["job"], job_identity)
@@ -174,6 +181,12 @@ def bulk(
         texts_cut=sum(one.texts_cut for one in done.values()),
         max_tokens=embedder.max_tokens,
     )
+
+
+def kept_fit(out: Path) -> Path | None:
+    """The fit of a job of which shards are there, for who goes on with it; None if there is none."""
+    begun = any(user_path(out).glob("shard-*.parquet"))
+    return user_path(out) / _FIT if begun and (user_path(out) / _FIT).is_file() else None
 
 
 def run_here(job: Job, embedder: Embedder, shards: Sequence[Shard], report: Report) -> Iterator[Written]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,9 @@ from .options import (
 from .process import import_models
 from .terminal import one_line_errors
 from .texts import read_rows
+
+if TYPE_CHECKING:
+    from .embedder import Embedder
 
 __all__ = ["bulk", "index", "search"]
 
@@ -83,11 +86,22 @@ def bulk(
         check_folders(source, out)
         if engine == "ray":
             import_extra("ray.data", "ray")
-        load = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        options = (model, method, layers, bias, dtype, max_tokens, batch_tokens, dim)
+        load = loader(*options, fitted)
         import_models()
         from .bulk import bulk as run_bulk
+        from .bulk import kept_fit
         from .models import label
         from .workers import move_to_cpu
+
+        def load_for_job() -> Embedder:
+            has_transform = method is None or METHODS[method].transform != "none"
+            if fitted is not None or not has_transform or (kept := kept_fit(out)) is None:
+                return load()
+            try:
+                return loader(*options, kept)()
+            except InputError as error:
+                raise InputError(f"{out} holds a job with a fit of its own ({kept.name}): {error}") from None
 
         run = None
         if engine == "ray":
@@ -99,7 +113,7 @@ def bulk(
 
             run = devices_engine(devices.split(","), model)
         summary = run_bulk(
-            load if run is None else lambda: move_to_cpu(load()),
+            load_for_job if run is None else lambda: move_to_cpu(load_for_job()),
             source,
             out,
             model=label(model),
@@ -226,11 +240,14 @@ def search(
         from .index import Index
 
         index = Index.open(db, model=model)
-        rows = [] if queries is None else [row for row in read_rows(queries, field, id_field) if row.text.strip()]
-        if queries is not None and not rows:
-            raise InputError(f"{queries} holds no queries")
-        asked = [row.text for row in rows] if question is None else [question]
-        keys = ["0"] if question is not None else [str(n if row.id is None else row.id) for n, row in enumerate(rows)]
+        if queries is None:
+            keys, asked = ["0"], [question or ""]
+        else:
+            numbered = enumerate(read_rows(queries, field, id_field))  # empty ones too, as everywhere
+            rows = [(str(n if row.id is None else row.id), row.text) for n, row in numbered if row.text.strip()]
+            if not rows:
+                raise InputError(f"{queries} holds no queries")
+            keys, asked = [key for key, _ in rows], [text for _, text in rows]
         if as_trec and (twice := [key for key, times in Counter(keys).items() if times > 1]):
             raise InputError(f"{queries}: two queries have the id {twice[0]!r}, which a run file can't tell apart")
         found = index.search_many(asked, top=top, mode=mode, where=where)

@@ -65,6 +65,7 @@ class Embedder:
         texts: Sequence[str] | None = None,
         transform: Transform | None = None,
         refit: bool = False,
+        rebind: bool = False,
         name: str = "",
         progress: bool = False,
     ) -> None:
@@ -74,6 +75,8 @@ class Embedder:
             transform: fitted for this model and config.
             refit: whether another is fitted, with a warning, if `transform` is for another config; or else it is
                 refused.
+            rebind: whether `transform` is taken although the model is not quite the one it was fitted for, having been
+                rounded or trained since; or else it is refused.
         """
         self._batch_tokens: int | None = None
         if batch_tokens is not None:
@@ -81,6 +84,7 @@ class Embedder:
         _check_loaded(model, tokenizer)
         refuse_training(model)
         texts = None if texts is None else _listed(texts)
+        check_texts(texts or ())
         self.model = model
         self.tokenizer = tokenizer
         self.backbone = Backbone(model)
@@ -129,6 +133,8 @@ class Embedder:
         if transform is not None and config.transform == "none":
             raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
         if config.transform != "none":
+            if transform is not None and rebind and transform.info.get("fingerprint") != self.fingerprint():
+                transform = dataclasses.replace(transform, info=transform.info | {"fingerprint": self.fingerprint()})
             self.transform = self._fitted(transform, refit, progress)
             if config.dim and config.dim > self.transform.dim:
                 raise InputError(f"dim is {config.dim}, but the transform gives {self.transform.dim} at most")
@@ -190,8 +196,6 @@ class Embedder:
         elif as_saved is not None and as_saved.transform != "none" and config.transform != "none" and texts is None:
             transform = saved_transform(source)
         model, tokenizer = models.load(source, dtype=dtype, device=device)
-        if transform is not None and fitted is None and model.dtype == torch.float16:
-            transform = _taken_for(model, tokenizer, transform)
         embedder = cls(
             model,
             tokenizer,
@@ -200,6 +204,7 @@ class Embedder:
             texts=texts,
             transform=transform,
             refit=fitted is None,
+            rebind=fitted is None and model.dtype == torch.float16,  # what was saved beside the weights is theirs
             name=models.label(source),
             progress=progress,
         )
@@ -237,8 +242,9 @@ class Embedder:
     def replace(self, *, progress: bool = False, **options: Any) -> Embedder:
         """The same model under another config: some fields of `config` changed. Weights are shared, not copied.
 
-        A transform is kept if the change leaves it valid (`dim`, say), and else fitted anew on the same texts; where
-        these are not at hand (it was loaded), on self-written ones, with a warning.
+        A transform is kept if the change leaves it valid (`dim`, say), though the model was cast or trained since; and
+        else fitted anew on the same texts; where these are not at hand (it was loaded), on self-written ones, with a
+        warning.
 
         Raises:
             InputError: bad option; `method`, for which `from_model` starts from the preset.
@@ -256,6 +262,7 @@ class Embedder:
             texts=self._texts,
             transform=None if config.transform == "none" else self.transform,
             refit=True,
+            rebind=True,
             progress=progress,
         )
 
@@ -451,7 +458,6 @@ class Embedder:
 
     def _fitted(self, transform: Transform | None, refit: bool, progress: bool) -> Transform:
         """`transform` itself, or else the stored one, or one fitted now. Raises `InputError` if it is not for this."""
-        check_texts(self._texts or ())
         if transform is not None:
             if transform.is_for(fitted_for(self.fingerprint(), self.config)):
                 return transform
@@ -581,12 +587,6 @@ class Embedder:
                 f"the template alone takes more than the {self._limit} tokens that the model takes at most"
             )
         return self._prefixes[template]
-
-
-def _taken_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, transform: Transform) -> Transform:
-    """float16 rounds weights, and with them the fingerprint: a fit that was saved beside them is taken to be theirs."""
-    now = fingerprint(Backbone(model), Prompter(tokenizer))
-    return dataclasses.replace(transform, info=transform.info | {"fingerprint": now})
 
 
 def _check_loaded(model: Any, tokenizer: Any) -> None:

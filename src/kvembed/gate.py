@@ -114,7 +114,7 @@ class Gate:
 
         body = _Body(self, receive)
         try:
-            await self._pass(scope, body.receive, answer)
+            await self._pass(scope, body, answer)
         except _Unread:
             status = 499
         except Exception as error:
@@ -122,7 +122,7 @@ class Gate:
             if not begun:
                 await ApiError(500, "The server failed; see its log.").response()(scope, receive, answer)
         finally:
-            self._held -= body.taken
+            body.let_go()
             route = getattr(scope.get("route"), "path", "other")  # never the path itself: it may hold anything
             seconds = time.perf_counter() - started
             self._count.labels(route, str(status)).inc()
@@ -131,19 +131,19 @@ class Gate:
             fields |= {"method": method, "path": route, "status": status, "ms": round(1000 * seconds, 1)}
             logger.info("request", extra={"fields": fields})
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass(self, scope: Scope, body: _Body, send: Send) -> None:
         try:
             self._check(scope)
         except ApiError as error:
             with contextlib.suppress(HTTPException):  # many clients read no answer before they have sent everything
-                while (await receive()).get("more_body", False):
-                    pass
-            await error.response()(scope, receive, send)
+                while (await body.receive()).get("more_body", False):
+                    body.let_go()  # or clients without a key could hold all the memory there is
+            await error.response()(scope, body.receive, send)
             return
         counted = scope["method"] == "POST"
         self._working += counted
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, body.receive, send)
         finally:
             self._working -= counted
 
@@ -173,7 +173,7 @@ class _Body:
         self._seconds = gate._body_seconds
         self._deadline, self._complete = time.monotonic() + self._seconds, False
         self._length = 0
-        self.taken = 0  # bytes that are held
+        self._taken = 0  # bytes that are held
 
     async def receive(self) -> Message:
         """The next message; raises where there is too much. A body too long is read to its end, within reason."""
@@ -203,7 +203,12 @@ class _Body:
             self._complete = True
             raise _closing(429, "Too much text is being worked on; try again in 1 second.", {"Retry-After": "1"})
         self._gate._held += size
-        self.taken += size
+        self._taken += size
+
+    def let_go(self) -> None:
+        """What has come is not held any more."""
+        self._gate._held -= self._taken
+        self._taken = 0
 
 
 def _parts(message: Message) -> Iterator[Message]:

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from .config import EmbedConfig
 from .documents import INDEX_FILE
@@ -50,6 +50,7 @@ class Index:
     def __init__(self, folder: Path, model: str, made_with: dict[str, Any], *, batch_tokens: int | None = None) -> None:
         """Prefer `create` or `open`."""
         self.folder, self.model, self.made_with, self._batch_tokens = folder, model, made_with, batch_tokens
+        self._replaces = ""  # name of the index that this one is made to take the place of
 
     @staticmethod
     def exists(folder: str | os.PathLike[str]) -> bool:
@@ -124,7 +125,9 @@ class Index:
         with exclusive_writer(path), naming(path):
             if embedder.transform is not None:
                 embedder.transform.save(index.transform_file)
-            if not cls.is_filled(path):
+            if cls.is_filled(path):
+                index._replaces = index.current().name
+            else:
                 index.take_over()
         return index
 
@@ -188,9 +191,19 @@ class Index:
         """What the folder's index is: this one, or the one that it will replace."""
         return Index.open(self.folder)
 
+    def check_current(self) -> None:
+        """Raises `InputError` if another index has taken this one's place since it was opened or made."""
+        if self.current().name not in (self.name, self._replaces):
+            raise InputError(f"{self.folder}: --refit has replaced this index; open it again")
+
     def take_over(self) -> None:
         """Make this the folder's index, if it is not."""
         from . import __version__
+
+        # It is gone if the index that this one replaces was updated in the meantime.
+        lost = self.made_with["transform"] is not None and not self.transform_file.exists()
+        if lost and (transform := self.embedder.transform) is not None:
+            transform.save(self.transform_file)
 
         if self.exists(self.folder) and self.current().name == self.name:
             return
@@ -251,8 +264,7 @@ class Index:
             InputError: nothing has been written yet, or it is damaged.
         """
         if not self.has_table:
-            if self.current().name != self.name:
-                raise InputError(f"{self.folder}: --refit has replaced this index; open it again")
+            self.check_current()
             raise InputError(f"{self.folder}: nothing has been indexed yet")
         try:
             table: Table = self.connection.open_table(self.name)
@@ -307,8 +319,10 @@ class Index:
             where: a condition that documents must fulfil, in SQL over their fields: `"lang = 'de' AND year > 2020"`.
 
         Raises:
-            InputError: an empty query, or a condition that is not one.
+            InputError: an empty query, no such mode, or a condition that is not one.
         """
+        if mode not in get_args(Mode):
+            raise InputError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
         for number, query in enumerate(queries, 1):
             if not isinstance(query, str):
                 raise InputError(f"query {number} is a {type(query).__name__}, not a string")

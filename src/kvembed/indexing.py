@@ -95,6 +95,7 @@ class _Writer:
 
     def run(self, language: str | None, progress: bool) -> Indexed:
         corpus, index = self._corpus, self._index
+        index.check_current()
         before = index.current()
         if before.name != index.name:
             before.check_covered(corpus)
@@ -266,6 +267,8 @@ class _Writer:
             vectors |= dict(zip(fresh, zip(encoded.vectors, cut, strict=True), strict=True))
             self._embedded += len(fresh)
             self._cut += encoded.truncated
+        else:
+            self._pace *= 2  # each look at the table costs the same
         self._waiting += [(x, *vectors[x.text_hash]) for x in block]
         due = time.monotonic() - self._committed >= _COMMIT_SECONDS
         if due or len(self._waiting) >= _COMMIT_DOCUMENTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -213,7 +214,15 @@ def hub_file(name: str, file: str) -> Path | None:
         return None
     except Exception:  # whatever the HTTP library of the day raises, where there is no network
         cached = try_to_load_from_cache(hub_id, file, revision=revision)
+        if cached is None:  # not known; that there is none is known, too
+            _warn_unknown(hub_id, file)
         return Path(cached) if isinstance(cached, str) else None
+
+
+@functools.cache
+def _warn_unknown(hub_id: str, file: str) -> None:
+    """Once, however often it is asked for."""
+    logger.warning("the hub can't be asked whether %s has a %s: it is taken to have none", hub_id, file)
 
 
 def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:

@@ -26,7 +26,8 @@ class MtebEncoder:
 
     Args:
         embedder: ours.
-        name: the model's name in MTEB's results, which go by it, the model's fingerprint and the config's hash.
+        name: the model's name in MTEB's results, which go by it, the model's fingerprint, the config's hash,
+            the dtype and the fit.
 
     Attributes:
         mteb_model_meta: mteb's `ModelMeta`.
@@ -43,7 +44,12 @@ class MtebEncoder:
                 "embed_dim": embedder.dim,
                 "similarity_fn_name": "cosine",
                 "modalities": ["text"],
-                "experiment_kwargs": {"method": config.method, "config": config.hash()},
+                "experiment_kwargs": {
+                    "method": config.method,
+                    "config": config.hash(),
+                    "dtype": embedder.dtype,
+                    **({} if embedder.transform is None else {"transform": embedder.transform.digest()}),
+                },
             }
         )
 

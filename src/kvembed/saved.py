@@ -114,15 +114,15 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, not a folder")
     with naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp", dir=target.parent) as scratch:
+        target.mkdir(parents=True, exist_ok=True)
+        # Inside, since the parent may be another file system, or not ours to write to.
+        with tempfile.TemporaryDirectory(prefix=".tmp", dir=target) as scratch:
             try:
                 with bars_off():
                     model.save_pretrained(scratch)
             except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 raise InputError(f"transformers can't save this model: {error}") from error
             embedder.tokenizer.save_pretrained(scratch)
-            target.mkdir(exist_ok=True)
             # What was saved here before goes first: of two sets of weights the old one might be opened, and a stop on
             # the way must not leave an old config beside new weights.
             for old in (target / CONFIG_FILE, *(path for kind in _WEIGHTS for path in target.glob(kind))):

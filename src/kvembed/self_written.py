@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -82,7 +83,7 @@ def write_texts(
     Raises:
         InputError: the model has no head, or writes too few distinct texts.
     """
-    if cache is not None and cache.is_file():
+    if cache is not None and os.path.isfile(cache):  # Path.is_file raises for a folder that can't be entered
         try:
             if len(kept := list(json.loads(cache.read_text(encoding="utf-8")))) >= count:
                 return kept[:count]
@@ -114,12 +115,15 @@ def write_texts(
     texts: dict[str, None] = {}
     device = model.device
     prompt = torch.full((batch, 1), start, device=device)
+    gpus = 0 if device.type == "cpu" else torch.get_device_module(device).device_count()
+    devices = [torch.device(device.type, index) for index in range(gpus)]
     with (
-        torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type),
+        torch.random.fork_rng(devices, device_type=device.type),
         torch.autocast(device.type, enabled=False),  # a caller's
         Bar(total=count, desc="writing texts", unit="text", progress=progress) as bar,
     ):
-        torch.manual_seed(seed)
+        # On a CPU torch.manual_seed would begin anew on all GPUs too, which are not kept then.
+        (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)
         part = cache.with_suffix(".part") if cache is not None and device.type == "cpu" else None
         asked = f"{_TOKENS} {seed} {batch}"
         turn = _resume(part, asked, texts) if part else 0

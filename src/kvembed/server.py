@@ -263,12 +263,14 @@ def create_app(
         cut = [max(prompt.tokens_cut for prompt in one) for one in prompts]
         return embeddings_json(asked.model, vectors, asked.encoding_format, tokens, cut)
 
+    fit = None if embedder.transform is None else embedder.transform.digest()
+
     def described(name: str) -> dict[str, Any]:
         most = min(embedder.max_tokens, service.limits.queue_tokens)  # static vectors have no limit of their own
         details = {"dimensions": embedder.dim, "max_tokens": most, "method": embedder.config.method}
         details["config"] = embedder.config.hash()
-        if embedder.transform is not None:
-            details["transform"] = embedder.transform.digest()
+        if fit is not None:
+            details["transform"] = fit
         return {"id": name, "object": "model", "created": started, "owned_by": "kvembed"} | details
 
     @app.get("/v1/models", dependencies=guarded, summary="The model's names")

@@ -145,7 +145,7 @@ def check_folders(source: Path, out: Path) -> None:
     """Fail before a model is loaded. Raises `InputError` if there is nothing to read, or `out` is not for us."""
     import_extra("pyarrow.parquet", "parquet")
     find_inputs(source, tell=False)
-    check_folder(out, "bulk job", MANIFEST, ())
+    check_folder(out, "bulk job", MANIFEST, ("_transform.", "._transform."))
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{out} is inside {source}: the job would read what it writes")
 

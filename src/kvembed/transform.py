@@ -58,7 +58,7 @@ class Transform:
         rotate: (V*K,dim) float32, best direction first.
         info: where it came from: `texts` (`"self-written"` or `"given"`), `texts_sha256`, `count`, of which
             `self_written` joined given ones, whose weight in all is `weight_of_given`; and what it is for:
-            `fingerprint` of the model and `config_hash`.
+            `fingerprint` of the model, `config_hash` and `formula`.
     """
 
     means: dict[str, Tensor]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
+import os
 import random
 from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
@@ -37,14 +36,16 @@ _PIECE = 100  # texts that are read at a time, and kept when a run is stopped
 
 
 def fitted_for(fingerprint: str, config: EmbedConfig) -> dict[str, str]:
-    """What a transform is bound to: the model, and all of a config that bears on the views it was fitted on."""
+    """What a transform is bound to: the model, all of a config that bears on the views it was fitted on, and how views
+    are made and a transform of them.
+    """
     views = config.replace(**_UNBOUND)
     if not views.forward_passes:
         views = views.replace(layers=())  # none is run
     if not views.layers and views.layers is not None:
         plain = EmbedConfig()
         views = views.replace(**{name: getattr(plain, name) for name in _OF_CHANGED_LAYERS})
-    return {"fingerprint": fingerprint, "config_hash": views.hash()}
+    return {"fingerprint": fingerprint, "config_hash": views.hash(), "formula": str(FORMULA)}
 
 
 def warn_of_refit(transform: Transform) -> None:
@@ -90,9 +91,8 @@ def choose_transform(
     source = SELF_WRITTEN if texts is None else "given"
     corpus = None if texts is None else json_hash([*texts])
     rule = [FIT_TEXTS, QUERY_TEXTS] if texts is None else [_GIVEN_RULE]
-    key = json.dumps([bound, source, corpus, FORMULA, *rule], sort_keys=True)
-    cached = cache_folder() / "transforms" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    if cached.exists():
+    cached = cache_folder() / "transforms" / f"{json_hash([bound, source, corpus, *rule])}.safetensors"
+    if os.path.isfile(cached):  # Path.exists raises for a folder that can't be entered
         try:
             return Transform.load(cached)
         except InputError as error:
@@ -115,7 +115,7 @@ def choose_transform(
         most = _GIVEN_TEXTS if own else FIT_TEXTS
         given = random.Random(0).sample(given, most) if len(given) > most else given
         origin["self_written"] = len(own)
-    views_of_own = cached.with_name(f"views-{json_hash([bound, own, FORMULA, FIT_TOKENS])}")
+    views_of_own = cached.with_name(f"views-{json_hash([bound, own, FIT_TOKENS])}")
     templates = config.templates("document")
     pairs = zip(templates, config.templates("query"), strict=True)
     unlike = [index for index, (document, query) in enumerate(pairs) if document != query]
@@ -180,7 +180,7 @@ def _shipped(bound: dict[str, str]) -> Transform | None:
     for entry in (files("kvembed") / "transforms").iterdir():
         with as_file(entry) as path:
             transform = Transform.load(path)
-        if transform.is_for(bound | {"formula": str(FORMULA)}):
+        if transform.is_for(bound):
             return transform
     return None
 
