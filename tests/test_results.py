@@ -145,6 +145,21 @@ def test_tasks_that_nothing_was_chosen_by_stand_apart(tables):
     assert "unseen" not in tables._document(mini, mini)
 
 
+def test_other_languages_stand_apart(tables):
+    given = "auto, fitted on the language's texts"
+    rows = [
+        result(f"{what}-{language}", score, 1, method=method, suite="languages", kind=kind)
+        for what, kind, language in (("p", "retrieval", "de"), ("p", "retrieval", "ru"), ("s", "clustering", "de"))
+        for method, score in (("auto", 40.0), (given, 42.0), ("kv", 20.0))
+    ]
+    mini = [result("a", method="auto", score=50)]
+    readme, page = tables._summary(mini, rows, []), tables._document(mini, [*mini, *rows])
+    assert "#in-other-languages) | smollm2 | **+20.0** |" in readme
+    _, _, apart = page.partition("## In other languages")
+    assert "nDCG@10:\n\n| method | mean | `auto` minus it | de | ru |" in apart
+    assert f"| `{given}` | 42.0 (" in apart
+
+
 def test_what_is_left_of_a_method_without_its_re_routing_is_told(tables):
     rows = [result(task, 50.0, 1, seed=1, suite="ablation") for task in ("a", "b")]
     off = [result(task, 48.0, 1, seed=1, suite="ablation", method="no re-routing") for task in ("a", "b")]

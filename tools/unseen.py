@@ -58,11 +58,7 @@ DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/" 
 
 def main() -> None:
     """Make the tasks, or run what the ledger lacks of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "run"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("models", nargs="*", default=["smollm2"])
-    arguments = parser.parse_args()
+    arguments = asked(__doc__)
     if arguments.what == "make":
         make(arguments.folder)
         return
@@ -70,6 +66,15 @@ def main() -> None:
     for subject in itertools.chain(references(arguments.models, "mini"), embedders(arguments.models, "mini", METHODS)):
         rows = list(evaluate(subject, tasks, suite="unseen", results=ROOT / "results", progress=True))
         print(f"{mean(rows).value:6.2f}  {subject.model}, {subject.method}", flush=True)
+
+
+def asked(about: str | None) -> argparse.Namespace:
+    """What to do, in which folder, with which models."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "run"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("models", nargs="*", default=["smollm2"])
+    return parser.parse_args()
 
 
 def make(folder: Path) -> None:
