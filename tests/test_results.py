@@ -231,6 +231,21 @@ def test_scores_that_pages_tell_in_prose_are_those_of_the_table():
         f"the mean score of `kv` is {kv[0]} to {kv[-1]}, that of `auto` {auto[0]} to {auto[-1]}; the trained" in about
     )
     assert f"all-MiniLM-L6-v2 scores {trained}." in about
+    other = [one for one in read_results(ROOT / "results") if one.suite == "languages"]
+    gemma, qwen, words, english = (
+        f"{mean([one for one in other if (one.model, one.method) == key]).value:.1f}"
+        for key in (
+            ("gemma3-270m", "auto"),
+            ("qwen2.5-coder-0.5b", "auto"),
+            ("tf-idf", "tf-idf"),
+            ("all-MiniLM-L6-v2", "sentence-transformer"),
+        )
+    )
+    assert f"`auto` scores {gemma} and {qwen} with the two" in about
+    assert f"(TF-IDF) {words}, and all-MiniLM-L6-v2, which is for English, {english}." in about
+    told = models.replace("\n", " ")
+    assert f"{gemma} with Gemma3-270M and {qwen} with Qwen2.5-Coder-0.5B, where TF-IDF has {words} and" in told
+    assert f"all-MiniLM-L6-v2, trained on English, {english}." in told
     told = models.partition("## What can be loaded")[0].replace("\n", " ")
     for method in ("auto", "static", "kv"):
         assert f"({', '.join(scores[method])})" in told
