@@ -19,20 +19,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from results import embedders, is_trained, references
-from unseen import ROOT, SECTIONS, asked, labelled, one_line, write_task
+from results import embedders, is_trained, references, run
+from unseen import SECTIONS, asked, labelled, one_line, paragraphs, write_task
 
 from kvembed import Embedder
-from kvembed.evaluate import evaluate
-from kvembed.results import mean
 from kvembed.subjects import Subject, embedder_subject
-from kvembed.tasks import MINI_TOKENS, Task, load_tasks, sample
+from kvembed.tasks import MINI_TOKENS, load_tasks, sample
 from kvembed.texts import read_texts
 
 # One or two of a family or script. Of zh_CN there is enough for retrieval alone, of the others there are a thousand.
@@ -52,17 +49,12 @@ def main() -> None:
         return
     tasks = {task.name: task for task in sample(load_tasks(arguments.folder), "mini")}
     for subject in itertools.chain(references(arguments.models, "mini"), embedders(arguments.models, "mini", METHODS)):
-        _run(subject, list(tasks.values()))
+        run(subject, list(tasks.values()), "languages")
     for language in LANGUAGES:
         texts = read_texts([arguments.folder / f"{language}.txt"])
         of_language = [tasks[name] for name in tasks if name.endswith(f"-{language}")]
         for subject in _fitted(arguments.models, texts):
-            _run(subject, of_language)
-
-
-def _run(subject: Subject, tasks: Sequence[Task]) -> None:
-    rows = list(evaluate(subject, tasks, suite="languages", results=ROOT / "results", progress=True))
-    print(f"{mean(rows).value:6.2f}  {subject.model}, {subject.method}", flush=True)
+            run(subject, of_language, "languages")
 
 
 def _fitted(models: Sequence[str], texts: Sequence[str]) -> Iterator[Subject]:
@@ -111,20 +103,10 @@ def _lists(place: Path) -> list[str]:
     return options
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _fields(text: str) -> Iterator[dict[str, str]]:
-    """Each paragraph's fields; lines that go on as they are."""
-    for paragraph in text.split("\n\n"):
-        yield dict(re.findall(r"^([\w-]+): (.*(?:\n .*)*)", paragraph, re.MULTILINE))
-
-
 def _sections(apt: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Package and section, one package of a source: the first that says what it is about."""
     seen: set[str] = set()
-    for fields in _fields(_output("apt-cache", *apt, "dumpavail")):
+    for fields in paragraphs("apt-cache", *apt, "dumpavail"):
         package = fields.get("Package", "")
         source = fields.get("Source", package).partition(" ")[0]
         if fields.get("Section") in SECTIONS and source not in seen:
@@ -137,11 +119,12 @@ def _translated(apt: Sequence[str], language: str, about: dict[str, str]) -> Ite
     found: dict[str, tuple[str, str]] = {}
     between = "" if language in UNSPACED else " "
     wanted = ("Created-By: Translations", f"ShortDesc: Translation-{language}")
-    for path in _output("apt-get", *apt, "indextargets", "--format", "$(FILENAME)", *wanted).splitlines():
-        for fields in _fields(_output("/usr/lib/apt/apt-helper", *apt, "cat-file", path)):
+    listed = ["apt-get", *apt, "indextargets", "--format", "$(FILENAME)", *wanted]
+    for path in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines():
+        for fields in paragraphs("/usr/lib/apt/apt-helper", *apt, "cat-file", path):
             line, *rest = fields.get(f"Description-{language}", "").split("\n ")
-            paragraphs = "\n".join(rest).split("\n.\n")
-            text = one_line(" ".join(part.replace("\n", between) for part in paragraphs), LONGEST)
+            parts = "\n".join(rest).split("\n.\n")
+            text = one_line(" ".join(part.replace("\n", between) for part in parts), LONGEST)
             if fields.get("Package") in about and len(line) >= 10 and len(text) >= 40:
                 found.setdefault(fields["Package"], (line, text))
     seen: set[str] = set()

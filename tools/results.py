@@ -18,7 +18,7 @@ from kvembed.evaluate import evaluate
 from kvembed.methods import METHODS
 from kvembed.results import mean
 from kvembed.subjects import Subject, at_limits, embedder_subject, sentence_transformer_subject, tfidf_subject
-from kvembed.tasks import load_tasks, sample
+from kvembed.tasks import Task, load_tasks, sample
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = "smollm2"  # gets all methods, and the long texts
@@ -42,8 +42,13 @@ def main() -> None:
         for subject in itertools.chain(alone, embedders(arguments.models, suite, arguments.method)):
             full = SHORT if subject.method in WHOLE else (*SHORT, "scifact")
             chosen = [task for task in sample(tasks, suite) if suite != "full" or task.name in full]
-            rows = list(evaluate(subject, chosen, suite=suite, results=arguments.results, progress=True))
-            print(f"{mean(rows).value:6.2f}  {suite}, {subject.model}, {subject.method}", flush=True)
+            run(subject, chosen, suite, arguments.results)
+
+
+def run(subject: Subject, tasks: Sequence[Task], suite: str, results: Path = ROOT / "results") -> None:
+    """Write what the ledger lacks of one subject, and print its mean."""
+    rows = list(evaluate(subject, tasks, suite=suite, results=results, progress=True))
+    print(f"{mean(rows).value:6.2f}  {suite}, {subject.model}, {subject.method}", flush=True)
 
 
 def references(models: Sequence[str], suite: str) -> Iterator[Subject]:

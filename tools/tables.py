@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def _presets(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
     """(model, method) -> results of the preset as it is, fitted on self-written text if at all, and of references."""
     groups = {}
     for (model, method, _), rows in by_method(results).items():
-        if method in REFERENCES or _is_preset(method, rows[0]):
+        if method in REFERENCES or (method in METHODS and _is_preset(method, rows[0])):
             groups[model, method] = rows
     return groups
 
@@ -150,9 +150,13 @@ def _summary(mini: list[Result], apart: list[Result], ablation: list[Result]) ->
     ]
     found = {"the eleven above": presets}
     for suite, told in APART.items():
-        known = [result for result in apart if result.suite == suite and result.method in {*METHODS, *REFERENCES}]
-        found[told] = _presets(known)
-    if ahead := [row for told, groups in found.items() for model in models for row in _ahead(told, groups, model)]:
+        found[told] = _presets(result for result in apart if result.suite == suite)
+    if ahead := [
+        [told, model, *_ahead(groups, model)]
+        for told, groups in found.items()
+        for model in models
+        if (model, "auto") in groups
+    ]:
         lines += [
             "",
             "How far `auto` is ahead of the same model's other methods and of the references, in points; **bold** "
@@ -164,11 +168,9 @@ def _summary(mini: list[Result], apart: list[Result], ablation: list[Result]) ->
     return "\n".join([*lines, *_rerouting(ablation)]) + "\n"
 
 
-def _ahead(tasks: str, presets: dict[tuple[str, str], list[Result]], model: str) -> Iterator[list[str]]:
-    """README's row on one model's `auto`, if there is one."""
-    ours = presets.get((model, "auto"))
-    if ours is None:
-        return
+def _ahead(presets: dict[tuple[str, str], list[Result]], model: str) -> list[str]:
+    """README's cells on one model's `auto`."""
+    ours = presets[model, "auto"]
     every = {result.task for result in ours}
     rivals = {
         method: rows
@@ -180,7 +182,7 @@ def _ahead(tasks: str, presets: dict[tuple[str, str], list[Result]], model: str)
     cells = [_gap(difference(ours, rivals[method])) if method in rivals else "" for method in columns]
     best = max(papers, key=lambda method: mean(papers[method]).value, default=None)
     told = "" if best is None else f"{_gap(difference(ours, papers[best]))} (`{best}`)"
-    yield [tasks, model, cells[0], told, *cells[1:]]
+    return [cells[0], told, *cells[1:]]
 
 
 def _without_longest(presets: dict[tuple[str, str], list[Result]], models: Sequence[str]) -> str:

@@ -32,13 +32,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from results import embedders, references
+from results import embedders, references, run
 
-from kvembed.evaluate import evaluate
-from kvembed.results import mean
 from kvembed.tasks import load_tasks, sample
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("dict-foldoc", "dict-gcide", "fortunes", "fortunes-min", "wordnet-base")
 METHODS = ("auto", "static", "kv", "prompt-eol", "mean")
 LONGEST = 400  # characters of a text
@@ -64,8 +61,7 @@ def main() -> None:
         return
     tasks = sample(load_tasks(arguments.folder), "mini")
     for subject in itertools.chain(references(arguments.models, "mini"), embedders(arguments.models, "mini", METHODS)):
-        rows = list(evaluate(subject, tasks, suite="unseen", results=ROOT / "results", progress=True))
-        print(f"{mean(rows).value:6.2f}  {subject.model}, {subject.method}", flush=True)
+        run(subject, tasks, "unseen")
 
 
 def asked(about: str | None) -> argparse.Namespace:
@@ -129,13 +125,17 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else text[:longest].rpartition(" ")[0] or text[:longest]
 
 
+def paragraphs(*command: str) -> Iterator[dict[str, str]]:
+    """The fields of each paragraph that one of apt's commands prints; lines that go on, as they are."""
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for paragraph in text.split("\n\n"):
+        yield dict(re.findall(r"^([\w-]+): (.*(?:\n .*)*)", paragraph, re.MULTILINE))
+
+
 def _sections() -> Iterator[tuple[str, str]]:
-    command = ["apt-cache", "dumpavail"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for package in listed.split("\n\n"):
-        fields = dict(line.partition(": ")[::2] for line in package.splitlines() if line[:1].isalpha())
-        if fields.get("Section") in SECTIONS and "Description" in fields:
-            yield fields["Section"], one_line(fields["Description"])
+    for package in paragraphs("apt-cache", "dumpavail"):
+        if package.get("Section") in SECTIONS and "Description" in package:
+            yield package["Section"], one_line(package["Description"].partition("\n")[0])
 
 
 def _fields(dictd: Path) -> Iterator[tuple[str, str]]:

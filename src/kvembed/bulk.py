@@ -32,14 +32,12 @@ from .errors import InputError, KvembedError
 from .extras import import_extra
 from .files import atomic_write, exclusive_writer, json_hash, naming, sha256_of, user_path, why, write_json
 from .identity import first_difference, identity
-from .shards import MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
+from .shards import FIT, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 
 __all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "kept_fit", "run_here"]
 
 logger = logging.getLogger(__name__)
-
-_FIT = "_transform.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,15 +142,15 @@ def bulk(
         "job": job_identity,
     }
     with exclusive_writer(out):
-        for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*"), *out.glob(f".{_FIT}.*")):
+        for stale in (*out.glob(".shard-*.parquet.*"), *out.glob(f".{MANIFEST}.*"), *out.glob(f".{FIT}.*")):
             stale.unlink(missing_ok=True)  # what a killed run left half-written
         before = _read_manifest(out / MANIFEST)
         if before is None or not (before["finished"] or any(out.glob("shard-*.parquet"))):  # nothing to be lost
             before = None
-            with naming(out / _FIT):
-                (out / _FIT).unlink(missing_ok=True)
+            with naming(out / FIT):
+                (out / FIT).unlink(missing_ok=True)
                 if embedder.transform is not None:
-                    embedder.transform.save(out / _FIT)
+                    embedder.transform.save(out / FIT)
             _write_manifest(out, manifest | {"finished": False})
         elif before["job"] != job_identity:
             apart = _difference(before["job"], job_identity)
@@ -185,8 +183,8 @@ def bulk(
 
 def kept_fit(out: Path) -> Path | None:
     """The fit of a job of which shards are there, for who goes on with it; None if there is none."""
-    begun = any(user_path(out).glob("shard-*.parquet"))
-    return user_path(out) / _FIT if begun and (user_path(out) / _FIT).is_file() else None
+    fit = user_path(out) / FIT
+    return fit if fit.is_file() and any(fit.parent.glob("shard-*.parquet")) else None
 
 
 def run_here(job: Job, embedder: Embedder, shards: Sequence[Shard], report: Report) -> Iterator[Written]:

@@ -134,7 +134,7 @@ class Embedder:
             raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
         if config.transform != "none":
             if transform is not None and rebind and transform.info.get("fingerprint") != self.fingerprint():
-                transform = dataclasses.replace(transform, info=transform.info | {"fingerprint": self.fingerprint()})
+                transform = transform.bound_to(self.fingerprint())
             self.transform = self._fitted(transform, refit, progress)
             if config.dim and config.dim > self.transform.dim:
                 raise InputError(f"dim is {config.dim}, but the transform gives {self.transform.dim} at most")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -142,8 +141,7 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
                     "the model is not as it was when its transform was fitted (cast to float16, or trained); both are "
                     "saved as they are"
                 )
-            bound = dataclasses.replace(transform, info=transform.info | {"fingerprint": fingerprint})
-            bound.save(target / TRANSFORM_FILE)
+            transform.bound_to(fingerprint).save(target / TRANSFORM_FILE)
         write_json(target / CONFIG_FILE, embedder.config.to_dict())
 
 

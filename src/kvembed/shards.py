@@ -28,7 +28,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "_manifest.json"  # readers of folders of Parquet pass over names that begin with "_" or "."
+# Readers of folders of Parquet pass over names that begin with "_" or ".".
+MANIFEST, FIT = "_manifest.json", "_transform.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def check_folders(source: Path, out: Path) -> None:
     """Fail before a model is loaded. Raises `InputError` if there is nothing to read, or `out` is not for us."""
     import_extra("pyarrow.parquet", "parquet")
     find_inputs(source, tell=False)
-    check_folder(out, "bulk job", MANIFEST, ("_transform.", "._transform."))
+    check_folder(out, "bulk job", MANIFEST, (FIT, f".{FIT}."))
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{out} is inside {source}: the job would read what it writes")
 

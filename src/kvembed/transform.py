@@ -96,6 +96,10 @@ class Transform:
         """Whether it was fitted for what `bound` names (see `kvembed.tuning.fitted_for`)."""
         return bound.items() <= self.info.items()
 
+    def bound_to(self, fingerprint: str) -> Transform:
+        """The same, taken for a model that is not quite the one it was fitted for: rounded or trained since."""
+        return dataclasses.replace(self, info=self.info | {"fingerprint": fingerprint})
+
     def digest(self) -> str:
         """16 hex digits of the SHA-256 of its numbers."""
         digest = hashlib.sha256()
