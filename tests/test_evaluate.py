@@ -217,6 +217,23 @@ def test_tfidf_is_fitted_on_each_task(tmp_path):
     assert both[0].model == "tf-idf"
 
 
+def test_tfidf_has_scikit_learns_words_and_pairs_where_there_are_no_spaces():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    def vectors(*texts: str) -> np.ndarray:
+        subject = tfidf_subject()
+        subject.fit(texts)
+        return subject.encode(texts, "document").vectors
+
+    spaced = [*NOTICES, "Ein Café für 3 €, x_1, und Москва, 한국어 글"]
+    plain = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
+    assert np.array_equal(vectors(*spaced), plain.fit_transform(spaced).toarray())
+    pairs = vectors("日本語", "日本 and 本語", "語本日")  # its pairs apart; turned round
+    assert pairs.shape[1] == 2 + 1 + 2
+    assert pairs[0] @ pairs[1] > 0.5
+    assert pairs[0] @ pairs[2] == 0
+
+
 @pytest.mark.filterwarnings("ignore:The .* method is deprecated")
 def test_a_chat_template_does_not_reach_a_baseline(llama, tokenizer, tmp_path):
     """The trap: sentence-transformers sends plain text through the chat template of any tokenizer that has one."""

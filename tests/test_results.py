@@ -245,7 +245,7 @@ def test_scores_that_pages_tell_in_prose_are_those_of_the_table():
     assert f"(TF-IDF) {words}, and all-MiniLM-L6-v2, which is for English, {english}." in about
     told = models.replace("\n", " ")
     assert f"{gemma} with Gemma3-270M and {qwen} with Qwen2.5-Coder-0.5B, where TF-IDF has {words} and" in told
-    assert f"all-MiniLM-L6-v2, trained on English, {english} (" in told
+    assert f"all-MiniLM-L6-v2, trained on English, {english}." in told
     told = models.partition("## What can be loaded")[0].replace("\n", " ")
     for method in ("auto", "static", "kv"):
         assert f"({', '.join(scores[method])})" in told

@@ -371,8 +371,9 @@ def _languages(results: list[Result]) -> str:
     about = (
         "Descriptions of Debian's packages as its translators wrote them (`tools/languages.py`), of 200 characters at "
         "most. *Fitted on the language's texts*: on 500 such descriptions, those that are searched among them, beside "
-        "what the model writes itself. all-MiniLM-L6-v2 was trained on English; TF-IDF finds no words in Chinese and "
-        "Japanese, which have no spaces. **Bold**: the interval of `auto` minus the method leaves out 0."
+        "what the model writes itself. all-MiniLM-L6-v2 was trained on English; for TF-IDF a word of Chinese or "
+        "Japanese, which have no spaces, is any two characters in a row. **Bold**: the interval of `auto` "
+        "minus the method leaves out 0."
     )
     return "\n\n".join(["## In other languages", about, *boards])
 

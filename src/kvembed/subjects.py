@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,12 @@ __all__ = [
     "sentence_transformer_subject",
     "tfidf_subject",
 ]
+
+_UNSPACED = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# Of letters and digits: of such a script, or two and more of others, as scikit-learn has it.
+_RUNS = re.compile(rf"{_UNSPACED.pattern}+|(?:(?!{_UNSPACED.pattern})\w){{2,}}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +217,12 @@ def _st_identity(model: Any) -> str:
 
 
 def tfidf_subject() -> Subject:
-    """TF-IDF (scikit-learn's defaults, sublinear term frequency), fitted on each task's own texts, without labels."""
+    """TF-IDF (scikit-learn's defaults, sublinear term frequency), fitted on each task's own texts, without labels.
+
+    In Chinese and Japanese, which have no spaces, a word is any two characters in a row, as in search engines.
+    """
     text = import_extra("sklearn.feature_extraction.text", "eval")
-    vectorizer = text.TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
+    vectorizer = text.TfidfVectorizer(sublinear_tf=True, dtype=np.float32, tokenizer=_words, token_pattern=None)
     analyse = vectorizer.build_analyzer()
 
     def encode(texts: Sequence[str], role: Role) -> Encoded:
@@ -225,7 +235,14 @@ def tfidf_subject() -> Subject:
         except ValueError as error:
             raise InputError(f"TF-IDF of {len(texts)} texts, the first {texts[0]!r:.60}: {error}") from None
 
-    return _reference("tf-idf", "tf-idf", {"sublinear_tf": True}, "", encode, fit)
+    return _reference("tf-idf", "tf-idf", {"sublinear_tf": True, "unspaced": "bigrams"}, "", encode, fit)
+
+
+def _words(text: str) -> list[str]:
+    found = []
+    for run in _RUNS.findall(text):
+        found += [run[i : i + 2] for i in range(max(1, len(run) - 1))] if _UNSPACED.match(run) else [run]
+    return found
 
 
 def _reference(
