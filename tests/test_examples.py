@@ -138,6 +138,22 @@ def test_lancedb(example, folder, expected, documents, tmp_path):
     assert table.schema.field("vector").type.list_size == expected.dim
 
 
+def test_auto_in_german(folder, tmp_path, monkeypatch):
+    """What it saves asks in German, and is fitted for that."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{notice} {number}\n" for number in range(5) for notice in NOTICES))
+    monkeypatch.setattr(sys, "argv", ["", str(folder), str(tmp_path / "german"), str(texts)])
+    runpy.run_path(str(EXAMPLES / "auto_in_german.py"), run_name="__main__")
+    saved = Embedder.from_pretrained(tmp_path / "german")
+    (document,), (query,) = saved.config.templates("document"), saved.config.templates("query")
+    assert document.startswith(
+        "Kontext: Ein Jockey reitet ein Pferd.\nFasse den Kontext in einem Wort zusammen: Reitsport\n\n"
+    )
+    assert query.endswith("Impfung\n\nAnfrage: {text}\nFasse die Anfrage in einem Wort zusammen:")
+    assert saved.transform.info["texts"] == "given"
+    assert saved.encode(NOTICES).shape == (len(NOTICES), saved.dim)
+
+
 @pytest.mark.real
 def test_the_default_model_finds_the_bicycle(example, capsys):
     example("lancedb").main()
