@@ -217,6 +217,13 @@ def test_tfidf_is_fitted_on_each_task(tmp_path):
     assert both[0].model == "tf-idf"
 
 
+def test_tfidf_that_does_not_fit_in_memory_says_so(monkeypatch):
+    sizes = {"SC_PAGE_SIZE": 10, "SC_PHYS_PAGES": 10}
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
+    with pytest.raises(InputError, match=r"TF-IDF of 20 texts with .* would take 0 GiB of memory; --suite mini"):
+        run(tfidf_subject(), STS)
+
+
 def test_tfidf_has_scikit_learns_words_and_pairs_where_there_are_no_spaces():
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -298,3 +305,5 @@ def test_long_texts_are_read_at_every_limit_that_an_embedder_can_take(tokenizer)
     assert [one.max_tokens for one in at_limits(in_chunks, "long")] == [512, 1024, 2048, 4096, 16_384]
     assert [one.max_tokens for one in at_limits(in_chunks.replace(max_tokens=600), "long")] == [512]
     assert [one.max_tokens for one in at_limits(whole, "full")] == [2000]
+    exact = Embedder.from_model(tiny(max_position_embeddings=1024), tokenizer, method="mean")
+    assert [one.max_tokens for one in at_limits(exact, "long")] == [512, 1024]

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from kvembed import Embedder, InputError, ModelNotFound
+from kvembed import Embedder, InputError, ModelNotFound, indexing
 from kvembed.cli import app
 from kvembed.documents import Corpus
 from kvembed.index import Index
@@ -242,6 +242,35 @@ def test_a_column_that_widens(embedder, tmp_path):
     at_once, _ = made(embedder, tmp_path / "at once", source, other)
     assert [row["y"] for row in rows_of(index)] == [row["y"] for row in rows_of(at_once)] == ["2.0", None, "?"]
     assert [hit.text for hit in index.search("c", mode="text", where="n = 'three'")] == ["c"]
+
+
+def test_a_number_that_becomes_text_is_as_its_file_has_it(embedder, tmp_path):
+    """Also where the file is not among those that are read when the column widens."""
+    one, other, source = tmp_path / "a.csv", tmp_path / "b.csv", jsonl(tmp_path / "c.jsonl", [{"text": "c"}])
+    one.write_text("app,version,text\nferry,1.10,the ferry\n")
+    other.write_text("app,version,text\nmoth,2.0.1,the moth\n")
+    index, _ = made(embedder, tmp_path, one, source)
+    index.update(Corpus([other]))
+    done = index.update(Corpus([one, other, source]))
+    assert (done.embedded, done.changed, done.unchanged) == (0, 1, 2)
+    assert [row["version"] for row in rows_of(index)] == [None, "1.10", "2.0.1"]
+    assert index.update(Corpus([one, other, source])).changed == 0
+
+
+def test_a_stop_while_a_column_widens_keeps_the_language(embedder, tmp_path, monkeypatch):
+    index, _ = made(embedder, tmp_path, jsonl(tmp_path / "x.jsonl", [{"text": "Die Katzen schlafen", "n": 1}]))
+    first, other = Corpus([tmp_path / "x.jsonl"]), jsonl(tmp_path / "y.jsonl", [{"text": "Hund", "n": "drei"}])
+    index.update(first, language="German")
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing._Writer, "_index_words", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            index.update(Corpus([other]))
+    index.update(Corpus([other]))
+    assert [hit.text for hit in index.search("Katze", mode="text")] == ["Die Katzen schlafen"]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 WORDS = [
@@ -807,13 +836,15 @@ def test_odd_names_and_broken_links_are_passed_over(embedder, tmp_path, caplog):
     folder = tmp_path / "notes"
     folder.mkdir()
     (folder / "a.txt").write_text("The ferry leaves.\n")
-    (folder / "b.txt").symlink_to(folder / "gone.txt")
+    for name in ("b.txt", "b.jsonl", "b.parquet"):
+        (folder / name).symlink_to(folder / "gone")
+    (folder / "latin.csv").write_bytes(b"text,lang\nCaf\xe9,fr\n")
     os.mkfifo(folder / "c.txt")
     odd = os.fsencode(folder) + b"/caf\xe9.txt"
     with open(odd, "w") as file:
         file.write("Coffee.\n")
     _, done = made(embedder, tmp_path, folder)
-    told = {"broken link": 1, "name not UTF-8": 1, "no regular file": 1}
+    told = {"broken link": 3, "not UTF-8": 1, "name not UTF-8": 1, "no regular file": 1}
     assert (done.documents, done.passed_over) == (1, told)
     assert "its name is not UTF-8" in caplog.text
     with pytest.raises(InputError, match="its name is not UTF-8"):

@@ -179,6 +179,13 @@ def test_report_has_no_mean_where_tasks_are_missing():
     assert len(re.findall("<circle", page)) == 1
 
 
+def test_report_tells_apart_what_only_the_dtype_does():
+    both = [result("kv", device=f"cpu, {dtype}", identity=dtype) for dtype in ("float32", "bfloat16")]
+    page = report_html([*both, result("mean")])
+    assert row(page, "kv, cpu, float32")[1] == row(page, "kv, cpu, bfloat16")[1]
+    assert row(page, "mean")
+
+
 def test_report_takes_other_data_for_another_task():
     page = report_html([result("kv"), result("mean", data="other")])
     assert "stsb, data digest o" in page

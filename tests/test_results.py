@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvembed import METHODS, InputError
-from kvembed.results import Result, by_method, difference, mean, read_results, result_path
+from kvembed.results import Estimate, Result, by_method, difference, mean, read_results, result_path
 from kvembed.tasks import MINI_TOKENS
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,13 @@ def result(task="a", score=50.0, spread=1.0, seed=0, method="kv", model="smollm2
         "replicates": replicates,
     }
     return Result(**fields | changes)
+
+
+def test_a_means_interval_is_within_what_can_be_and_holds_it():
+    sure = mean([result(score=99.9, spread=2.0), result("b", score=100.0, spread=0.0)])
+    assert sure.low < sure.value < sure.high == 100
+    moved = result(score=100.0, replicates=(101.0,) * 500)  # a metric's own bias moves the replicates
+    assert mean([moved]) == Estimate(100.0, 100.0, 100.0)
 
 
 def test_the_mean_of_tasks_is_surer_than_one():

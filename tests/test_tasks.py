@@ -218,6 +218,21 @@ def test_suites(put):
         sample(tasks[1:], "long")
 
 
+@pytest.mark.parametrize(
+    ("rows", "alike"),
+    [
+        ([{"s1": "a", "s2": f"b{i}", "label": int(i == 7)} for i in range(3000)], "0"),
+        ([{"text": f"t{i}", "label": "spam" if i == 7 else "ham"} for i in range(3000)], "ham"),
+    ],
+)
+def test_a_sample_of_one_label_is_refused(put, rows, alike):
+    """It would score 0 or 100 whatever the vectors."""
+    tasks = load(put("x/test", rows))
+    with pytest.raises(InputError, match=rf"x: all in the sample of \d+ are {alike}; --suite full takes all"):
+        sample(tasks, "mini")
+    assert sample(tasks, "full") == tasks
+
+
 def test_a_train_file_without_rows_is_not_clustering(put):
     put("x/train", [], raw="\n")
     folder = put("x/test", [{"text": "a", "label": "l"}, {"text": "b", "label": "m"}])

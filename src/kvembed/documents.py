@@ -120,6 +120,7 @@ class Corpus:
         """
         self._field, self._id_field = field, id_field
         self.roots = list(dict.fromkeys(os.path.abspath(user_path(path)) for path in paths))
+        self._roots = frozenset(self.roots)
         if odd := [root for root in self.roots if not _is_unicode(root)]:
             raise InputError(f"{odd[0]!r}: its name is not UTF-8")
         self.gone = [root for root in self.roots if not os.path.lexists(root)]
@@ -186,7 +187,11 @@ class Corpus:
 
     def holds(self, file: str) -> bool:
         """Whether a path is one of the corpus's, or in a folder of it."""
-        return any(file == root or file.startswith(root.rstrip(os.sep) + os.sep) for root in self.roots)
+        while file not in self._roots:
+            below, file = file, os.path.dirname(file)
+            if file == below:
+                return False
+        return True
 
     def _find(self) -> Iterator[str]:
         """Files in the order of their names, those named themselves whatever their ending."""
@@ -222,7 +227,7 @@ class Corpus:
         Raises:
             InputError: it can't be read at all. What the index has of it must not be taken for gone.
         """
-        if file in self.roots or Path(file).suffix.lower() in ROW_ENDINGS:
+        if file in self._roots or (os.path.exists(file) and Path(file).suffix.lower() == ".parquet"):
             return True
         try:
             for _ in read_lines(Path(file)):

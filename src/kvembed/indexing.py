@@ -104,8 +104,9 @@ class _Writer:
         index.drop_others()
         self._table, self._kinds = self._opened(language)
         there = self._there()
+        files = {x.file for x in there.values()} if corpus.gone else set()
         for root in corpus.gone:
-            if not any(file == root or file.startswith(root + os.sep) for file in {x.file for x in there.values()}):
+            if root not in files and not any(file.startswith(root + os.sep) for file in files):
                 raise InputError(f"{root}: no such file or folder, and {index.folder} has nothing from it")
         todo = {key: place for key, place in corpus.documents.items() if self._is_new(key, place, there.get(key))}
         gone = {key: x for key, x in there.items() if key not in corpus.documents and corpus.holds(x.file)}
@@ -166,12 +167,12 @@ class _Writer:
             table = index.connection.create_table(index.name, schema=self._schema(kinds))
         else:
             table = index.table
-            before = _language_of(table)
+            before = _language_of(table) or (table.schema.metadata or {}).get(_LANGUAGE, b"").decode() or None
             own = self._schema({}).names
             had: dict[str, Kind] = {x.name: _KINDS[str(x.type)] for x in table.schema if x.name not in own}
             kinds = had | {name: joint_kind(had.get(name, kind), kind) for name, kind in wanted.items()}
             if any(kinds[name] != kind for name, kind in had.items()):
-                table = self._rewritten(table, kinds)
+                table = self._rewritten(table, kinds, before)
             elif new := self._schema({name: kind for name, kind in kinds.items() if name not in had}).names[len(own) :]:
                 table.add_columns(arrow.schema([self._schema(kinds).field(name) for name in new]))
         language = (language or before or "English").title()
@@ -193,13 +194,23 @@ class _Writer:
         }
         return arrow.schema(own | {name: _arrow_type(arrow, kind) for name, kind in kinds.items()})
 
-    def _rewritten(self, table: Table, kinds: dict[str, Kind]) -> Table:
-        """The same table, in one commit, with the columns that hold other types of values now turned to the wider."""
-        schema = self._schema(kinds)
+    def _rewritten(self, table: Table, kinds: dict[str, Kind], language: str | None) -> Table:
+        """The same table, in one commit, with the columns that hold other types of values now turned to the wider.
+
+        It has no full-text index yet: should that never be made, the next run knows its language all the same.
+        """
+        schema = self._schema(kinds).with_metadata({_LANGUAGE: language or ""})
+        strings = [x.name for x in schema if x.type == "string" and table.schema.field(x.name).type != "string"]
 
         def column(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
             if field.name not in batch.schema.names:
                 return self._arrow.nulls(len(batch), field.type)
+            if field.name == "_content" and strings:  # 1.10 was a number: to be written again, as its file has it
+                told = zip(*(batch[name].is_valid().to_pylist() for name in strings), strict=True)
+                marked = [
+                    f"{x}-" if any(some) else x for x, some in zip(batch["_content"].to_pylist(), told, strict=True)
+                ]
+                return self._arrow.array(marked, field.type)
             if batch[field.name].type == field.type:
                 return batch[field.name]
             values = batch[field.name].to_pylist()
@@ -324,6 +335,7 @@ class _Writer:
             self._table.delete(f"_content IN ({_quoted(contents[start : start + 10_000])})")
 
 
+_LANGUAGE = b"kvembed.language"
 _KINDS: dict[str, Kind] = {"bool": "bool", "int64": "int64", "double": "float64", "string": "string"}
 
 

@@ -80,10 +80,15 @@ def _pieces(number: int, paragraph: list[str]) -> Iterator[tuple[int, str]]:
         if not held:
             first = at
         held = f"{held}\n{line}" if held else line
-        while len(held) > PASSAGE:
-            cut = max(held.rfind(mark, PASSAGE // 2, PASSAGE) for mark in (". ", "。", "! ", "? ")) + 1
-            cut = cut or held.rfind(" ", PASSAGE // 2, PASSAGE) + 1 or PASSAGE
-            yield first, held[:cut].strip()
-            held = held[cut:].strip()
+        start = 0
+        while len(held) - start > PASSAGE:
+            low, high = start + PASSAGE // 2, start + PASSAGE
+            cut = max(held.rfind(mark, low, high) for mark in (". ", "。", "! ", "? ")) + 1
+            cut = cut or held.rfind(" ", low, high) + 1 or high
+            yield first, held[start:cut].strip()
+            start = cut
+            while held[start : start + 1].isspace():
+                start += 1
+        held = held[start:]
     if held.strip():
         yield first, held

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +122,8 @@ def _rows(results: Sequence[Result], columns: Sequence[Column]) -> list[_Row]:
             found[result.model, result.method, result.identity + result.config_hash][result.task, result.data] = result
     first = [next(iter(row.values())) for row in found.values()]
     labels = _labels([(one.model if one.method in REFERENCES else one.method, one.config) for one in first])
+    alike = Counter(labels)
+    labels = [f"{label}, {one.device}" if alike[label] > 1 else label for label, one in zip(labels, first, strict=True)]
     rows = []
     for label, cells in zip(labels, found.values(), strict=True):
         row = tuple(map(cells.get, columns))

@@ -136,9 +136,12 @@ class Estimate:
 
 
 def mean(results: Iterable[Result]) -> Estimate:
-    """The mean score over tasks."""
+    """The mean score over tasks; its interval is within what the metrics can be, and holds it."""
     results = list(results)
-    return _estimate([r.score for r in results], [r.replicates for r in results])
+    found = _estimate([r.score for r in results], [r.replicates for r in results])
+    least = -100.0 if all(r.kind == "sts" for r in results) else 0.0
+    low, high = np.clip([found.low, found.high], least, 100).tolist()
+    return Estimate(found.value, min(low, found.value), max(high, found.value))
 
 
 def difference(ours: Iterable[Result], theirs: Iterable[Result]) -> Estimate:

@@ -44,6 +44,7 @@ _UNSPACED = re.compile(
 )
 # Of letters and digits: of such a script, or two and more of others, as scikit-learn has it.
 _RUNS = re.compile(rf"{_UNSPACED.pattern}+|(?:(?!{_UNSPACED.pattern})\w){{2,}}")
+_TFIDF_BYTES = 20  # of a text and a word: a number in float32, and two in float64 for scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def at_limits(embedder: Embedder, suite: str) -> list[Embedder]:
     """The embedder at each of a suite's limits of tokens that it can take; as it is if there is none."""
     # Read in chunks, a text may have more tokens than the model takes, unless it was told how many.
     free = embedder.config.chunk_tokens is not None and embedder.config.max_tokens is None
-    limits = [limit for limit in LIMITS[suite] if free or limit < embedder.max_tokens]
+    limits = [limit for limit in LIMITS[suite] if free or limit <= embedder.max_tokens]
     return [embedder.replace(max_tokens=limit) for limit in limits] or [embedder]
 
 
@@ -234,6 +235,13 @@ def tfidf_subject() -> Subject:
             vectorizer.fit(texts)
         except ValueError as error:
             raise InputError(f"TF-IDF of {len(texts)} texts, the first {texts[0]!r:.60}: {error}") from None
+        words = len(vectorizer.vocabulary_)
+        needed = _TFIDF_BYTES * len(texts) * words
+        if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise InputError(
+                f"TF-IDF of {len(texts):,} texts with {words:,} different words would take {needed / 2**30:,.0f} GiB "
+                "of memory; --suite mini takes fewer texts"
+            )
 
     return _reference("tf-idf", "tf-idf", {"sublinear_tf": True, "unspaced": "bigrams"}, "", encode, fit)
 

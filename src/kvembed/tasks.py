@@ -142,7 +142,20 @@ def _few_documents(task: Task) -> Task:
 
 
 def mini(task: Task) -> Task:
-    """The fixed sample of a task for the suite `mini`; the same for the same data anywhere. Small tasks stay whole."""
+    """The fixed sample of a task for the suite `mini`; the same for the same data anywhere. Small tasks stay whole.
+
+    Raises:
+        InputError: the sample has one label only, so that nothing can be scored.
+    """
+    part = _mini(task)
+    if task.kind in ("sts", "pairs", "clustering") and len({*part.gold}) == 1:
+        raise InputError(
+            f"{task.name}: all in the sample of {len(part.gold)} are {part.gold[0]}; --suite full takes all"
+        )
+    return part
+
+
+def _mini(task: Task) -> Task:
     draw = random.Random(zlib.crc32(task.name.encode()))
     if task.kind in ("sts", "pairs"):
         half = len(task.gold)

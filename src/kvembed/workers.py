@@ -207,7 +207,11 @@ class _Worker:
     def _start(self) -> None:
         # Not forked: a copy of this process would have its CUDA state and its threads' locks.
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._process = self._pool.submit(_begin, self._threads)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the process inherits
+        try:
+            self._process = self._pool.submit(_begin, self._threads)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._pool.submit(_open, self._recipe, self._device)
 
     def submit(self, work: Callable[[Embedder, Any], Any], item: Any) -> Future[Any]:
