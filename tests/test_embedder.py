@@ -288,6 +288,37 @@ def test_save_then_load_gives_the_same_vectors(embedder, tmp_path):
         embedder.save_pretrained("")
 
 
+def test_what_another_model_left_in_the_folder_is_not_opened_with_it(embedder, tmp_path):
+    """An adapter would be put on top of the weights, and another tokenizer's tokens into this one."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["v_proj"], "r": 2}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"of another")
+    (tmp_path / "added_tokens.json").write_text('{"the": 401, " ferry": 402}')
+    (tmp_path / "README.md").write_text("kept")
+    embedder.save_pretrained(tmp_path)
+    assert not [*tmp_path.glob("ada*"), *tmp_path.glob("added*")]
+    assert (tmp_path / "README.md").read_text() == "kept"
+    again = Embedder.from_pretrained(tmp_path, dtype="float32")
+    assert np.array_equal(again.encode(NOTICES[:9]), embedder.encode(NOTICES[:9]))
+
+
+def test_what_transformers_would_not_open_as_it_is_is_not_saved(tokenizer, tmp_path):
+    """And what was saved there before stays."""
+    Embedder.from_model(tiny(), tokenizer, method="mean").save_pretrained(tmp_path)
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    odd = tiny("qwen2")  # transformers gives this family a tokenizer of its own, whatever the folder says
+    with pytest.raises(InputError, match="opens the tokenizer of a qwen2 as Qwen2Tokenizer, which makes other tokens"):
+        Embedder.from_model(odd, tokenizer, method="mean").save_pretrained(tmp_path)
+    adapted = tiny()
+    adapted._hf_peft_config_loaded = True  # as its add_adapter() leaves it
+    with pytest.raises(InputError, match="saves an attached adapter alone"):
+        Embedder.from_model(adapted, tokenizer, method="mean").save_pretrained(tmp_path)
+    unknown = tiny()
+    unknown.config = type("OtherConfig", (type(unknown.config),), {})(**unknown.config.to_dict())
+    with pytest.raises(InputError, match="opens no LlamaForCausalLM as a language model by name"):
+        Embedder.from_model(unknown, tokenizer, method="mean").save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
 def test_a_model_in_training_mode_is_refused(tokenizer):
     model = tiny()
     model.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conftest import MANY, NOTICES, tiny
 from tokenizers import normalizers
 
-from kvembed import Embedder, InputError
+from kvembed import Embedder, InputError, KvembedError
 from kvembed.backbone import Backbone
 from kvembed.files import cache_folder
 from kvembed.fingerprint import fingerprint
@@ -37,6 +38,21 @@ def chosen(backbone, tokenizer, template, **options):
 def cloud(dimension, ambient, count=400, seed=0):
     rng = np.random.default_rng(seed)
     return rng.standard_normal((count, dimension)) @ rng.standard_normal((dimension, ambient))
+
+
+def test_a_model_whose_states_are_not_finite_says_so_while_it_writes(tokenizer):
+    model = tiny().to(torch.bfloat16)
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(KvembedError, match="the model's states are not finite in bfloat16; its weights may be damaged"):
+        write_texts(model, tokenizer, count=5, batch=4)
+
+
+def test_threads_that_need_the_same_texts_get_the_same(tokenizer):
+    """Both would draw from torch's one generator."""
+    model = tiny()
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: generated_texts(model, tokenizer, "threads", 30), range(2))
+    assert one == two == write_texts(model, tokenizer, count=30)
 
 
 def test_texts_of_the_same_tokens_count_once(tokenizer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -260,6 +262,28 @@ def test_a_single_text_is_computed_whole_the_first_time_and_others_after_it_are_
     assert sizes == [begun, own + 1, own + 1]  # the beginning once, and a probe with each batch
     for again in (second, third):
         np.testing.assert_allclose(again, first, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "change"), [(torch.float32, 0.03), (torch.bfloat16, 0.4)])
+def test_values_that_have_changed_are_noticed_though_the_probe_attends_to_old_ones(tokenizer, dtype, change):
+    """As an adapter of the values' projection changes them, which read-outs of a probe hardly show."""
+    torch.manual_seed(0)
+    model = tiny(num_hidden_layers=6).to(dtype)
+    embedder = Embedder(model, tokenizer, EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last"))
+    embedder.encode([*NOTICES, *NOTICES])
+    kept = embedder._reader.prefixes._kept
+    before = [*kept.values()]
+    embedder.encode(NOTICES[:5])
+    embedder.encode([" ".join(NOTICES[:4]), *NOTICES])
+    assert all(map(operator.is_, kept.values(), before))  # another batch is no change
+    with torch.no_grad():
+        for layer in model.model.layers[:2]:
+            weight = layer.self_attn.v_proj.weight
+            weight += change * torch.randn_like(weight) * weight.std()
+    found = embedder.encode(NOTICES)
+    assert not any(map(operator.is_, kept.values(), before))
+    fresh = Embedder(model, tokenizer, embedder.config).encode(NOTICES)
+    assert (found * fresh).sum(1).min() > (1 - 1e-6 if dtype == torch.float32 else 0.99)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

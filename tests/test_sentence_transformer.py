@@ -254,6 +254,26 @@ def test_a_layer_on_top_can_be_trained(folder):
     assert model[1].linear.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_on_top_is_trained_by_the_librarys_trainer(folder, tmp_path):
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    model = SentenceTransformer(modules=[opened(folder)[0], Dense(48, 8)], device="cpu")
+    before = model[1].linear.weight.detach().clone()
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none", use_cpu=True
+    )
+    pairs = Dataset.from_dict({"anchor": TEXTS[:8], "positive": [text.upper() for text in TEXTS[:8]]})
+    SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model)
+    ).train()
+    assert (model[1].linear.weight - before).abs().max() > 0
+    assert not model[0].model.training
+
+
 def test_saving_does_not_need_sentence_transformers(folder, tmp_path):
     code = f"""
 import sys

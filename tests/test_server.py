@@ -71,6 +71,18 @@ def server(start, embedder):
 
 
 @pytest.fixture
+def small_buffers(monkeypatch):
+    """Of connections to servers that are started then; or else the kernel would take all of an answer."""
+
+    def small(*address):
+        listener = listen_at(*address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr("kvembed.server.listen_at", small)
+
+
+@pytest.fixture
 def log():
     """Every line that the server logs meanwhile, as it would be printed."""
     lines = []
@@ -364,6 +376,32 @@ def test_what_is_no_http_is_told_in_the_same_format(server, raw):
     error_of(body)
 
 
+def test_what_is_no_http_after_an_answer_ends_the_connection(server, caplog):
+    """An answer there was; a traceback of asyncio's would be no line of the log."""
+    head = b"POST /v1/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
+    assert exchange(server, head, b"zz\r\n", pause=0.5).startswith(b"HTTP/1.1 404 ")
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_who_asked_for_the_connections_end_and_never_reads_is_cut_off(start, embedder, small_buffers, log):
+    """Though what waits for it is little: asyncio's own buffer takes that, and never says that it is full."""
+    server = start(embedder, limits=Limits(body_seconds=0.5))
+    body = json.dumps({"model": "tiny", "input": ["a"] * 60}).encode()
+    head = HEAD.replace(b"1000", str(len(body)).encode()).replace(b"Host: a", b"Host: a\r\nConnection: close")
+    taken = 0
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(head + body)
+        until(lambda: any('"ms"' in line for line in log))
+        time.sleep(2)
+        with contextlib.suppress(ConnectionResetError):
+            while block := client.recv(65536):
+                taken += len(block)
+    assert 0 < taken < 30_000  # of about 50,000
+
+
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
 
 
@@ -470,13 +508,7 @@ def test_a_client_that_does_not_read_its_answer_makes_room_again():
     assert sent[0] == 404  # and not 429
 
 
-def test_an_unread_answer_is_sent_in_pieces_and_its_connection_ends(start, embedder, monkeypatch):
-    def small(*address):
-        listener = listen_at(*address)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or else the kernel takes all of the answer
-        return listener
-
-    monkeypatch.setattr("kvembed.server.listen_at", small)
+def test_an_unread_answer_is_sent_in_pieces_and_its_connection_ends(start, embedder, small_buffers):
     server = start(embedder, limits=Limits(body_seconds=0.5))
     body = json.dumps({"model": "tiny", "input": ["a"] * 2048}).encode()
     unread = socket.socket()

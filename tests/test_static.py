@@ -131,6 +131,8 @@ def test_what_is_no_table_of_embeddings_is_refused(tokenizer, embeddings, monkey
     monkeypatch.setattr(model.model, "get_input_embeddings", lambda: embeddings)
     with pytest.raises(UnsupportedModel, match="llama can't give static vectors"):
         embedder.encode("one")
+    with pytest.raises(UnsupportedModel, match="llama can't give static vectors"):  # before it writes any text
+        Embedder.from_model(model, tokenizer, method="auto")
 
 
 @pytest.mark.parametrize(

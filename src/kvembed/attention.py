@@ -68,6 +68,7 @@ class Reroute:
         packed: lengths of the texts, falling, if they lie behind one another in one row (see `kvembed.packing`).
         prefix: a beginning that all packed texts share and that is not among their tokens; for a forward in which
             nothing is changed.
+        probe: the place in the row of what goes into `prefix.seen`.
         bias, slot_self: see `EmbedConfig`.
         bidirectional: take the causal mask off in `layers`, instead of re-routing there.
         turned: layers whose slot is turned back to position 0: for `slot_position="first"`, those that rotate keys.
@@ -91,6 +92,7 @@ class Reroute:
     prefer_closed: bool = True
     packed: tuple[int, ...] = ()
     prefix: Prefix | None = None
+    probe: int = 0
     _calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
     _kept_places: dict[torch.device, Places] = dataclasses.field(default_factory=dict)
     _kept_masks: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict)
@@ -113,6 +115,8 @@ class Reroute:
         layer = self.layer_calls[module][self._calls[module]]
         before = self.prefix.layers[self._calls.total()] if self.prefix else None  # (Hkv,p,Dk), (Hkv,p,Dv)
         self._calls[module] += 1
+        if self.prefix and self.prefix.seen is not None:
+            self.prefix.seen.extend(x[0, :, self.probe].flatten().clone() for x in (key, value))
         if not self.packed:
             last = self.last.to(key.device)
             return self._attend(module, layer, last, query, key, value, attention_mask, scaling, kwargs)

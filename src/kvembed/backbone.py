@@ -94,16 +94,21 @@ class Backbone:
                 "layer below the top can be read; re-routing needs layers= then",
             )
 
-    @property
-    @torch.inference_mode()
-    def static(self) -> StaticVectors:
-        """Vectors of token ids without a forward. Raises `UnsupportedModel` where embeddings are no table of them."""
+    def check_static(self) -> nn.Embedding:
+        """The input embeddings. Raises `UnsupportedModel` where they are no table of vectors for `static`."""
         embedding = self.decoder.get_input_embeddings()
         if not isinstance(embedding, nn.Embedding) or embedding.embedding_dim != self.dim:
             raise UnsupportedModel(
                 f"{self.model_type} can't give static vectors, which auto is made of too: its input embeddings are not "
                 "one table of the width of its states"
             )
+        return embedding
+
+    @property
+    @torch.inference_mode()
+    def static(self) -> StaticVectors:
+        """Vectors of token ids without a forward. Raises `UnsupportedModel` as `check_static` does."""
+        embedding = self.check_static()
         weight = embedding.weight
         step = max(1, weight.numel() // 64) | 1  # odd, or else it might fall on one column
         few = [] if weight.is_meta else weight.flatten()[::step].tolist()
@@ -346,6 +351,7 @@ class Backbone:
             betas=betas,
             packed=packed.lengths if packed else (),
             prefix=prefix,
+            probe=int(packed.starts[-1]) if packed and prefix else 0,
         )
         with contextlib.ExitStack() as stack:
             if reroute.turned:

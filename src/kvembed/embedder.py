@@ -112,6 +112,8 @@ class Embedder:
         config = config.replace(layers=self.backbone.changed_layers(config))
         if config.prepend_layers or any(one.output_layer is not None for one in config.readouts):
             self.backbone.check_readable()
+        if any(one.pooling == "static" for one in config.readouts):
+            self.backbone.check_static()
         if config.prepend_layers and config.prepend_layers[-1] >= depth:
             raise InputError(f"prepend_layers go up to {config.prepend_layers[-1]}; the last layer is {depth - 1}")
         self._config = config = config.replace(

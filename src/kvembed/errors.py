@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "KvembedError", "ModelNotFound", "OutOfMemory", "TextTooLong", "UnsupportedModel"]
+__all__ = [
+    "InputError",
+    "KvembedError",
+    "ModelNotFound",
+    "OutOfMemory",
+    "TextTooLong",
+    "UnsupportedModel",
+    "not_finite",
+]
 
 
 class KvembedError(Exception):
@@ -27,3 +35,9 @@ class UnsupportedModel(KvembedError, TypeError):
 
 class OutOfMemory(KvembedError, MemoryError):
     """A single text does not fit in memory, so halving the batch can't help."""
+
+
+def not_finite(dtype: str) -> KvembedError:
+    """What to raise for states that are not finite, in a dtype by its name."""
+    way = "try dtype=bfloat16 or float32" if dtype == "float16" else "its weights may be damaged"
+    return KvembedError(f"the model's states are not finite in {dtype}; {way}")

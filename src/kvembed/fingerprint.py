@@ -62,9 +62,14 @@ def fingerprint(backbone: Backbone, prompter: Prompter) -> str:
             scales = getattr(module, "scaling", {})
             active = [] if module.disable_adapters else [(one, scales.get(one)) for one in module.active_adapters]
             digest.update(f"{name}{active}".encode())
-    (probe,) = prompter([_PROBE], "{text}", UNLIMITED)
-    digest.update(repr((prompter.size, prompter.marks, probe.ids)).encode())
+    digest.update(tokenizer_told(prompter).encode())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_told(prompter: Prompter) -> str:
+    """What tells a tokenizer from others: its size and marks, and the ids that it makes of a text of many scripts."""
+    (probe,) = prompter([_PROBE], "{text}", UNLIMITED)
+    return repr((prompter.size, prompter.marks, probe.ids))
 
 
 def _tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -176,10 +176,11 @@ class _Body:
         self._taken = 0  # bytes that are held
 
     async def receive(self) -> Message:
-        """The next message; raises where there is too much. A body too long is read to its end, within reason."""
+        """The next message; raises where there is too much. Such a body is read to its end first, within reason."""
         if self._complete:
             return await self._receive()
         most = self._gate._max_bytes
+        refused = False
         try:
             with anyio.fail_after(max(0.0, self._deadline - time.monotonic())):
                 while True:
@@ -187,8 +188,8 @@ class _Body:
                     size = len(message.get("body", b""))
                     self._length += size
                     self._complete = not message.get("more_body", False)
-                    if self._length <= most:
-                        self._hold(size)
+                    refused = refused or (self._length <= most and not self._hold(size))
+                    if self._length <= most and not refused:
                         return message
                     if self._complete or self._length > 16 * most:
                         break
@@ -196,14 +197,17 @@ class _Body:
             self._complete = True
             raise _closing(408, f"The body did not arrive within {self._seconds:g} seconds.") from None
         self._complete = True
+        if refused:
+            raise _closing(429, "Too much text is being worked on; try again in 1 second.", {"Retry-After": "1"})
         raise _closing(413, f"The body is larger than {most:,} bytes.")
 
-    def _hold(self, size: int) -> None:
+    def _hold(self, size: int) -> bool:
+        """Whether there is room for so much more."""
         if size and self._gate._held + size > self._gate._held_bytes:
-            self._complete = True
-            raise _closing(429, "Too much text is being worked on; try again in 1 second.", {"Retry-After": "1"})
+            return False
         self._gate._held += size
         self._taken += size
+        return True
 
     def let_go(self) -> None:
         """What has come is not held any more."""

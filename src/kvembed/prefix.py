@@ -36,10 +36,12 @@ class Prefix:
     Attributes:
         tokens: p, how many there are.
         layers: for every attention call of a forward, in order, post-rotary keys (Hkv,p,Dk) and values (Hkv,p,Dv).
+        seen: given a list, a forward adds the last text's first key (Hkv*Dk,) and value (Hkv*Dv,) of every call.
     """
 
     tokens: int
     layers: list[tuple[Tensor, Tensor]]
+    seen: list[Tensor] | None = None
 
 
 def can_share_prefix(template: str, config: EmbedConfig) -> bool:
@@ -63,10 +65,11 @@ class PrefixCache:
     """Shared prefixes as they were computed, kept for the texts to come.
 
     A model's weights and adapters are their owner's, and may change between calls. So a probe goes with every batch, a
-    text of one token, whose read-outs must come out as they did when the beginning was computed, but for half a percent
-    (in half precision 5); or else it is computed again.
+    text of one token, whose read-outs, keys and values must come out as they did when the beginning was computed, but
+    for half a percent (in half precision 5); or else it is computed again. Read-outs alone would not tell: the probe
+    attends mostly to the beginning as it is kept.
 
-    The probe sees the beginning's last token alone, so the embeddings of all of them are compared too.
+    The probe is the beginning's last token alone, so the embeddings of all of them are compared too.
 
     Args:
         compute: a forward of token ids.
@@ -75,7 +78,7 @@ class PrefixCache:
 
     def __init__(self, compute: Callable[[Sequence[int]], Prefix], embed: Callable[[Sequence[int]], Tensor]) -> None:
         self._compute, self._embed = compute, embed
-        self._kept: dict[tuple[tuple[int, ...], Placement], tuple[Prefix, Tensor, Tensor] | None] = {}
+        self._kept: dict[tuple[tuple[int, ...], Placement], _Kept | None] = {}
 
     def groups(self, prompts: Sequence[Prompt], placement: Placement) -> list[tuple[tuple[int, ...], list[int]]]:
         """Which prompts to compute together: token ids of the beginning they share, which may be none, and indices.
@@ -110,28 +113,40 @@ class PrefixCache:
         probe = Prompt("", ids[-1:], ((0, 0),), (0, 1))
         rest = [*(without(prompt, len(ids)) for prompt in prompts), probe]
         embedded = self._embed(ids)
+
+        def probed(prefix: Prefix) -> tuple[Tensor, list[Tensor]]:
+            seen: list[Tensor] = []
+            rows = forward(rest, dataclasses.replace(prefix, seen=seen))
+            return rows[:-1], [rows[-1].clone(), *seen]  # not the whole batch's rows
+
         kept = self._kept.get((ids, placement))
-        if kept and torch.equal(embedded, kept[2]):
-            prefix, expected, _ = kept
-            rows = forward(rest, prefix)
-            if _same(rows[-1], expected, placement):
-                return rows[:-1]
+        if kept and torch.equal(embedded, kept.embedded):
+            rows, found = probed(kept.prefix)
+            if all(_same(*pair, placement) for pair in zip(found, kept.probed, strict=True)):
+                return rows
         prefix = self._compute(ids)
-        rows = forward(rest, prefix)
-        self._keep(ids, placement, (prefix, rows[-1].clone(), embedded))  # not the whole batch's rows
-        return rows[:-1]
+        rows, found = probed(prefix)
+        self._keep(ids, placement, _Kept(prefix, found, embedded))
+        return rows
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}  # it would take a device with it to another process
 
-    def _keep(self, ids: tuple[int, ...], placement: Placement, kept: tuple[Prefix, Tensor, Tensor] | None) -> None:
+    def _keep(self, ids: tuple[int, ...], placement: Placement, kept: _Kept | None) -> None:
         self._kept[ids, placement] = kept
         for oldest in list(self._kept)[:-_MOST]:  # a list at once, since other threads may add to it
             self._kept.pop(oldest, None)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    prefix: Prefix
+    probed: list[Tensor]  # the probe's read-outs (R,D), keys and values
+    embedded: Tensor
+
+
 def _same(found: Tensor, expected: Tensor, placement: Placement) -> bool:
-    """Whether read-outs (R,D) differ by rounding only."""
+    """Whether vectors (...,D) differ by rounding only."""
     apart = (found - expected).norm(dim=-1)
     return bool((apart <= _ROUNDING.get(placement[1], _ROUNDING_OF_OTHERS) * expected.norm(dim=-1)).all())
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .backbone import Backbone
 from .batching import run_batches
 from .config import EmbedConfig, Readout
-from .errors import InputError, KvembedError
+from .errors import InputError, not_finite
 from .pooling import pool
 from .prefix import Placement, Prefix, PrefixCache
 from .prompts import UNLIMITED, Prompt
@@ -86,9 +86,7 @@ class Reader:
                 count(int(begins[batch].sum()))
             states[:, others] = summed / chunks[:, None, None]
         if not np.isfinite(states).all():
-            dtype = self._backbone.dtype
-            way = "try dtype=bfloat16 or float32" if dtype == "float16" else "its weights may be damaged"
-            raise KvembedError(f"the model's states are not finite in {dtype}; {way}")
+            raise not_finite(self._backbone.dtype)
         shape = len(by_template), len(by_template[0])
         tokens = np.array([prompt.tokens for prompt in whole], np.int64).reshape(shape).sum(0)
         cut = np.array([prompt.tokens_cut for prompt in whole], np.int64).reshape(shape).max(0)

@@ -10,12 +10,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedModel
 
 from .config import EmbedConfig
 from .errors import InputError
 from .files import default_file_mode, naming, user_path, write_json
+from .fingerprint import tokenizer_told
 from .models import BUNDLED, bars_off, hub_file, local_path
+from .prompts import Prompter
 from .transform import Transform
 
 if TYPE_CHECKING:
@@ -36,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "kvembed.json"
 TRANSFORM_FILE = "kvembed.safetensors"
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+# What transformers would read beside what is written now: other weights, an adapter on top, another's tokens.
+_OTHERS = ("*.index.json", "adapter_config.json", "adapter_model*", "added_tokens.json", "special_tokens_map.json")
 
 # A sentence-transformers prompt is a prefix; ours only names a role, whose template is in the config.
 PROMPTS = {"query": "query", "document": "document"}
@@ -96,11 +101,11 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
     A transform is bound to the model as it is now, so that what is opened gives the same vectors.
 
     Args:
-        folder: made if missing; what else is in it stays, but for weights.
+        folder: made if missing; what else is in it stays, but for another model's parts.
         embedder: its model, tokenizer, config and transform are written.
 
     Raises:
-        InputError: `folder` is a file, or the model is not a plain transformers model.
+        InputError: `folder` is a file, or transformers would not open the model or tokenizer as it is now.
     """
     target, model, transform = user_path(folder), embedder.model, embedder.transform
     if not os.fspath(folder):
@@ -109,6 +114,13 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
         raise InputError(
             f"a {type(model).__name__} can't be saved, only a plain transformers model: unwrap it first (an adapter by "
             "merge_and_unload(), a compiled model is model._orig_mod)"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError("transformers saves an attached adapter alone: load it with peft and merge_and_unload() first")
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"transformers opens no {type(model).__name__} as a language model by name, so it can't be saved: keep the "
+            "model, and embedder.transform.save() for the fit"
         )
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file, not a folder")
@@ -119,12 +131,13 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
             try:
                 with bars_off():
                     model.save_pretrained(scratch)
-            except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            except (AttributeError, NotImplementedError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
                 raise InputError(f"transformers can't save this model: {error}") from error
             embedder.tokenizer.save_pretrained(scratch)
+            _check_opens(Path(scratch), embedder)
             # What was saved here before goes first: of two sets of weights the old one might be opened, and a stop on
             # the way must not leave an old config beside new weights.
-            for old in (target / CONFIG_FILE, *(path for kind in _WEIGHTS for path in target.glob(kind))):
+            for old in (target / CONFIG_FILE, *(x for kind in (*_WEIGHTS, *_OTHERS) for x in target.glob(kind))):
                 old.unlink(missing_ok=True)
             for path in Path(scratch).iterdir():
                 if path.is_dir():
@@ -143,6 +156,18 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
                 )
             transform.bound_to(fingerprint).save(target / TRANSFORM_FILE)
         write_json(target / CONFIG_FILE, embedder.config.to_dict())
+
+
+def _check_opens(written: Path, embedder: Embedder) -> None:
+    """Raises `InputError` for a folder without weights, or with a tokenizer that is opened as another."""
+    if not any(path for kind in _WEIGHTS for path in written.glob(kind)):
+        raise InputError("transformers writes no weights of this model")
+    tokenizer = AutoTokenizer.from_pretrained(written)
+    if tokenizer_told(Prompter(tokenizer)) != tokenizer_told(Prompter(embedder.tokenizer)):
+        raise InputError(
+            f"transformers opens the tokenizer of a {embedder.model.config.model_type} as {type(tokenizer).__name__}, "
+            "which makes other tokens of a text than yours, so it can't be saved"
+        )
 
 
 def save_st_files(folder: str | os.PathLike[str]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .bars import Bar
-from .errors import InputError
+from .errors import InputError, not_finite
 from .files import cache_folder, store
 
 __all__ = ["SEED", "SELF_WRITTEN", "generated_texts", "texts_digest", "write_texts"]
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 SELF_WRITTEN = "self-written"  # where texts came from, in profiles and transforms; the other is "given"
 SEED = 0
 _TOKENS = 32  # the longest text
+_one_at_a_time = threading.Lock()  # all draw from torch's one generator; who waits finds the texts in the cache
 
 
 def generated_texts(
@@ -46,7 +48,8 @@ def generated_texts(
     if (shipped := files("kvembed") / "calibration" / name).is_file():
         return list(json.loads(shipped.read_text(encoding="utf-8")))[:count]
     keep = cache_folder() / "texts" / name
-    return write_texts(model, tokenizer, count=count, seed=SEED, cache=keep, progress=progress)
+    with _one_at_a_time:
+        return write_texts(model, tokenizer, count=count, seed=SEED, cache=keep, progress=progress)
 
 
 def texts_digest(texts: Sequence[str]) -> str:
@@ -82,6 +85,7 @@ def write_texts(
 
     Raises:
         InputError: the model has no head, or writes too few distinct texts.
+        KvembedError: its states are not finite.
     """
     if cache is not None and os.path.isfile(cache):  # Path.is_file raises for a folder that can't be entered
         try:
@@ -129,7 +133,12 @@ def write_texts(
         turn = _resume(part, asked, texts) if part else 0
         bar.update(min(len(texts), count))
         while len(texts) < count and turn < 3 * count // batch + 3:
-            rows = writer.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
+            try:
+                rows = writer.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise not_finite(str(model.dtype).removeprefix("torch.")) from None
             for text in tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True):
                 text = text.strip().rstrip("\ufffd")  # half a character, cut off by the length limit
                 if len(text.split()) > 1 or len(text) > 12:  # some languages use no spaces

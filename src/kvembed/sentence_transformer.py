@@ -110,7 +110,8 @@ class EmbedderModule(InputModule):  # type: ignore[misc]
             processing_kwargs: must be empty.
 
         Returns:
-            `prompts` (those of `Embedder.prompts`) and `role`, which `forward` takes.
+            `prompts` (those of `Embedder.prompts`) and `role`, which `forward` takes; and empty `input_ids`, a name by
+            which sentence-transformers' trainer knows what belongs to a column.
 
         Raises:
             InputError: another prompt; an input that is not a string or not valid Unicode.
@@ -127,7 +128,13 @@ class EmbedderModule(InputModule):  # type: ignore[misc]
             raise InputError(f"in a batch, longest texts first: {error}") from None
         if cut := sum(any(one.tokens_cut for one in rendered) for rendered in prompts):
             logger.warning("%d of %d texts were cut to %d tokens", cut, len(prompts), self.embedder.max_tokens)
-        return {"prompts": prompts, "role": role}
+        return {"prompts": prompts, "role": role, "input_ids": torch.zeros(len(prompts), 1, dtype=torch.long)}
+
+    def train(self, mode: bool = True) -> EmbedderModule:
+        """The model is frozen and stays as it is, whatever is trained on top of it."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
         """What `preprocess` gave -> `sentence_embedding` (n,dim) float32, `token_counts`, `tokens_cut` (n,) int64."""

@@ -132,7 +132,15 @@ class _Protocol(H11Protocol):
         super().timeout_keep_alive_handler()
         self.loop.call_later(self._seconds, self.transport.abort)  # it closes only when all has been taken
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():  # as the client or a proxy asked: no request is waited for that would time out
+            self.loop.call_later(self._seconds, self.transport.abort)
+
     def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # it was answered before its body came
+            self.transport.close()
+            return
         body = bytes(ApiError(400, msg).response().body)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         headers.append((b"connection", b"close"))
