@@ -54,6 +54,16 @@ def test_pieces_are_those_of_one_process_and_errors_name_the_text(recipe, monkey
         next(pieces)
 
 
+def holds_interrupts(*_):
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_an_interrupt_is_the_parents_from_the_first_moment(recipe):
+    """While a worker imports, it would print a traceback of its own."""
+    assert list(run_on(TWO, recipe, holds_interrupts, [1, 2])) == [True, True]
+    assert not holds_interrupts()
+
+
 def dying(embedder, job):
     """Item 3 kills its worker: once, if `job` names a file that tells whether it has."""
     item, flag = job

@@ -41,7 +41,10 @@ CONFIG_FILE = "kvembed.json"
 TRANSFORM_FILE = "kvembed.safetensors"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 # What transformers would read beside what is written now: other weights, an adapter on top, another's tokens.
-_OTHERS = ("*.index.json", "adapter_config.json", "adapter_model*", "added_tokens.json", "special_tokens_map.json")
+_OTHERS = (
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model*"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
 
 # A sentence-transformers prompt is a prefix; ours only names a role, whose template is in the config.
 PROMPTS = {"query": "query", "document": "document"}
@@ -162,7 +165,10 @@ def _check_opens(written: Path, embedder: Embedder) -> None:
     """Raises `InputError` for a folder without weights, or with a tokenizer that is opened as another."""
     if not any(path for kind in _WEIGHTS for path in written.glob(kind)):
         raise InputError("transformers writes no weights of this model")
-    tokenizer = AutoTokenizer.from_pretrained(written)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(written)
+    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise InputError(f"transformers can't open the tokenizer that it saved: {error}") from error
     if tokenizer_told(Prompter(tokenizer)) != tokenizer_told(Prompter(embedder.tokenizer)):
         raise InputError(
             f"transformers opens the tokenizer of a {embedder.model.config.model_type} as {type(tokenizer).__name__}, "

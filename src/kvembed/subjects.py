@@ -237,7 +237,7 @@ def tfidf_subject() -> Subject:
             raise InputError(f"TF-IDF of {len(texts)} texts, the first {texts[0]!r:.60}: {error}") from None
         words = len(vectorizer.vocabulary_)
         needed = _TFIDF_BYTES * len(texts) * words
-        if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        if hasattr(os, "sysconf") and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise InputError(
                 f"TF-IDF of {len(texts):,} texts with {words:,} different words would take {needed / 2**30:,.0f} GiB "
                 "of memory; --suite mini takes fewer texts"

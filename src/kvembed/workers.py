@@ -207,11 +207,8 @@ class _Worker:
     def _start(self) -> None:
         # Not forked: a copy of this process would have its CUDA state and its threads' locks.
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the process inherits
-        try:
+        with _interrupts_held():
             self._process = self._pool.submit(_begin, self._threads)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._pool.submit(_open, self._recipe, self._device)
 
     def submit(self, work: Callable[[Embedder, Any], Any], item: Any) -> Future[Any]:
@@ -247,6 +244,19 @@ def _begin(threads: int) -> int:
     quiet()
     torch.set_num_threads(threads)
     return os.getpid()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """A process that is started meanwhile never sees Ctrl-C, not even while it imports, before `_begin`."""
+    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _open(recipe: Recipe, device: str) -> None:
