@@ -103,6 +103,24 @@ def test_a_soft_cap_is_left_to_the_models_own_function_and_the_bias_added_after_
     torch.testing.assert_close(beta.double(), logits.softmax(-1)[..., 0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "granite_swa"])
+def test_what_a_sink_takes_is_not_the_slots(model_type):
+    """gpt_oss has its sinks among the weights that its function returns, granite_swa scales what comes out."""
+    module = tiny(model_type).model.layers[0].self_attn
+    query, key, value = random_qkv(0, 2, 4, 2, 6, 12)
+    slot_key, slot_value = key[:, :, -1], value[:, :, -1]
+    mask = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), LOWEST)
+    module.sinks.data = torch.linspace(-1, 2, 4)
+    kwargs, slot_mask = {"s_aux": module.sinks}, torch.full((2, 1, 6), 1.0)
+    _, beta = delegated(module, kwargs, query, key, value, slot_key, slot_value, mask, slot_mask, 0.3, True)
+    k = torch.cat([slot_key[:, :, None], key], 2).repeat_interleave(2, 1).double()
+    logits = query.double() @ k.transpose(2, 3) * 0.3
+    logits[..., 0] += 1.0
+    logits[..., 1:] = logits[..., 1:].masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    sinks = module.sinks.double().view(1, 4, 1, 1).expand(2, 4, 6, 1)
+    torch.testing.assert_close(beta.double(), torch.cat([logits, sinks], -1).softmax(-1)[..., 0], atol=1e-5, rtol=0)
+
+
 def reroute(backbone, lengths, layers=(1, 3), **options):
     return Reroute(frozenset(layers), backbone.layer_calls, torch.as_tensor(lengths) - 1, **options)
 

@@ -406,9 +406,17 @@ def delegated(
     if kwargs.get("position_bias") is not None:
         # 0 for the slot, which has no relative position
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (1, 0))
-    out, weights = eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)  # (B,n,Hq,Dv)
-    beta = weights[..., 0].float() if want_beta and weights is not None else None
-    return out.transpose(1, 2), beta
+
+    def attend(value: Tensor) -> Tensor:
+        return eager_function(module)(module, query, key, value, mask, scaling=scale, **kwargs)[0]  # (B,n,Hq,Dv)
+
+    out = attend(value).transpose(1, 2)
+    if not want_beta:
+        return out, None
+    # What comes of values that are 1 in the slot and 0 elsewhere: the weights that functions return may lack the sinks.
+    slot_alone = torch.zeros_like(value)
+    slot_alone[:, :, 0] = 1.0
+    return out, attend(slot_alone)[..., 0].transpose(1, 2).float()
 
 
 def unmasked(
