@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from kvembed import Embedder, InputError, ModelNotFound
 from kvembed import evaluate as module
 from kvembed.evaluate import evaluate
+from kvembed.mteb_encoder import MtebEncoder
 from kvembed.results import Result, read_results
 from kvembed.subjects import at_limits, embedder_subject, sentence_transformer_subject, tfidf_subject
 from kvembed.tasks import Task
@@ -103,6 +104,22 @@ def test_another_model_under_the_same_name_is_another_result(subject, tokenizer,
     (first,), (second,) = run(subject, STS, results=tmp_path), run(other, STS, results=tmp_path)
     assert first.score != second.score
     assert len(read_results(tmp_path)) == 2
+
+
+def test_a_model_that_changed_is_another(tokenizer, tmp_path):
+    """Its weights are its owner's: nothing is scored, or kept, as what they were before."""
+    model = tiny()
+    embedder = Embedder.from_model(model, tokenizer, method="mean")
+    asked_before = embedder.fingerprint()
+    (before,) = run(embedder_subject(embedder, "m"), STS, results=tmp_path)
+    with torch.no_grad():
+        for weight in model.model.layers.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    (after,) = run(embedder_subject(embedder, "m"), STS, results=tmp_path)
+    (fresh,) = run(embedder_subject(Embedder.from_model(model, tokenizer, method="mean"), "m"), STS)
+    assert after.identity == fresh.identity != before.identity
+    assert after.score == fresh.score != before.score
+    assert MtebEncoder(embedder).mteb_model_meta.revision == embedder.fingerprint(anew=True) != asked_before
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "x" * 300])

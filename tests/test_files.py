@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,8 @@ def test_csv_of_old_line_ends(tmp_path):
         ("x.csv", b"id,text\n1\n", r"x\.csv, line 2: no value in column 'text'"),
         ("x.csv", b'text\n"open\n', r"x\.csv, line \d: not CSV"),
         ("x.csv", b"id,text\n1,a,\n2,Hello, world\n", r"x\.csv, line 3: 3 values for 2 columns; .* in quotes"),
-        ("x.parquet", b"PAR1 not really", r"x\.parquet: not Parquet"),
-        ("x.parquet", b"", r"x\.parquet: not Parquet"),
+        ("x.parquet", b"PAR1 not really", r"x\.parquet: can't be read as Parquet"),
+        ("x.parquet", b"", r"x\.parquet: can't be read as Parquet"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
@@ -115,6 +116,15 @@ def test_a_parquet_column_that_is_not_text(tmp_path):
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "x.parquet")
     with pytest.raises(InputError, match="row 2: column 'text' holds null"):
         read_texts([tmp_path / "x.parquet"])
+
+
+def test_a_parquet_column_with_dates_that_python_does_not_reach(tmp_path):
+    """As what stands for "never": 9999-12-31 23:59 in UTC is the year 10000 in Tokyo."""
+    until = pa.array([0, 253402300799], pa.timestamp("s", "Asia/Tokyo"))
+    pq.write_table(pa.table({"text": ["a", "b"], "n": [1, 2], "until": until}), tmp_path / "x.parquet")
+    rows = list(read_rows(tmp_path / "x.parquet", others=True))
+    assert [row.others["n"] for row in rows] == [1, 2]
+    assert [str(row.others["until"])[:10] for row in rows] == ["1970-01-01", "10000-01-0"]
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -271,14 +281,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, encoded, 
         ("x", "can't write a file without an ending"),
         ("gone/x.npy", "the folder .*gone does not exist"),
         ("folder.npy", "is a folder"),
+        ("pipe.npy", "is a pipe or a device"),
     ],
 )
 def test_outputs_that_cannot_be(tmp_path, path, message):
     (tmp_path / "folder.npy").mkdir()
+    os.mkfifo(tmp_path / "pipe.npy")
     with pytest.raises(InputError, match=message):
         check_output(tmp_path / path)
     check_output(None)
     check_output(Path("-"))
+
+
+@pytest.mark.parametrize("stem", [249 * "a", 83 * "長"])
+def test_an_output_with_the_longest_name_that_can_be(tmp_path, encoded, stem):
+    write_vectors([encoded], tmp_path / f"{stem}.jsonl")
+    assert [path.stem for path in tmp_path.iterdir()] == [stem]
 
 
 def test_a_missing_extra_says_the_pip_line():

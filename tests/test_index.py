@@ -15,6 +15,7 @@ import textwrap
 import time
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,6 +245,19 @@ def test_a_column_that_widens(embedder, tmp_path):
     assert [hit.text for hit in index.search("c", mode="text", where="n = 'three'")] == ["c"]
 
 
+def test_a_column_that_widens_while_another_comes(embedder, tmp_path):
+    index, _ = made(embedder, tmp_path, jsonl(tmp_path / "x.jsonl", [{"text": "a", "n": 1}]))
+    index.update(Corpus([jsonl(tmp_path / "y.jsonl", [{"text": "b", "n": "two", "lang": "en"}])]))
+    assert [(row["n"], row["lang"]) for row in rows_of(index)] == [("1", None), ("two", "en")]
+
+
+def test_a_column_that_widens_while_two_paths_share_a_document(embedder, tmp_path):
+    shared = {"text": "a", "n": 1}
+    index, _ = made(embedder, tmp_path, jsonl(tmp_path / "x.jsonl", [shared]))
+    index.update(Corpus([jsonl(tmp_path / "y.jsonl", [shared, {"text": "b", "n": "two"}])]))
+    assert [(row["text"], row["n"]) for row in rows_of(index)] == [("a", "1"), ("b", "two")]
+
+
 def test_a_number_that_becomes_text_is_as_its_file_has_it(embedder, tmp_path):
     """Also where the file is not among those that are read when the column widens."""
     one, other, source = tmp_path / "a.csv", tmp_path / "b.csv", jsonl(tmp_path / "c.jsonl", [{"text": "c"}])
@@ -282,6 +296,26 @@ WORDS = [
     "a\u2028b \0 c'd\"",
     "snake_case",
 ]
+
+
+def test_long_words(embedder, tmp_path, monkeypatch):
+    """LanceDB leaves out those of 40 bytes and more; an index that was made so is mended by the next update."""
+    words = ["достопримечательность", "საქართველოსათვის", 32 * "c0", "Rindfleischetikettierungsüberwachung" * 2]
+    corpus = Corpus([jsonl(tmp_path / "x.jsonl", [{"text": f"{word} und mehr"} for word in words])])
+    importing = indexing.import_extra
+
+    def with_its_limit(name, extra):
+        if name != "lancedb.index":
+            return importing(name, extra)
+        return SimpleNamespace(FTS=lambda **options: importing(name, extra).FTS(**options | {"max_token_length": 40}))
+
+    index = Index.create(tmp_path / "db", embedder, model="tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "import_extra", with_its_limit)
+        index.update(corpus)
+    assert [len(index.search(word, mode="text")) for word in words] == [0, 0, 0, 0]
+    assert index.update(corpus).changed == 0
+    assert [len(index.search(word, mode="text")) for word in words] == [1, 1, 1, 1]
 
 
 def test_every_script(embedder, tmp_path):

@@ -154,7 +154,7 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path, change):
         ("x.txt", "a\n", "id", "lines of text have no field 'id'"),
         ("x.jsonl", "\n", None, r"x\.jsonl: no texts in it"),
         ("x.csv", "other\n", None, r"x\.csv: no column 'text'"),
-        ("x.parquet", "PAR1", None, r"x\.parquet: not Parquet"),
+        ("x.parquet", "PAR1", None, r"x\.parquet: can't be read as Parquet"),
     ],
 )
 def test_bad_rows_are_told_before_the_work(tmp_path, name, content, id_field, message):

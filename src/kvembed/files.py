@@ -63,9 +63,11 @@ def naming(place: object) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises `InputError` for a folder, or a file in a folder that does not exist or can't be written to."""
+    """Raises `InputError` for a folder, a pipe or device, or a file in a folder that is not there or can't be written."""
     if os.path.isdir(path):  # Path's own raises for a name that is too long
         raise InputError(f"{path}: is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):  # a file would take its place
+        raise InputError(f"{path}: is a pipe or a device, not a file")
     if not os.path.isdir(path.parent):
         raise InputError(f"{path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
@@ -84,7 +86,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     A file that is there before hands its permissions on; of a link, it is what it leads to.
     """
     path = Path(os.path.realpath(path))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.")  # with a long name: too long
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

@@ -155,7 +155,7 @@ class _Writer:
         """Whether a document is to be written. Raises `InputError` if the index has its id from a path not given."""
         if known is None or self._corpus.holds(known.file) or not os.path.lexists(known.file):
             return known != place
-        check_same(key, place, known)
+        check_same(key, place, known._replace(content=known.content.rstrip(_OUTDATED)))
         return False  # it stays with the path that it first came from
 
     def _opened(self, language: str | None) -> tuple[Table, dict[str, Kind]]:
@@ -176,7 +176,7 @@ class _Writer:
             elif new := self._schema({name: kind for name, kind in kinds.items() if name not in had}).names[len(own) :]:
                 table.add_columns(arrow.schema([self._schema(kinds).field(name) for name in new]))
         language = (language or before or "English").title()
-        if _language_of(table) != language:
+        if _language_of(table) != language or _leaves_out_long_words(table):
             self._index_words(table, language)
         return table, kinds
 
@@ -200,7 +200,8 @@ class _Writer:
         It has no full-text index yet: should that never be made, the next run knows its language all the same.
         """
         schema = self._schema(kinds).with_metadata({_LANGUAGE: language or ""})
-        strings = [x.name for x in schema if x.type == "string" and table.schema.field(x.name).type != "string"]
+        before = {x.name: x.type for x in table.schema}
+        strings = [x.name for x in schema if x.type == "string" and before.get(x.name, x.type) != "string"]
 
         def column(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
             if field.name not in batch.schema.names:
@@ -208,7 +209,7 @@ class _Writer:
             if field.name == "_content" and strings:  # 1.10 was a number: to be written again, as its file has it
                 told = zip(*(batch[name].is_valid().to_pylist() for name in strings), strict=True)
                 marked = [
-                    f"{x}-" if any(some) else x for x, some in zip(batch["_content"].to_pylist(), told, strict=True)
+                    x + _OUTDATED if any(some) else x for x, some in zip(batch["_content"].to_pylist(), told, strict=True)
                 ]
                 return self._arrow.array(marked, field.type)
             if batch[field.name].type == field.type:
@@ -230,7 +231,7 @@ class _Writer:
         options = {"stem": False} if language == "None" else {"language": language}
         try:
             words = import_extra("lancedb.index", "search").FTS(
-                base_tokenizer="icu/split", remove_stop_words=False, **options
+                base_tokenizer="icu/split", remove_stop_words=False, max_token_length=None, **options
             )
             table.create_index("text", config=words, replace=True)
         except ValueError as error:
@@ -336,6 +337,7 @@ class _Writer:
 
 
 _LANGUAGE = b"kvembed.language"
+_OUTDATED = "-"  # after a document's content hash: it is to be written again
 _KINDS: dict[str, Kind] = {"bool": "bool", "int64": "int64", "double": "float64", "string": "string"}
 
 
@@ -353,3 +355,9 @@ def _language_of(table: Table) -> str | None:
         if part.index_type == "FTS":
             return str(details["language"]) if (details := part.index_details or {}).get("stem") else "None"
     return None
+
+
+def _leaves_out_long_words(table: Table) -> bool:
+    """Whether a table's full-text index was made with LanceDB's own limit: 40 bytes, some 20 letters of Cyrillic."""
+    indices = (part for part in table.list_indices() if part.index_type == "FTS")
+    return any((part.index_details or {}).get("max_token_length") is not None for part in indices)

@@ -26,8 +26,8 @@ class MtebEncoder:
 
     Args:
         embedder: ours.
-        name: the model's name in MTEB's results, which go by it, the model's fingerprint, the config's hash,
-            the dtype and the fit.
+        name: the model's name in MTEB's results, which go by it, the model's fingerprint as it is now, the
+            config's hash, the dtype and the fit.
 
     Attributes:
         mteb_model_meta: mteb's `ModelMeta`.
@@ -40,7 +40,7 @@ class MtebEncoder:
         self.mteb_model_meta = models.ModelMeta.create_empty(
             overwrites={
                 "name": f"kvembed/{name.replace('/', '--')}",
-                "revision": embedder.fingerprint(),
+                "revision": embedder.fingerprint(anew=True),
                 "embed_dim": embedder.dim,
                 "similarity_fn_name": "cosine",
                 "modalities": ["text"],

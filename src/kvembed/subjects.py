@@ -79,7 +79,7 @@ class Subject:
 
 
 def embedder_subject(embedder: Embedder, model: str) -> Subject:
-    """An `Embedder`, under the name that `model` has in tables."""
+    """An `Embedder` as its model is now, under the name that `model` has in tables."""
     import torch
 
     device = embedder.model.device.type
@@ -97,14 +97,15 @@ def embedder_subject(embedder: Embedder, model: str) -> Subject:
     def join(flat: NDArray[np.float32], role: Role) -> NDArray[np.float32]:
         return embedder.join(flat.reshape(len(flat), -1, embedder.backbone.dim), role=role)
 
-    identity = f"{embedder.fingerprint()}-{embedder.dtype}-{embedder.config.hash()}-{embedder.max_tokens}"
+    fingerprint = embedder.fingerprint(anew=True)  # or the cache would give out another's vectors
+    identity = f"{fingerprint}-{embedder.dtype}-{embedder.config.hash()}-{embedder.max_tokens}"
     fitted = {}
     views = None
     if embedder.transform is not None:
         # Another transform of the same views, or fewer of its dimensions, needs no new forward.
         from .tuning import fitted_for
 
-        views = f"{fitted_for(embedder.fingerprint(), embedder.config)}-{embedder.dtype}-{embedder.max_tokens}"
+        views = f"{fitted_for(fingerprint, embedder.config)}-{embedder.dtype}-{embedder.max_tokens}"
         if embedder.config.chunk_tokens:  # they don't bear on a fit, but on what is read
             views += f"-{embedder.config.chunk_tokens}"
         views = digest(views)

@@ -14,12 +14,15 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from .checks import check_unicode
 from .errors import InputError
 from .extras import import_extra
 from .files import naming
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = [
     "DOCUMENT_ENDINGS",
@@ -362,8 +365,8 @@ def _parquet_rows(
         for batch in table.iter_batches(1024, row_groups=groups, columns=wanted + rest) if groups else ():
             texts = batch.column(field).to_pylist()
             ids = texts if id_field is None else batch.column(id_field).to_pylist()
-            more = batch.select(rest).to_pylist() if rest else itertools.repeat({}, len(texts))
-            for text, key, fields in zip(texts, ids, more, strict=True):
+            fields_of = zip(*(_values(batch.column(column)) for column in rest), strict=True) if rest else [()] * len(texts)
+            for text, key, fields in zip(texts, ids, fields_of, strict=True):
                 at += 1
                 if at <= start.offset:
                     continue
@@ -371,11 +374,20 @@ def _parquet_rows(
                     kind = "null" if text is None else type(text).__name__
                     raise InputError(f"{name}, row {at}: column {field!r} holds {kind}, not text")
                 row_id = None if id_field is None else _id(key, f"{name}, row {at}", id_field)
-                yield Row(text, row_id, Mark(at, at), at, fields)
+                yield Row(text, row_id, Mark(at, at), at, dict(zip(rest, fields, strict=True)))
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, import_extra("pyarrow", "parquet").ArrowException) as error:
-        raise InputError(f"{name}: not Parquet ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, KeyError, OverflowError, import_extra("pyarrow", "parquet").ArrowException) as error:
+        raise InputError(f"{name}: can't be read as Parquet ({str(error).splitlines()[0]})") from None
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values for Python; as text if there are dates among them that Python does not reach."""
+    try:
+        found: list[Any] = column.to_pylist()
+    except OverflowError:
+        found = column.cast("string").to_pylist()
+    return found
 
 
 _KINDS = {
