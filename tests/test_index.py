@@ -356,8 +356,11 @@ def test_another_model_or_config_is_refused(embedder, index, tokenizer, folder, 
             Index.create(index.folder, other)
     tiny(seed=1).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"was made with other weights, or another tokenizer, than those of .*other$"):
+    with pytest.raises(InputError, match=r"with other weights, or another tokenizer, than those of .*other: name"):
         Index.open(index.folder, model=str(tmp_path / "other")).search("x")
+    words = ["index", str(tmp_path), "--db", str(index.folder), "--model", str(tmp_path / "other")]
+    asked = CliRunner().invoke(app, words)
+    assert "was made with other weights" in asked.output  # though there is nothing to embed
     moved = Index.open(index.folder, model=str(folder))
     assert moved.search("ferry") == index.search("ferry")
     file = index.folder / "kvembed-index.json"

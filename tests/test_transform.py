@@ -436,6 +436,7 @@ def test_saving_and_fitted_files(auto, tmp_path, llama, tokenizer, monkeypatch):
     )
     np.testing.assert_allclose(given_file.encode(NOTICES), auto.encode(NOTICES), atol=1e-6)
     for options, message in (
+        ({"method": "auto", "texts": ["a"] * 100}, "give one of the two"),
         ({"method": "auto", "pooling": "mean"}, "fitted for another config of auto; fit one for it"),
         ({"method": "kv", "layers": (1,)}, "method kv has no transform"),
         ({"fitted": tmp_path / "no.safetensors"}, "no such file"),

@@ -34,7 +34,7 @@ MORE: dict[str, dict[str, tuple[str, ...]]] = {
     "index": {"Index": ("create", "open", "exists", "update", "search", "search_many")},
     "indexing": {"Indexed": ()},
     "hits": {"Hit": ()},
-    "results": {"read_results": (), "mean": (), "difference": (), "Estimate": (), "Result": ()},
+    "results": {"read_results": (), "mean": (), "difference": (), "Estimate": ("sign",), "Result": ()},
     "mteb_encoder": {"MtebEncoder": (), "run_mteb": ()},
 }
 

@@ -183,6 +183,8 @@ def index(
             if layers is not None:
                 options["layers"] = parse_layers(layers)
             index.check_options(dtype=None if dtype == "auto" else dtype, fitted=fitted, **options)
+            if model is not None:
+                index.check_model()  # now: there may be no text to embed with it
         else:
             Index.check_folder(db)
         corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=there, progress=True)

@@ -164,9 +164,9 @@ class Corpus:
         if len({*self.sample}) >= LEAST_TEXTS:
             return self.sample
         logger.warning(
-            "%d documents: fewer than %d, so the transform is fitted on text that the model writes itself",
-            len(self.documents),
+            "fewer than %d documents (%d), so the transform is fitted on text that the model writes itself",
             LEAST_TEXTS,
+            len(self.documents),
         )
         return None
 

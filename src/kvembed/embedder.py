@@ -172,7 +172,8 @@ class Embedder:
             texts: unlabelled texts to choose layers by and to fit a transform on, if the method has one (100 and more;
                 up to 500 are used for it, beside self-written ones). Default: what is stored for this model, or else
                 text that the model writes itself.
-            fitted: a file with a transform (`Transform.save`, `kvembed tune -o`), instead of the stored one.
+            fitted: a file with a transform (`Transform.save`, `kvembed tune -o`), instead of the stored one; then no
+                `texts` are needed.
             compile: `torch.compile` parts of the model: seconds to half a minute more before the first vector, and
                 faster after that (docs/speed.md); for long jobs. On a CPU it needs a C++ compiler.
             progress: show bars on a terminal while layers are chosen and a transform is fitted.
@@ -192,10 +193,9 @@ class Embedder:
             config = as_saved.replace(**options)
         else:
             config = preset(method or "kv", **options)
-        transform = None
-        if fitted is not None:
-            transform = Transform.load(fitted)
-        elif as_saved is not None and as_saved.transform != "none" and config.transform != "none" and texts is None:
+        transform = _loaded(fitted, config, texts)
+        has_its_own = as_saved is not None and as_saved.transform != "none" and config.transform != "none"
+        if has_its_own and fitted is None and texts is None:
             transform = saved_transform(source)
         model, tokenizer = models.load(source, dtype=dtype, device=device)
         embedder = cls(
@@ -231,13 +231,14 @@ class Embedder:
 
         Args and errors as in `from_pretrained`; dtype and device are the model's own.
         """
+        config = preset(method, **options)
         return cls(
             model,
             tokenizer,
-            preset(method, **options),
+            config,
             batch_tokens=batch_tokens,
             texts=texts,
-            transform=None if fitted is None else Transform.load(fitted),
+            transform=_loaded(fitted, config, texts),
             progress=progress,
         )
 
@@ -631,6 +632,17 @@ def _vectors(given: Any) -> NDArray[np.float32]:
     if kind == np.uint8:
         raise InputError("binary vectors are compared by Hamming distance, bit by bit; cosine needs `dequantize` first")
     return found
+
+
+def _loaded(
+    fitted: str | os.PathLike[str] | None, config: EmbedConfig, texts: Sequence[str] | None
+) -> Transform | None:
+    """The transform in a file, if one is given. Raises `InputError` if there are texts too, which none would use."""
+    if fitted is None:
+        return None
+    if texts is not None and config.transform != "none" and config.layers is not None:
+        raise InputError("texts are to fit a transform on, and fitted is one that is made: give one of the two")
+    return Transform.load(fitted)
 
 
 def _from_zero(layer: int | None, depth: int) -> int | None:

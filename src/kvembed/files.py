@@ -63,7 +63,7 @@ def naming(place: object) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises `InputError` for a folder, a pipe or device, or a file in a folder that is not there or can't be written."""
+    """Raises `InputError` for a folder, pipe or device, or a file in a folder that isn't there or can't be written."""
     if os.path.isdir(path):  # Path's own raises for a name that is too long
         raise InputError(f"{path}: is a folder")
     if os.path.exists(path) and not os.path.isfile(path):  # a file would take its place

@@ -220,6 +220,10 @@ class Index:
             if path not in kept.values():
                 path.unlink()
 
+    def check_model(self) -> None:
+        """Load the model, if it isn't. Raises as `embedder`."""
+        _ = self.embedder
+
     @functools.cached_property
     def embedder(self) -> Embedder:
         """The model and config that made the index, loaded when first needed.
@@ -240,11 +244,14 @@ class Index:
         transform = None
         if stored["transform"] is not None:
             transform = Transform.load(self.transform_file)
-        another = f"{self.folder} was made with other weights, or another tokenizer, than those of {self.model}"
+        another = (
+            f"{self.folder} was made with other weights, or another tokenizer, than those of {self.model}: name the "
+            "model that made it, or embed everything anew with this one (kvembed index --refit)"
+        )
         try:
             embedder = Embedder(model, tokenizer, self.config, batch_tokens=self._batch_tokens, transform=transform)
         except InputError as error:  # what was right for the model that made the index
-            raise InputError(f"{another}: {error}") from None
+            raise InputError(another) from error
         if embedder.fingerprint() != stored.get("fingerprint"):  # indexes of earlier versions have none
             raise InputError(another)
         if apart := first_difference(stored, identity(embedder, anew=False)):

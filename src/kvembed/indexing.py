@@ -209,7 +209,8 @@ class _Writer:
             if field.name == "_content" and strings:  # 1.10 was a number: to be written again, as its file has it
                 told = zip(*(batch[name].is_valid().to_pylist() for name in strings), strict=True)
                 marked = [
-                    x + _OUTDATED if any(some) else x for x, some in zip(batch["_content"].to_pylist(), told, strict=True)
+                    x + _OUTDATED if any(some) else x
+                    for x, some in zip(batch["_content"].to_pylist(), told, strict=True)
                 ]
                 return self._arrow.array(marked, field.type)
             if batch[field.name].type == field.type:

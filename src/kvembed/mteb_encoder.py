@@ -75,7 +75,7 @@ def run_mteb(embedder: Embedder, name: str, tasks: Sequence[str], *, progress: b
         task -> main score in percent.
 
     Raises:
-        InputError: no such task.
+        InputError: no such task, or its data can't be had.
     """
     mteb = _mteb("mteb")
     try:
@@ -83,7 +83,12 @@ def run_mteb(embedder: Embedder, name: str, tasks: Sequence[str], *, progress: b
     except KeyError as error:
         known = "mteb.get_tasks() lists them"
         raise InputError(f"MTEB knows no such task: {str(error.args[0]).rstrip('.')}; {known}") from None
-    results = mteb.evaluate(MtebEncoder(embedder, name), found, co2_tracker=False, show_progress_bar=progress)
+    encoder = MtebEncoder(embedder, name)
+    try:
+        results = mteb.evaluate(encoder, found, co2_tracker=False, show_progress_bar=progress)
+    except OSError as error:  # the hub's, in many classes
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"MTEB can't get a task's data, which comes from the hub ({reason})") from error
     return {result.task_name: 100 * float(result.get_score()) for result in results.task_results}
 
 

@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,8 +138,13 @@ class Estimate:
 
 
 def mean(results: Iterable[Result]) -> Estimate:
-    """The mean score over tasks; its interval is within what the metrics can be, and holds it."""
+    """The mean score over tasks; its interval is within what the metrics can be, and holds it.
+
+    Raises:
+        InputError: more than one result of a task.
+    """
     results = list(results)
+    _check_once(results)
     found = _estimate([r.score for r in results], [r.replicates for r in results])
     least = -100.0 if all(r.kind == "sts" for r in results) else 0.0
     low, high = np.clip([found.low, found.high], least, 100).tolist()
@@ -148,8 +155,11 @@ def difference(ours: Iterable[Result], theirs: Iterable[Result]) -> Estimate:
     """Mean over tasks of ours - theirs, paired: the same bootstrap items on both sides.
 
     Raises:
-        InputError: the two are not over the same tasks and data.
+        InputError: the two are not over the same tasks and data, or have more than one result of a task.
     """
+    ours, theirs = list(ours), list(theirs)
+    for some in (ours, theirs):
+        _check_once(some)
     pairs = list(itertools.zip_longest(sorted(ours, key=_task), sorted(theirs, key=_task)))
     if not pairs or any(a is None or b is None or (a.task, a.data) != (b.task, b.data) for a, b in pairs):
         raise InputError("results of different tasks or data can't be compared")
@@ -163,6 +173,13 @@ def by_method(results: Iterable[Result]) -> dict[tuple[str, str, str], list[Resu
     for result in results:
         groups.setdefault((result.model, result.method, result.identity), []).append(result)
     return groups
+
+
+def _check_once(results: Iterable[Result]) -> None:
+    """Raises `InputError` if a task comes more than once, so that a mean would be over different configs."""
+    task, count = max(Counter(map(_task, results)).items(), key=operator.itemgetter(1), default=("", 0))
+    if count > 1:
+        raise InputError(f"{count} results of {task}: choose one of them, by method, suite or config_hash")
 
 
 def _task(result: Result) -> str:

@@ -365,7 +365,8 @@ def _parquet_rows(
         for batch in table.iter_batches(1024, row_groups=groups, columns=wanted + rest) if groups else ():
             texts = batch.column(field).to_pylist()
             ids = texts if id_field is None else batch.column(id_field).to_pylist()
-            fields_of = zip(*(_values(batch.column(column)) for column in rest), strict=True) if rest else [()] * len(texts)
+            read = [_values(batch.column(column)) for column in rest]
+            fields_of = zip(*read, strict=True) if rest else itertools.repeat((), len(texts))
             for text, key, fields in zip(texts, ids, fields_of, strict=True):
                 at += 1
                 if at <= start.offset:
