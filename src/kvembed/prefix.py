@@ -78,13 +78,12 @@ class PrefixCache:
 
     def __init__(self, compute: Callable[[Sequence[int]], Prefix], embed: Callable[[Sequence[int]], Tensor]) -> None:
         self._compute, self._embed = compute, embed
-        self._kept: dict[tuple[tuple[int, ...], Placement], _Kept] = {}
+        self._kept: dict[tuple[tuple[int, ...], Placement], _Kept | None] = {}
 
     def groups(self, prompts: Sequence[Prompt], placement: Placement) -> list[tuple[tuple[int, ...], list[int]]]:
         """Which prompts to compute together: token ids of the beginning they share, which may be none, and indices.
 
-        One among others whose beginning no other has, and none had, is as quick computed whole. One by itself is not:
-        in half precision its vector would be another the next time.
+        A single prompt is as quick computed whole, the first time.
 
         Args:
             prompts: in any order, of any templates; those with `Prompt.prefix_tokens` have a beginning.
@@ -96,7 +95,8 @@ class PrefixCache:
         alone = begun.pop((), [])
         shared = []
         for ids, some in begun.items():
-            if len(prompts) > len(some) == 1 and (ids, placement) not in self._kept:
+            if len(some) == 1 and (ids, placement) not in self._kept:
+                self._keep(ids, placement, None)
                 alone += some
             else:
                 shared.append((ids, some))
@@ -132,7 +132,7 @@ class PrefixCache:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}  # it would take a device with it to another process
 
-    def _keep(self, ids: tuple[int, ...], placement: Placement, kept: _Kept) -> None:
+    def _keep(self, ids: tuple[int, ...], placement: Placement, kept: _Kept | None) -> None:
         self._kept[ids, placement] = kept
         for oldest in list(self._kept)[:-_MOST]:  # a list at once, since other threads may add to it
             self._kept.pop(oldest, None)
