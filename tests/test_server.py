@@ -25,7 +25,7 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
-from conftest import MANY, NOTICES, ground, running
+from conftest import MANY, NOTICES, ground, running, tiny
 from hypothesis import HealthCheck, given, settings
 from prometheus_client import CollectorRegistry
 from schemathesis import GenerationMode
@@ -38,7 +38,7 @@ from schemathesis.specs.openapi.checks import (
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from kvembed import Embedder, InputError
+from kvembed import EmbedConfig, Embedder, InputError
 from kvembed.cli import app as cli
 from kvembed.gate import Gate, JsonLines
 from kvembed.server import api_keys, create_app, listen_at, serve
@@ -454,6 +454,17 @@ def test_a_client_that_goes_takes_its_texts_with_it(server, log):
         connection.sendall(head + body[:5])
     until(lambda: len([line for line in log if '"ms"' in line]) >= 3)
     assert {json.loads(line)["status"] for line in log} <= {200, 400, 499}
+
+
+def test_the_first_answer_is_as_later_ones(tokenizer):
+    """In half precision a text whose template's beginning is computed with it has another vector than after that."""
+    template = "A committee approved the budget: finance. A jockey riding a horse: sport. {text}:"
+    config = EmbedConfig(document=template, query=f"Also: {template}", pooling="last")
+    embedder = Embedder(tiny().bfloat16(), tokenizer, config)
+    create_app(embedder, ["tiny"])
+    for role in ("document", "query"):
+        first, second = (embedder.encode(["ferries leave at nine"], role=role) for _ in range(2))
+        np.testing.assert_array_equal(first, second)
 
 
 def test_a_full_queue_is_429_with_the_time_to_come_back(start, embedder):

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,10 @@ class Service:
             packed=embedder.backbone.packs,
             is_fatal=is_device_lost,
         )
+        # What the first texts would wait for: trials, kernels, the beginning that a role's texts share. Two, since one
+        # alone is computed whole the first time, which in half precision gives it another vector than later.
+        for role in get_args(Role):
+            embedder.encode(["first", "second"], role=role)
         self.readers = ThreadPoolExecutor(2, "kvembed-tokenizing")
         self._expected_tokens = 0  # of requests that are being read
         self._texts = Counter("kvembed_texts", "Texts embedded.", registry=registry)
