@@ -167,7 +167,9 @@ class _Writer:
             table = index.connection.create_table(index.name, schema=self._schema(kinds))
         else:
             table = index.table
-            before = _language_of(table) or (table.schema.metadata or {}).get(_LANGUAGE, b"").decode() or None
+            before = (
+                _language_of(_words_of(table)) or (table.schema.metadata or {}).get(_LANGUAGE, b"").decode() or None
+            )
             own = self._schema({}).names
             had: dict[str, Kind] = {x.name: _KINDS[str(x.type)] for x in table.schema if x.name not in own}
             kinds = had | {name: joint_kind(had.get(name, kind), kind) for name, kind in wanted.items()}
@@ -176,7 +178,9 @@ class _Writer:
             elif new := self._schema({name: kind for name, kind in kinds.items() if name not in had}).names[len(own) :]:
                 table.add_columns(arrow.schema([self._schema(kinds).field(name) for name in new]))
         language = (language or before or "English").title()
-        if _language_of(table) != language or _leaves_out_long_words(table):
+        words = _words_of(table)
+        # LanceDB's own limit leaves out words of 40 bytes, some 20 letters of Cyrillic; older indexes have it.
+        if words is None or _language_of(words) != language or words.get("max_token_length") is not None:
             self._index_words(table, language)
         return table, kinds
 
@@ -350,15 +354,13 @@ def _quoted(hashes: Iterable[str]) -> str:
     return ",".join(f"'{digest}'" for digest in hashes)  # hex digits: nothing in them needs care
 
 
-def _language_of(table: Table) -> str | None:
-    """The language that a table's full-text index was made for; None if there is no such index."""
-    for part in table.list_indices():
-        if part.index_type == "FTS":
-            return str(details["language"]) if (details := part.index_details or {}).get("stem") else "None"
-    return None
+def _words_of(table: Table) -> dict[str, Any] | None:
+    """How a table's full-text index was made; None if there is no such index."""
+    return next((part.index_details or {} for part in table.list_indices() if part.index_type == "FTS"), None)
 
 
-def _leaves_out_long_words(table: Table) -> bool:
-    """Whether a table's full-text index was made with LanceDB's own limit: 40 bytes, some 20 letters of Cyrillic."""
-    indices = (part for part in table.list_indices() if part.index_type == "FTS")
-    return any((part.index_details or {}).get("max_token_length") is not None for part in indices)
+def _language_of(words: dict[str, Any] | None) -> str | None:
+    """The language that a full-text index was made for."""
+    if words is None:
+        return None
+    return str(words["language"]) if words.get("stem") else "None"
