@@ -61,6 +61,7 @@ def runner(tmp_path, tiny_folder, real, loaded, monkeypatch):
     """Runs blocks in a folder that has what the pages speak of."""
     home = tmp_path / "home"
     (home / "corpus").mkdir(parents=True)
+    (home / "notices.txt").write_text("\n".join(NOTICES) + "\n")
     (home / "notes.txt").write_text("\n".join(NOTICES[:12]) + "\n")
     texts = [f"{a.split()[-2]} {a.split()[-1]} {b.split()[-1]}" for a in NOTICES[:12] for b in NOTICES[12:22]]
     (home / "my-texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -7,7 +7,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-_LINKED = ("examples/*.py", "src/kvembed/lancedb_function.py")
+_LINKED = ("examples/*.py", "examples/notices.txt", "src/kvembed/lancedb_function.py")
 
 
 def on_files(files: Files, config: Any) -> Files:
