@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 
 from kvembed import EmbedConfig, Embedder, InputError, KvembedError, UnsupportedModel
 from kvembed.files import default_file_mode
+from kvembed.longrope import alone
+from kvembed.quantize import unit
+from kvembed.self_written import write_texts
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +364,26 @@ def test_threads_on_one_longrope_model(tokenizer):
         sys.setswitchinterval(switching)
 
 
+def test_no_forward_of_a_longrope_model_overlaps_another(tokenizer, monkeypatch):
+    """What probes, tries or samples writes its angles, too."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 40
+    model = tiny("phi3", rope_parameters=rope, sliding_window=None, original_max_position_embeddings=40)
+    held = []
+
+    def note(*_):
+        lock = alone(model.model)
+        held.append(isinstance(lock, type(threading.Lock())) and lock.locked())
+
+    model.model.register_forward_pre_hook(note)
+    embedder = Embedder.from_model(model, tokenizer, method="kv", layers=[1], slot_position="first")
+    embedder.encode(["a"])
+    write_texts(model, tokenizer, count=5, batch=10)
+    assert len(held) > 8
+    assert all(held)
+    assert not alone(model.model).locked()
+
+
 def test_dropout_that_joined_later_counts_as_training(tokenizer):
     """An adapter's, added after `eval`; other parts that came then do no harm."""
     model = tiny()
@@ -656,6 +679,45 @@ def test_the_default_dtype_does_not_matter(llama, tokenizer, dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_roles_of_unlike_numbers_of_templates(llama, tokenizer):
+    embedder = Embedder.from_model(llama, tokenizer, method="mean", query=("a {text}", "b {text}"))
+    alone = [Embedder.from_model(llama, tokenizer, method="mean", query=one) for one in embedder.config.query]
+    views = np.stack([embedder.encode_views(NOTICES, role="query").vectors[:, place] for place in (0, 1)])
+    for one, read in zip(alone, views, strict=True):
+        np.testing.assert_allclose(one.encode_views(NOTICES, role="query").vectors[:, 0], read, atol=1e-4)
+    np.testing.assert_allclose(embedder.encode_query(NOTICES), unit(views.mean(0)), atol=1e-6)
+    assert embedder.encode_document(NOTICES).shape == (len(NOTICES), 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "kv", "output_layer": 99}, "output_layer is 99"),
+        ({"method": "kv", "max_tokens": 3}, "max_tokens is 3, but the template alone takes"),
+        ({"method": "kv", "max_tokens": 5000}, "the model takes at most 1024"),
+        ({"method": "token-prepending", "layers": None, "prepend_layers": [9]}, "prepend_layers go up to 9"),
+        ({"method": "static", "dim": 49}, "dim is 49, but the transform gives 48 at most"),
+        ({"method": "auto", "layers": None, "dim": 4000}, "dim is 4000, but the transform gives 48 at most"),
+    ],
+)
+def test_a_bad_option_is_told_before_minutes_of_work(llama, tokenizer, monkeypatch, options, message):
+    monkeypatch.setattr("kvembed.self_written.write_texts", lambda *_, **__: pytest.fail("it writes texts"))
+    with pytest.raises(InputError, match=message):
+        Embedder.from_model(llama, tokenizer, **options)
+
+
+def test_where_no_layer_is_run_none_is_chosen(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr("kvembed.embedder.choose_layers", lambda *_, **__: pytest.fail("it chooses layers"))
+    assert Embedder.from_model(llama, tokenizer, method="static", layers=None).config.layers == ()
+
+
+def test_to_explain_without_a_slot_takes_no_forward(tokenizer):
+    model = tiny()
+    embedder = Embedder.from_model(model, tokenizer, method="mean")
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("it runs"))
+    assert embedder.explain("a").beta == {}
 
 
 @pytest.mark.parametrize("long", ["document", "query"])

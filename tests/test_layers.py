@@ -246,6 +246,13 @@ def test_calibration_keeps_to_the_models_length(tokenizer):
     assert Embedder.from_model(model, tokenizer, texts=texts).config.layers
 
 
+def test_a_long_template_leaves_room_for_calibration_texts(tokenizer):
+    model = tiny(max_position_embeddings=2048)
+    template = f"{NOTICES[0]} " * 30 + "{text} in one word:"
+    assert len(tokenizer(template)["input_ids"]) > 600
+    assert Embedder.from_model(model, tokenizer, texts=NOTICES, document=template, query=template).config.layers
+
+
 def test_texts_that_cannot_be_stored_or_read_are_no_obstacle(tokenizer, llama, monkeypatch, tmp_path, caplog):
     from kvembed.self_written import write_texts
 

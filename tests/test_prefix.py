@@ -194,11 +194,15 @@ def test_limits_and_counts_are_without_what_is_shared(llama, tokenizer):
     assert rerouted.encode_with_report(["a"]).token_counts.tolist() == [len(short.ids)]
 
 
-def test_the_models_own_limit_holds_for_all_of_a_prompt(tokenizer):
+def test_the_models_own_limit_holds_for_all_of_a_prompt(tokenizer, caplog):
     config = EmbedConfig(document=EXAMPLES, query=EXAMPLES, pooling="last")
-    (prompt,) = Embedder(tiny(max_position_embeddings=200), tokenizer, config).prompts(["word " * 400])[0]
+    embedder = Embedder(tiny(max_position_embeddings=200), tokenizer, config)
+    (prompt,) = embedder.prompts(["word " * 400])[0]
     assert 190 < len(prompt.ids) <= 200
     assert prompt.tokens_cut
+    assert embedder.max_tokens == 200 - prompt.prefix_tokens  # what messages and servers name
+    embedder.encode(["word " * 400])
+    assert f"1 of 1 texts were cut to {embedder.max_tokens} tokens" in caplog.text
     with pytest.raises(InputError, match="the template alone takes more than the 40 tokens"):
         Embedder(tiny(max_position_embeddings=40), tokenizer, config).encode(["a"])
 

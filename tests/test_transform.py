@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_files(tmp_path):
     renamed = [whole.replace(b"rotate", b"rotten"), whole.replace(b"mean.query", b"mean.quest")]
     broken = bytearray(whole)
     broken[-8:] = b"\xff" * 8  # two numbers that are none
-    for content in (b"", b"{}", whole[:-9], *renamed, bytes(broken)):
+    dataclasses.replace(transform, info=["a list"]).save(tmp_path / "listed")
+    for content in (b"", b"{}", whole[:-9], *renamed, bytes(broken), (tmp_path / "listed").read_bytes()):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(InputError, match="bad is not a transform of kvembed"):
             Transform.load(tmp_path / "bad")
@@ -431,6 +433,11 @@ def test_saving_and_fitted_files(auto, tmp_path, llama, tokenizer, monkeypatch):
     again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32")
     np.testing.assert_allclose(again.encode(NOTICES), auto.encode(NOTICES), atol=1e-6)
     assert Embedder.from_pretrained(tmp_path / "saved", dim=5).dim == 5
+    shutil.copytree(tmp_path / "saved", tmp_path / "torn")
+    (tmp_path / "torn" / "kvembed.safetensors").unlink()
+    with pytest.raises(InputError, match=r"torn: kvembed\.safetensors is missing"):
+        Embedder.from_pretrained(tmp_path / "torn")
+    assert Embedder.from_pretrained(tmp_path / "torn", fitted=tmp_path / "t.safetensors").transform is not None
     given_file = Embedder.from_pretrained(
         tmp_path / "saved", method="auto", fitted=tmp_path / "t.safetensors", dtype="float32"
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ from .attention_interface import attending, stock_attention, unfit
 from .config import EmbedConfig
 from .errors import InputError, UnsupportedModel
 from .hooks import in_this_thread, keeping_rotations, read_output
+from .longrope import alone, rope_border
 from .packing import Packed, pack
 from .prefix import Prefix
 from .probe import input_device, probe, refuse
@@ -47,8 +46,8 @@ class Backbone:
         dim: width of a state.
         max_tokens: the longest input by its configuration, or None if that says nothing.
         rerouting: makes what re-routes; controls put a subclass in its place.
-        rope_border: LongRoPE turns all of a batch by other angles once its longest text is longer than this; such texts
-            must not share a batch with shorter ones. None for every other rotary embedding.
+        rope_border: texts of more tokens must not share a batch with shorter ones (see `kvembed.longrope`). None: all
+            may.
 
     Raises:
         UnsupportedModel: with the model's type and the reason.
@@ -69,11 +68,7 @@ class Backbone:
         names = ("max_position_embeddings", "n_positions", "max_target_positions")
         limit = next(filter(None, (getattr(config, name, None) for name in names)), None)
         self.max_tokens: int | None = limit if isinstance(limit, int) and limit > 0 else None
-        rope = getattr(config, "rope_parameters", None) or {}
-        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
-        self.rope_border: int | None = next(
-            (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"), None
-        )
+        self.rope_border = rope_border(self.decoder)
 
     @property
     def device(self) -> torch.device:
@@ -201,13 +196,9 @@ class Backbone:
             layers.append((key[0], value[0]))
             return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
-        with torch.autocast(self.device.type, enabled=False), attending(self.decoder, keep), self._by_itself():
+        with torch.autocast(self.device.type, enabled=False), attending(self.decoder, keep), alone(self.decoder):
             self.decoder(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         return Prefix(len(ids), layers)
-
-    def _by_itself(self) -> contextlib.AbstractContextManager[Any]:
-        """LongRoPE writes a batch's angles into the model itself: its forwards must not overlap, whoever's they are."""
-        return contextlib.nullcontext() if self.rope_border is None else _lock_of(self.decoder)
 
     def embedded(self, ids: Sequence[int]) -> Tensor:
         """What goes into the first layer for some tokens, (n,D): the model's own embeddings of them."""
@@ -283,7 +274,7 @@ class Backbone:
             if config.output_layer is not None:
                 stop = _stop if betas is None else kept.append
                 stack.enter_context(self.observing({config.output_layer: stop}))
-            stack.enter_context(self._by_itself())
+            stack.enter_context(alone(self.decoder))
             try:
                 output = self.decoder(**inputs, use_cache=False)
                 states = kept[0] if kept else output[0]
@@ -388,16 +379,6 @@ class Backbone:
         for layer in self.layers:
             for part in layer.children():
                 part.compile(dynamic=True)
-
-
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
-_MAKING = threading.Lock()
-
-
-def _lock_of(decoder: nn.Module) -> threading.Lock:
-    """One for all who use it."""
-    with _MAKING:
-        return _LOCKS.setdefault(decoder, threading.Lock())
 
 
 class _Reached(Exception):

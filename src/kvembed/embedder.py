@@ -32,9 +32,9 @@ from .prefix import can_share_prefix, shared_prefix
 from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import unit
 from .reading import Reader, refuse_training
-from .saved import save_embedder, save_st_files, saved_config, saved_transform
+from .saved import TRANSFORM_FILE, save_embedder, save_st_files, saved_config, saved_transform
 from .self_written import generated_texts
-from .transform import Transform
+from .transform import Transform, most_columns
 from .tuning import FIT_TOKENS, choose_transform, fitted_for, warn_of_refit
 from .vectors import Encoded
 
@@ -85,6 +85,8 @@ class Embedder:
         refuse_training(model)
         texts = None if texts is None else _listed(texts)
         check_texts(texts or ())
+        if transform is not None and config.transform == "none":
+            raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
         self.model = model
         self.tokenizer = tokenizer
         self.backbone = Backbone(model)
@@ -95,6 +97,34 @@ class Embedder:
                 limit = tokenizer.model_max_length
         self._limit = limit or UNLIMITED
         self._prompter = Prompter(tokenizer, self._limit)
+        # All that can be wrong is told before layers are chosen and a transform is fitted, which may take minutes.
+        depth = len(self.backbone.layers)
+        changed = self.backbone.changed_layers(config)
+        if config.prepend_layers or any(one.output_layer is not None for one in config.readouts):
+            self.backbone.check_readable()
+        if any(one.pooling == "static" for one in config.readouts):
+            self.backbone.check_static()
+        if config.prepend_layers and config.prepend_layers[-1] >= depth:
+            raise InputError(f"prepend_layers go up to {config.prepend_layers[-1]}; the last layer is {depth - 1}")
+        self._config = config = config.replace(
+            layers=None if config.layers is None and config.forward_passes else changed,
+            output_layer=_from_zero(config.output_layer, depth),
+            more_readouts=tuple(
+                dataclasses.replace(part, output_layer=_from_zero(part.output_layer, depth))
+                for part in config.more_readouts
+            ),
+        )
+        if config.max_tokens and limit and config.max_tokens > limit and not config.chunk_tokens:
+            raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
+        self._prefixes: dict[str, int] = {}  # template -> tokens of the prefix that its texts share
+        self._max_tokens = config.max_tokens or limit or UNLIMITED
+        for role in get_args(Role):
+            self._prompts(["a"], role, self._max_tokens)  # templates leave room for a text
+            if limit:
+                mosts = (self._most(each, self._max_tokens, config.chunk_tokens) for each in config.templates(role))
+                self._max_tokens = min(mosts)
+        _check_dim(config, most_columns(len(config.views), self.backbone.dim))
+        self._texts = texts
         if config.layers is None:
             profile = choose_layers(
                 self.fingerprint(),
@@ -107,39 +137,14 @@ class Embedder:
                 batch_tokens=self.batch_tokens,
                 progress=progress,
             )
-            config = config.replace(layers=profile.layers)
-        depth = len(self.backbone.layers)
-        config = config.replace(layers=self.backbone.changed_layers(config))
-        if config.prepend_layers or any(one.output_layer is not None for one in config.readouts):
-            self.backbone.check_readable()
-        if any(one.pooling == "static" for one in config.readouts):
-            self.backbone.check_static()
-        if config.prepend_layers and config.prepend_layers[-1] >= depth:
-            raise InputError(f"prepend_layers go up to {config.prepend_layers[-1]}; the last layer is {depth - 1}")
-        self._config = config = config.replace(
-            output_layer=_from_zero(config.output_layer, depth),
-            more_readouts=tuple(
-                dataclasses.replace(part, output_layer=_from_zero(part.output_layer, depth))
-                for part in config.more_readouts
-            ),
-        )
-        if config.max_tokens and limit and config.max_tokens > limit and not config.chunk_tokens:
-            raise InputError(f"max_tokens is {config.max_tokens}, but the model takes at most {limit}")
-        self._max_tokens = config.max_tokens or limit or UNLIMITED
-        self._prefixes: dict[str, int] = {}  # template -> tokens of the prefix that its texts share
-        self._texts = texts
+            self._config = config = config.replace(layers=profile.layers)
         self._reader = Reader(self.backbone, config, self._prompter.size)
-        for role in get_args(Role):  # templates that leave no room for any text are told now, not at the first text
-            self._prompts(["a"], role, self._max_tokens)
         self.transform: Transform | None = None
-        if transform is not None and config.transform == "none":
-            raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
         if config.transform != "none":
             if transform is not None and rebind and transform.info.get("fingerprint") != self.fingerprint():
                 transform = transform.bound_to(self.fingerprint())
             self.transform = self._fitted(transform, refit, progress)
-            if config.dim and config.dim > self.transform.dim:
-                raise InputError(f"dim is {config.dim}, but the transform gives {self.transform.dim} at most")
+            _check_dim(config, self.transform.dim)
 
     @classmethod
     def from_pretrained(
@@ -197,6 +202,10 @@ class Embedder:
         has_its_own = as_saved is not None and as_saved.transform != "none" and config.transform != "none"
         if has_its_own and fitted is None and texts is None:
             transform = saved_transform(source)
+            if transform is None and method is None:  # another fit would make other vectors
+                raise InputError(
+                    f"{source}: {TRANSFORM_FILE} is missing, its fit: give fitted=..., texts=... or method=..."
+                )
         model, tokenizer = models.load(source, dtype=dtype, device=device)
         embedder = cls(
             model,
@@ -285,8 +294,9 @@ class Embedder:
 
     @property
     def max_tokens(self) -> int:
-        """The longest prompt in tokens, without a beginning that texts share: the config's, or else the model's own
-        limit. Where neither says any, or no layer is run, more than any text has (2**31). To change it, `replace`.
+        """The longest prompt in tokens, without a beginning that texts share: the config's, or else what that leaves of
+        the model's own limit. Where neither says any, or no layer is run, more than any text has (2**31). To change
+        it, `replace`.
         """
         return self._max_tokens
 
@@ -442,7 +452,7 @@ class Embedder:
             InputError: views of another shape.
         """
         views = np.asarray(views, np.float32)
-        shape = len(self.config.views), self.backbone.dim
+        shape = len(self.config.templates(role)) * len(self.config.readouts), self.backbone.dim
         if views.ndim != 3 or views.shape[1:] != shape:
             raise InputError(f"views are of shape (n, {shape[0]}, {shape[1]}) here, not {views.shape}")
         vectors = views.mean(1) if self.transform is None else self.transform(views, role, self.config.dim)
@@ -590,6 +600,12 @@ class Embedder:
                 f"the template alone takes more than the {self._limit} tokens that the model takes at most"
             )
         return self._prefixes[template]
+
+
+def _check_dim(config: EmbedConfig, columns: int) -> None:
+    """Raises `InputError` for more dimensions than a transform has columns."""
+    if config.dim and config.dim > columns:
+        raise InputError(f"dim is {config.dim}, but the transform gives {columns} at most")
 
 
 def _check_loaded(model: Any, tokenizer: Any) -> None:

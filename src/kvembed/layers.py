@@ -24,14 +24,14 @@ from .errors import InputError
 from .files import cache_folder, json_hash, store
 from .fingerprint import fingerprint as fingerprint_of
 from .models import label, load
-from .prompts import Prompter
+from .prompts import UNLIMITED, Prompter
 from .self_written import SELF_WRITTEN, generated_texts, texts_digest
 
 __all__ = ["Profile", "choose_layers", "id_curve", "profile_of", "shipped_profiles", "twonn", "window"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_TOKENS = 512  # of a calibration text in its template
+_MOST_TOKENS = 512  # of a calibration text, beside its template's
 _TEXTS = 1000  # self-written ones
 _LEAST_POINTS = 20  # that TwoNN can say anything of
 
@@ -158,7 +158,8 @@ def id_curve(
         OutOfMemory: a single text does not fit.
     """
     backbone.check_readable()
-    found = prompter(list(texts), template, min(_MOST_TOKENS, backbone.max_tokens or _MOST_TOKENS))
+    (around,) = prompter(["a"], template, UNLIMITED)
+    found = prompter(list(texts), template, min(around.tokens + _MOST_TOKENS, backbone.max_tokens or UNLIMITED))
     # The same tokens in another batch differ in the last bit, and TwoNN would see it.
     prompts = list({prompt.ids: prompt for prompt in found}.values())
     states = np.empty((len(backbone.layers), len(prompts), backbone.dim), np.float32)

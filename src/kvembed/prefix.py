@@ -49,7 +49,7 @@ def can_share_prefix(template: str, config: EmbedConfig) -> bool:
 
     Only where no token of it is read, or counted, and nothing in it changes with the text, as a slot would.
     """
-    changed = config.layers or config.prepend_layers or template.count("{text}") > 1
+    changed = config.layers != () or config.prepend_layers or template.count("{text}") > 1
     return not changed and bool(config.forward_passes) and all(map(_reads_own, config.readouts))
 
 

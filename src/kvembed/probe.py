@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from .attention_interface import attending, stock_attention, unfit
 from .errors import UnsupportedModel
 from .hooks import in_this_thread, read_output
+from .longrope import alone
 
-__all__ = ["Probed", "input_device", "probe", "refuse", "vocabulary"]
+__all__ = ["Probed", "decoder_of", "input_device", "probe", "refuse", "vocabulary"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def probe(model: PreTrainedModel) -> Probed:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder; kvembed takes decoder-only language models")
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModel(f"{config.model_type} has a prompt-tuning adapter, whose virtual tokens would be lost")
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     calls: dict[nn.Module, list[tuple[str, int]]] = defaultdict(list)
     place = [("", -1)]  # the stack of layers, and the layer in it, that the forward is in
 
@@ -74,6 +75,7 @@ def probe(model: PreTrainedModel) -> Probed:
                 reader = in_this_thread(functools.partial(read_output, outputs[name].append))
                 stack.callback(layer.register_forward_hook(reader).remove)
         stack.enter_context(attending(decoder, look))
+        stack.enter_context(alone(decoder))
         stack.enter_context(torch.inference_mode())
         ids = (torch.arange(16, device=input_device(decoder))[None] + 1) % vocabulary(model)
         failure: Exception | None = None
@@ -116,10 +118,11 @@ def probe(model: PreTrainedModel) -> Probed:
 
 
 @torch.inference_mode()
-def _runs(decoder: nn.Module, ids: Tensor) -> bool:
+def _runs(decoder: PreTrainedModel, ids: Tensor) -> bool:
     """Whether the decoder runs when nobody looks: it may be our masks that an attention of its own can't take."""
     try:
-        decoder(input_ids=ids, use_cache=False)
+        with alone(decoder):
+            decoder(input_ids=ids, use_cache=False)
     except Exception:
         return False
     return True
@@ -150,7 +153,7 @@ def _set(cell: list[Any], value: Any, *_: Any) -> None:
     cell[0] = value
 
 
-def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model below all wrappers and heads that turns token ids into states."""
     decoder: Any = model
     for _ in range(4):  # wrappers within wrappers, as in multimodal models

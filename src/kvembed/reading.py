@@ -97,7 +97,7 @@ class Reader:
         """Of each re-routed layer the share of attention on the slot, (1,Hq,n) float32. Errors as of reading."""
         self._check([prompt])
         found: dict[int, Tensor] = {}
-        if self._config.forward_passes:
+        if self._config.layers and self._config.forward_passes:
             for _ in run_batches([len(prompt.ids)], 1, lambda _: self._forward([prompt], betas=found)):
                 pass
         return found

@@ -19,6 +19,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .bars import Bar
 from .errors import InputError, not_finite
 from .files import cache_folder, store
+from .longrope import alone
+from .probe import decoder_of
 
 __all__ = ["SEED", "SELF_WRITTEN", "generated_texts", "texts_digest", "write_texts"]
 
@@ -116,6 +118,7 @@ def write_texts(
     # Below peft's wrapper, which hands its settings on to the model in it for good.
     writer = copy.copy(getattr(model, "get_base_model", lambda: model)())
     writer.generation_config = GenerationConfig()
+    decoder = decoder_of(model)
     texts: dict[str, None] = {}
     device = model.device
     prompt = torch.full((batch, 1), start, device=device)
@@ -134,7 +137,8 @@ def write_texts(
         bar.update(min(len(texts), count))
         while len(texts) < count and turn < 3 * count // batch + 3:
             try:
-                rows = writer.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
+                with alone(decoder):
+                    rows = writer.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
             except RuntimeError as error:
                 if "probability tensor" not in str(error):
                     raise

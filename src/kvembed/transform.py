@@ -38,7 +38,7 @@ from .config import Role
 from .errors import InputError
 from .files import atomic_write, user_path, why
 
-__all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "check_count", "fit"]
+__all__ = ["FORMULA", "LEAST_TEXTS", "Transform", "check_count", "fit", "most_columns"]
 
 # Counts changes of the formulas above, the constants below and what a view is (`kvembed.static`, `kvembed.pooling`): a
 # stored fit of another, and views that were kept for it, are not used again.
@@ -127,6 +127,8 @@ class Transform:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 info = json.loads((file.metadata() or {})["info"])
+            if not isinstance(info, dict):
+                raise ValueError("its info is not an object")
             tensors = {name: tensor.float() for name, tensor in tensors.items()}  # the package's are in float16
             means = {name.removeprefix("mean."): tensors.pop(name) for name in list(tensors) if "mean." in name}
             transform = cls(means=means, info=info, **tensors)
@@ -186,13 +188,18 @@ def fit(
     side_by_side = _unit(torch.einsum("nvd,vdk->nvk", centred, matrix)).flatten(1)  # (N,V*K)
     middle = weight @ side_by_side / count
     values, vectors = _spectrum(root * (side_by_side - middle), SHRINK_JOINT)
-    rotate = (vectors * values.sqrt())[:, : centred.shape[-1]]
+    rotate = (vectors * values.sqrt())[:, : most_columns(*centred.shape[1:])]
     return Transform(
         means={role: mean.float() for role, mean in means.items()},
         whiten=matrix.float().contiguous(),  # as they are in a file: the layout decides the last bit
         rotate=rotate.float().contiguous(),
         info=info | {"count": count},
     )
+
+
+def most_columns(views: int, width: int) -> int:
+    """How many dimensions a fit on views of that number and width gives: no more than the model is wide."""
+    return min(width, views * min(width, DIRECTIONS))
 
 
 def check_count(texts: int) -> None:

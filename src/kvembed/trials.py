@@ -14,6 +14,7 @@ from .config import EmbedConfig
 from .device import is_out_of_memory
 from .errors import UnsupportedModel
 from .hooks import keeping_rotations
+from .longrope import alone
 from .packing import pack
 from .probe import vocabulary
 
@@ -128,8 +129,9 @@ def rotary_layers(backbone: Backbone) -> tuple[set[int], set[int]]:
         return stock_attention(module, query, key, *args, **kwargs)
 
     ids = torch.full((1, 16), 16 % vocabulary(backbone.model), device=backbone.device)
-    with torch.inference_mode(), keeping_rotations(backbone.decoder, rotations), attending(backbone.decoder, look):
-        backbone.decoder(input_ids=ids, use_cache=False)
+    decoder = backbone.decoder
+    with torch.inference_mode(), keeping_rotations(decoder, rotations), attending(decoder, look), alone(decoder):
+        decoder(input_ids=ids, use_cache=False)
     return rotary, unsure
 
 
