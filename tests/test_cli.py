@@ -209,13 +209,14 @@ def test_parse_layers():
         (("--method", "mean", "--dim", "8"), "method mean has no best dimensions to keep"),
         (("--layers", "9"), "layer 9 is out of range: llama has layers 0 to 4"),
         (("--layers", "9-6"), "--layers takes 6-9 or 4,5,10 or none or all or auto, not '9-6'"),
+        (("--layers", "4,9-6"), "--layers takes"),
+        (("--layers", "4,99999"), "--layers takes"),
         (("--layers", "-1"), "--layers takes"),
         (("--layers", ""), "--layers takes"),
         (("--method", "best"), "unknown method 'best'; choose from kv,"),
-        (("--dtype", "int4"), "unknown dtype 'int4'"),
         (("--max-tokens", "3"), "max_tokens is 3, but the template alone takes"),
         (("--max-tokens", "0"), "max_tokens must be a whole number from 1"),
-        (("--batch-tokens", "0"), "batch_tokens must be a whole number from 1"),
+        (("--devices", ""), "device '' can't be used"),
         (("-o", "out.bin"), "out.bin: can't write .bin"),
         (("--model", "./gone"), "no such file or folder"),
         (("--method", "auto", "--fitted", "gone"), "kvembed: gone: no such file or directory"),
@@ -251,6 +252,8 @@ def test_a_very_long_text_is_cut_and_said(run, folder):
 def test_wrong_usage_is_exit_2(run):
     assert run("embed", "--nonsense").exit_code == 2
     assert run("embed", "--role", "reader").exit_code == 2
+    assert run("embed", "--dtype", "int4").exit_code == 2
+    assert run("embed", "--batch-tokens", "0").exit_code == 2
 
 
 def environment(**more):
@@ -341,6 +344,19 @@ def test_an_unexpected_error_is_one_line_too(run, folder, monkeypatch):
     result = run("embed", "--model", folder, stdin="x\n")
     assert result.exit_code == 1
     assert result.stderr == "kvembed: unexpected ZeroDivisionError: division by zero (KVEMBED_DEBUG=1 shows more)\n"
+
+
+def test_where_an_error_came_from_is_shown_if_asked(folder):
+    done = shell(f"echo a | {sys.executable} -m kvembed embed --model /tmp/nosuch", KVEMBED_DEBUG="1")
+    assert done.returncode == 1
+    assert "standard output" not in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("kvembed.errors.ModelNotFound: /tmp/nosuch: no such file")
+
+
+def test_a_bias_without_a_slot_is_told_before_a_fit(run, folder, monkeypatch):
+    monkeypatch.setattr("kvembed.models.load", lambda *_, **__: pytest.fail("it loads the model"))
+    told = run("tune", folder, "--bias", "2").stderr
+    assert told == "kvembed: --bias has no effect: method auto re-routes nothing\n"
 
 
 def shell(command, **variables):
@@ -462,6 +478,8 @@ def test_report_is_one_page(run, folder, tmp_path):
     for title in ("mine, suite mini", "Attention to the slot", "Similarity"):
         assert title in text
     assert "<b>" not in text
+    for idle in (("--method", "kv"), ("--layers", "3"), ("--dtype", "float32"), ("--model", folder)):
+        assert "are for --text or --texts" in run("report", tmp_path / "results", "-o", page, *idle).stderr
     empty = run("report", tmp_path / "data", "-o", page)
     assert empty.exit_code == 1
     assert "holds no results of mini or full; `kvembed eval --results" in empty.stderr
@@ -479,7 +497,10 @@ def test_tune_and_its_file(run, folder, tmp_path):
     kept = run("tune", folder, "--texts", corpus, "--dtype", "float32", "--layers", "1-2", "--bias", "2").stdout
     assert "-o FILE writes it to a file" in kept
     assert f"embed --model {folder} --method auto --layers 1,2 --bias 2 --fitted FILE\n" in kept
-    info = json.loads(run("tune", folder, "--texts", corpus, "--json").stdout)
+    half = run("tune", folder, "--method", "static", "--texts", corpus, "-o", out, "--dtype", "float16").stdout
+    command = half.rpartition("to use    kvembed ")[2].split()
+    assert run(*command, stdin="one\n").exit_code == 0
+    info = json.loads(run("tune", folder, "--texts", corpus, "-o", out, "--json").stdout)
     assert (info["texts"], info["dim"], len(info["views"])) == ("given", 48, 3)
     options = ["--model", folder, "--method", "auto", "--fitted", out]
     rows = [json.loads(line) for line in run("embed", *options, "--dim", 9, stdin="one\ntwo\n").stdout.splitlines()]

@@ -276,7 +276,7 @@ def test_a_stop_while_a_column_widens_keeps_the_language(embedder, tmp_path, mon
     first, other = Corpus([tmp_path / "x.jsonl"]), jsonl(tmp_path / "y.jsonl", [{"text": "Hund", "n": "drei"}])
     index.update(first, language="German")
     with monkeypatch.context() as patch:
-        patch.setattr(indexing._Writer, "_index_words", interrupted)
+        patch.setattr(indexing, "_index_words", interrupted)
         with pytest.raises(KeyboardInterrupt):
             index.update(Corpus([other]))
     index.update(Corpus([other]))
@@ -672,7 +672,8 @@ def test_auto_is_fitted_on_the_corpus(folder, notes, monkeypatch):
 
 def test_a_refit_keeps_what_is_not_said(folder, notes, monkeypatch):
     options = ("--method", "mean", "--layers", "1-2", "--dtype", "float32", "--max-tokens", "30")
-    run("index", "notes", "--db", "db", "--model", folder, *options)
+    (notes / "notes" / "in" / "german.txt").write_text("die Katzen schlafen\n")
+    run("index", "notes", "--db", "db", "--model", folder, "--language", "german", *options)
     before = Index.open("db")
     run("index", "notes", "--db", "db", "--refit")
     assert (Index.open("db").made_with, Index.open("db").model) == (before.made_with, before.model)
@@ -680,6 +681,7 @@ def test_a_refit_keeps_what_is_not_said(folder, notes, monkeypatch):
     now = Index.open("db")
     assert now.config == before.config.replace(max_tokens=20)
     assert (now.made_with["dtype"], now.model) == ("float32", before.model)
+    assert '"die Katzen schlafen"' in run("search", "katze", "--db", "db", "--mode", "text", "--json").stdout
     monkeypatch.setattr("kvembed.options.import_models", lambda: pytest.fail("nothing need be loaded to refuse it"))
     refused = run("index", "notes/ferry.md", "--db", "db", "--refit", "--bias", "2")
     assert refused.exit_code == 1
@@ -857,6 +859,44 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_gone(embedder, tmp_path, mo
     with pytest.raises(InputError, match=r"b\.txt: permission denied"):
         index.update(Corpus([folder]))
     assert len(index) == 2
+
+
+def test_what_is_known_of_a_file_stays_while_it_is_half_written(embedder, tmp_path, caplog):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    texts = ["Das Café.", "Ein Tisch."]
+    jsonl(folder / "a.jsonl", [{"text": text} for text in texts])
+    whole = (folder / "a.jsonl").read_bytes()
+    index, _ = made(embedder, tmp_path, folder)
+    (folder / "a.jsonl").write_bytes(whole[: whole.index("é".encode()) + 1])
+    done = index.update(Corpus([folder]))
+    assert (done.removed, done.documents, done.passed_over) == (0, 2, {"not UTF-8": 1})
+    (folder / "a.jsonl").write_bytes(whole)
+    assert index.update(Corpus([folder])).embedded == 0
+    assert texts_of(index) == texts
+
+
+def test_a_long_list_of_what_is_gone_goes_in_parts(embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "_COMMIT_DOCUMENTS", 4)
+    path = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in NOTICES[:15]])
+    index, _ = made(embedder, tmp_path, path)
+    jsonl(path, [{"text": text} for text in NOTICES[14:20]])
+    assert index.update(Corpus([path])).removed == 14
+    assert texts_of(index) == sorted(NOTICES[14:20])
+
+
+def test_options_are_checked_before_the_corpus_is_read(folder, notes):
+    jsonl(notes / "bad.jsonl", [{"text": "a"}, {"text": 3}])
+    for wrong, message in [
+        (("--method", "kx"), "unknown method"),
+        (("--max-tokens", "0"), "max_tokens must be"),
+        (("--language", "xx"), "does not support the requested language: 'Xx'"),
+        (("--fitted", "no.safetensors"), "no.safetensors: no such file"),
+    ]:
+        done = run("index", "bad.jsonl", "--db", "db", "--model", folder, *wrong)
+        assert done.exit_code == 1
+        assert message in done.stderr
+        assert not (notes / "db").exists()
 
 
 def test_a_damaged_index_says_so(embedder, tmp_path):

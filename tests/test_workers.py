@@ -21,7 +21,7 @@ from test_cli import KVEMBED
 
 from kvembed import Embedder, InputError, KvembedError, batching
 from kvembed.backbone import Backbone
-from kvembed.workers import Recipe, check_devices, encode_on, move_to_cpu, run_on
+from kvembed.workers import Recipe, check_devices, encode_on, move_to_cpu, named_devices, run_on
 
 TWO = ["cpu", "cpu"]
 
@@ -95,6 +95,12 @@ def test_a_worker_that_always_dies_is_an_error_after_what_came_before(recipe):
 def test_bad_devices(devices, message):
     with pytest.raises(InputError, match=message):
         check_devices(devices)
+
+
+def test_devices_on_the_command_line():
+    assert named_devices("cpu, cpu") == ["cpu", "cpu"]
+    with pytest.raises(InputError, match="device '' can't be used"):
+        named_devices("")
 
 
 def test_a_worker_that_cannot_open_the_model_says_why(recipe, folder, tmp_path):

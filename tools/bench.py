@@ -411,7 +411,7 @@ def machine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )
         real = int(embedder.encode_with_report(_corpus(arguments.data)).token_counts.sum())
         hook.remove()
-        probes = 0 if len(computed) == 0 else sum(count for count in computed if count <= 16)
+        probes = sum(count for count in computed if count <= 16)
         rows.append({"what": "real tokens over computed tokens", "ratio": round(real / (sum(computed) - probes), 4)})
     return rows
 

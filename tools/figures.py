@@ -37,7 +37,8 @@ def draw(results: Sequence[Result], speed: Path, folder: Path) -> None:
     long = [result for result in results if result.suite == "long"]
     if long:
         _long(long, folder)
-    if growth := [json.loads(path.read_text()) for path in sorted(speed.glob("*/growth.json"))]:
+    # The default model's on a CPU alone: those of other shapes and devices are in folders named after these.
+    if growth := [json.loads(path.read_text()) for path in sorted(speed.glob("*float*/growth.json"))]:
         _growth(growth, folder)
 
 

@@ -61,8 +61,9 @@ def speed_page(folder: Path) -> str:
         "Made by `make tables` from what `make bench` wrote to `results/speed/`. Ratios are of interleaved runs in one "
         "process: the median over rounds, and in brackets the quartiles. bfloat16 is the default where a processor "
         "multiplies it, float32 elsewhere; each was measured on such a machine, or on one that was kept to what such a "
-        "machine has (AVX2 alone). A goal is what the project aims at, **missed** where it has not been reached. "
-        "There are no figures of a GPU: nothing has been run on one yet.",
+        "machine has (AVX2 alone). A goal is what the project aims at, **missed** where it has not been reached."
+        + " There are no figures of a GPU: nothing has been run on one yet."
+        * (not any(folder.glob("cuda-*"))),
     ]
     for section, title in TITLES.items():
         paths = sorted(folder.glob(f"*/{section}.json"))

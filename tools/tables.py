@@ -94,6 +94,8 @@ def _presets(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
     groups = {}
     for (model, method, _), rows in by_method(results).items():
         if method in REFERENCES or (method in METHODS and _is_preset(method, rows[0])):
+            if (model, method) in groups:
+                raise SystemExit(f"{model}, {method}: results of two configs or dtypes; a table has room for one")
             groups[model, method] = rows
     return groups
 

@@ -103,16 +103,19 @@ def embed(
             rows, again = itertools.tee(rows)  # an id waits until its vector is written
             ids = (row.id for row in again if row.id is not None)
         texts = (row.text for row in rows)
-        embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
+        load = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)
+        import_models()
         from .quantize import quantize
-        from .workers import Recipe, encode_on, move_to_cpu
+        from .workers import Recipe, encode_on, move_to_cpu, named_devices
 
-        if devices is None:
+        on = None if devices is None else named_devices(devices)
+        embedder = load()
+        if on is None:
             pieces = embedder.encode_stream(texts, role=role, total=count, progress=True)
         else:
             recipe = Recipe.of(move_to_cpu(embedder), model)
             del embedder
-            pieces = encode_on(devices.split(","), recipe, texts, role=role, total=count, progress=True)
+            pieces = encode_on(on, recipe, texts, role=role, total=count, progress=True)
         small = (dataclasses.replace(x, vectors=quantize(x.vectors, precision)) for x in pieces)
         write_vectors(small, output, ids)
 
@@ -230,7 +233,7 @@ def tune(
                 raise InputError(f"{output}: a transform is a .safetensors file")
             check_writable(output)
         given = None if texts is None else read_texts([texts], field)
-        embedder = loader(model, method, layers, bias, dtype, texts=given)()
+        embedder = loader(model, method, layers, bias, dtype)(texts=given)
         if output is not None and embedder.transform is not None:
             with naming(output):
                 embedder.transform.save(output)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .console import print_bulk, print_hits, print_indexed
+from .console import check_run_ids, print_bulk, print_hits, print_indexed
 from .errors import InputError
 from .extras import import_extra
 from .methods import METHODS, preset
@@ -79,7 +79,7 @@ def bulk(
     with one_line_errors("shards that are done are kept, and the same command goes on"):
         if engine == "local" and (address or workers):
             raise InputError("--address and --workers need --engine ray")
-        if engine == "ray" and devices:
+        if engine == "ray" and devices is not None:
             raise InputError("--devices is for this machine alone; with --engine ray, say --workers")
         from .shards import check_folders
 
@@ -92,7 +92,7 @@ def bulk(
         from .bulk import bulk as run_bulk
         from .bulk import kept_fit
         from .models import label
-        from .workers import move_to_cpu
+        from .workers import move_to_cpu, named_devices
 
         def load_for_job() -> Embedder:
             has_transform = method is None or METHODS[method].transform != "none"
@@ -108,10 +108,10 @@ def bulk(
             from .bulk_ray import ray_engine
 
             run = ray_engine(model, address=address, workers=workers)
-        elif devices:
+        elif devices is not None:
             from .bulk_devices import devices_engine
 
-            run = devices_engine(devices.split(","), model)
+            run = devices_engine(named_devices(devices), model)
         summary = run_bulk(
             load_for_job if run is None else lambda: move_to_cpu(load_for_job()),
             source,
@@ -167,8 +167,10 @@ def index(
         import_models()
         from .documents import Corpus
         from .index import Index
+        from .indexing import check_language
         from .saved import default_method
 
+        check_language(language)
         filled = Index.is_filled(db)
         there = filled and not refit
         before = Index.open(db) if filled and refit else None
@@ -176,6 +178,7 @@ def index(
         if before and model is None:  # what is not said stays as it was
             model, dtype = before.model, before.made_with["dtype"] if dtype == "auto" else dtype
             base = before.config if method is None else None
+        name = model or "smollm2"
         if there:
             index = Index.open(db, model=model, batch_tokens=batch_tokens)
             said = {"method": method, "bias": bias, "dim": dim, "max_tokens": max_tokens}
@@ -187,18 +190,16 @@ def index(
                 index.check_model()  # now: there may be no text to embed with it
         else:
             Index.check_folder(db)
+            method = method or default_method(name)
+            config = base or (None if method is None else preset(method))
+            load = loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, base)
         corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=there, progress=True)
         if not there:
             corpus.check_not_empty()
             if before:
                 before.check_covered(corpus)
-            name = model or "smollm2"
-            method = method or default_method(name)
-            config = base or (None if method is None else preset(method))
             is_fitted = config is not None and config.transform != "none" and fitted is None
-            texts = corpus.calibration() if is_fitted else None
-            load = loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts, base=base)
-            embedder = load()
+            embedder = load(texts=corpus.calibration() if is_fitted else None)
             index = Index.create(db, embedder, model=name, refit=refit)
         print_indexed(index.update(corpus, language=language, progress=True), db)
 
@@ -250,8 +251,10 @@ def search(
             if not rows:
                 raise InputError(f"{queries} holds no queries")
             keys, asked = [key for key, _ in rows], [text for _, text in rows]
-        if as_trec and (twice := [key for key, times in Counter(keys).items() if times > 1]):
-            raise InputError(f"{queries}: two queries have the id {twice[0]!r}, which a run file can't tell apart")
+        if as_trec:
+            check_run_ids(keys)
+            if twice := [key for key, times in Counter(keys).items() if times > 1]:
+                raise InputError(f"{queries}: two queries have the id {twice[0]!r}, which a run file can't tell apart")
         found = index.search_many(asked, top=top, mode=mode, where=where)
         if not any(found) and not len(index):
             logging.getLogger("kvembed").warning("%s has no documents yet; kvembed index puts them in", db)

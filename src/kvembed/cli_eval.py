@@ -19,7 +19,6 @@ from .options import (
     Fitted,
     Json,
     Layers,
-    MaxTokens,
     Method,
     Model,
     Precision,
@@ -58,7 +57,9 @@ def evaluate(
     dim: Dim = None,
     fitted: Fitted = None,
     precision: Precision = "float32",
-    max_tokens: MaxTokens = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Cut longer texts. Default: the suite's limit, 1,024 for mini.")
+    ] = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
     """Score a method on local tasks (STS, pairs, classification, clustering, reranking, retrieval) or on MTEB's."""
@@ -147,6 +148,10 @@ def report(
         from .report import report_html
         from .results import read_results
 
+        if text is None and texts is None:
+            said = (method, layers, bias, fitted)
+            if any(x is not None for x in said) or dtype != "auto" or model != "smollm2":
+                raise InputError("--model, --method, --layers, --bias, --dtype and --fitted are for --text or --texts")
         if output.suffix.lower() not in (".html", ".htm"):
             raise InputError(f"{output}: the page is .html")
         check_writable(output)
@@ -156,12 +161,12 @@ def report(
         if not scores and not sweep:
             raise InputError(f"{results}: holds no results of mini or full; `kvembed eval --results` writes some")
         listed = read_texts([texts]) if texts else []
-        embedder = loader(model, method, layers, bias, dtype, fitted=fitted)() if text or listed else None
+        embedder = loader(model, method, layers, bias, dtype, fitted=fitted)() if text is not None or listed else None
         vectors = embedder.encode(listed) if embedder and listed else None
         page = report_html(
             scores,
             profiles=[profile for profile in shipped_profiles() if profile.model in {r.model for r in found}],
-            explanation=embedder.explain(text) if embedder and text else None,
+            explanation=embedder.explain(text) if embedder and text is not None else None,
             similarity=(listed, embedder.similarity(vectors, vectors)) if embedder and vectors is not None else None,
             sweep=sweep,
         )

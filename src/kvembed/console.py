@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import InputError
@@ -140,15 +140,14 @@ def _counted(count: int, noun: str) -> str:
 def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Literal["table", "json", "trec"]) -> None:
     """Print what was found for each query (its id and its text): tables, JSON lines, or a run file of TREC."""
     score = {"vector": "cosine", "text": "BM25", "hybrid": "rank fusion"}[mode]
+    if form == "trec":
+        check_run_ids(hit.id for _, _, hits in found for hit in hits)
     for key, query, hits in found:
         if form == "json":
             for hit in hits:
                 print_json({"query_id": key, "query": query, **dataclasses.asdict(hit)})
         elif form == "trec":
             for hit in hits:
-                for one in (key, hit.id):
-                    if one.split() != [one]:
-                        raise InputError(f"an id that is empty or has white space can't stand in a run file: {one!r}")
                 print_line(f"{key} Q0 {hit.id} {hit.rank} {hit.score:.6f} kvembed")
         elif hits:
             print_table(
@@ -156,6 +155,13 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Li
             )
         else:
             print_line(f"nothing found for: {_shown(query)}")
+
+
+def check_run_ids(ids: Iterable[str]) -> None:
+    """Raises `InputError` for an id that can't stand in a run file of TREC."""
+    for one in ids:
+        if one.split() != [one]:
+            raise InputError(f"an id that is empty or has white space can't stand in a run file: {one!r}")
 
 
 def _where(hit: Hit) -> str:
@@ -227,6 +233,7 @@ def print_tuned(embedder: Embedder, model: str, output: Path | None, *, as_json:
     options = ["--model", model, "--method", config.method]
     options += ["--layers", layers] if config.layers != usual.layers else []
     options += ["--bias", f"{config.bias:g}"] if config.bias != usual.bias else []
+    options += ["--dtype", embedder.dtype] if embedder.dtype == "float16" else []  # it rounds weights: another fit
     given = transform.info["texts"] != SELF_WRITTEN
     if given and output is None:
         print_line("kept      for these texts alone; -o FILE writes it to a file")

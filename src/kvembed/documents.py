@@ -93,6 +93,7 @@ class Corpus:
         sample: up to 1,000 texts, drawn with a fixed seed, for a transform to be fitted on (see `kvembed.tuning`).
         files: how many were read.
         passed_over: what was not, by ending, and why -> how many files.
+        unread: those of them that are not UTF-8. What an index has of such a file stays, for it may just be written.
         duplicates: documents that were left out, being there once already.
         empty: documents that were left out, having no text.
     """
@@ -132,6 +133,7 @@ class Corpus:
         self.kinds: dict[str, Kind] = {}
         self.sample: list[str] = []
         self.passed_over: Counter[str] = Counter()
+        self.unread: set[str] = set()
         self.duplicates = self.empty = 0
         self._files = [file for file in dict.fromkeys(self._find()) if self._is_read(file)]
         self.files = len(self._files)
@@ -240,6 +242,7 @@ class Corpus:
                 raise
             logger.warning("passed over: %s", error)
             self.passed_over["not UTF-8"] += 1
+            self.unread.add(file)
             return False
         return True
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .index import Index
 
-__all__ = ["Indexed", "update"]
+__all__ = ["Indexed", "check_language", "update"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class Indexed:
 
 def update(index: Index, corpus: Corpus, *, language: str | None, progress: bool) -> Indexed:
     """See `Index.update`; the caller holds the lock."""
+    check_language(language)
     with naming(index.folder):
         try:
             return _Writer(index, corpus).run(language, progress)
@@ -102,14 +103,18 @@ class _Writer:
         if not index.has_table:
             corpus.check_not_empty()
         index.drop_others()
-        self._table, self._kinds = self._opened(language)
+        self._table, self._kinds = self._opened(language, before)
         there = self._there()
         files = {x.file for x in there.values()} if corpus.gone else set()
         for root in corpus.gone:
             if root not in files and not any(file.startswith(root + os.sep) for file in files):
                 raise InputError(f"{root}: no such file or folder, and {index.folder} has nothing from it")
         todo = {key: place for key, place in corpus.documents.items() if self._is_new(key, place, there.get(key))}
-        gone = {key: x for key, x in there.items() if key not in corpus.documents and corpus.holds(x.file)}
+        gone = {
+            key: x
+            for key, x in there.items()
+            if key not in corpus.documents and corpus.holds(x.file) and x.file not in corpus.unread
+        }
         for place in gone.values():
             self._stale[place.file].append(place.content)
         self._left = Counter(place.file for place in todo.values())
@@ -158,18 +163,18 @@ class _Writer:
         check_same(key, place, known._replace(content=known.content.rstrip(_OUTDATED)))
         return False  # it stays with the path that it first came from
 
-    def _opened(self, language: str | None) -> tuple[Table, dict[str, Kind]]:
-        """The table, with columns for all fields of the corpus, and a full-text index; and the columns' types."""
+    def _opened(self, language: str | None, known: Index) -> tuple[Table, dict[str, Kind]]:
+        """The table, with columns for all fields of the corpus, and a full-text index; and the columns' types.
+
+        The index's language, where none is named, is that of the folder's `known` index.
+        """
         index, arrow, wanted = self._index, self._arrow, self._corpus.kinds
         kinds = dict(wanted)
-        before = None
+        before = _language_of(known.table) if known.has_table else None
         if not index.has_table:
             table = index.connection.create_table(index.name, schema=self._schema(kinds))
         else:
             table = index.table
-            before = (
-                _language_of(_words_of(table)) or (table.schema.metadata or {}).get(_LANGUAGE, b"").decode() or None
-            )
             own = self._schema({}).names
             had: dict[str, Kind] = {x.name: _KINDS[str(x.type)] for x in table.schema if x.name not in own}
             kinds = had | {name: joint_kind(had.get(name, kind), kind) for name, kind in wanted.items()}
@@ -180,8 +185,8 @@ class _Writer:
         language = (language or before or "English").title()
         words = _words_of(table)
         # LanceDB's own limit leaves out words of 40 bytes, some 20 letters of Cyrillic; older indexes have it.
-        if words is None or _language_of(words) != language or words.get("max_token_length") is not None:
-            self._index_words(table, language)
+        if words is None or _language_in(words) != language or words.get("max_token_length") is not None:
+            _index_words(table, language)
         return table, kinds
 
     def _schema(self, kinds: dict[str, Kind]) -> pa.Schema:
@@ -229,18 +234,6 @@ class _Writer:
         reader = self._arrow.RecordBatchReader.from_batches(schema, batches())
         made: Table = self._index.connection.create_table(self._index.name, reader, schema=schema, mode="overwrite")
         return made
-
-    def _index_words(self, table: Table, language: str) -> None:
-        """Full-text search over the texts: words as Unicode knows them in every script, stems of one language."""
-        # The stop words behind "icu" are those of many languages at once: "die" is an article, "c" a pronoun.
-        options = {"stem": False} if language == "None" else {"language": language}
-        try:
-            words = import_extra("lancedb.index", "search").FTS(
-                base_tokenizer="icu/split", remove_stop_words=False, max_token_length=None, **options
-            )
-            table.create_index("text", config=words, replace=True)
-        except ValueError as error:
-            raise InputError(lancedb_reason(error)) from None
 
     def _there(self) -> dict[str, Place]:
         """What the table has: id -> place."""
@@ -332,13 +325,15 @@ class _Writer:
         replaced = [content for file in done for content in self._stale.pop(file, ())]
         merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         if replaced:
-            merge = merge.when_not_matched_by_source_delete(f"_content IN ({_quoted(replaced)})")
+            at_once, later = replaced[:_COMMIT_DOCUMENTS], replaced[_COMMIT_DOCUMENTS:]  # a condition takes memory
+            merge = merge.when_not_matched_by_source_delete(f"_content IN ({_quoted(at_once)})")
+            self._stale[""] += later
         merge.execute(arrow.table(columns, schema=self._schema(self._kinds)))
         self._texts.update(columns["_text"])
 
     def _remove(self, contents: list[str]) -> None:
-        for start in range(0, len(contents), 10_000):
-            self._table.delete(f"_content IN ({_quoted(contents[start : start + 10_000])})")
+        for start in range(0, len(contents), _COMMIT_DOCUMENTS):
+            self._table.delete(f"_content IN ({_quoted(contents[start : start + _COMMIT_DOCUMENTS])})")
 
 
 _LANGUAGE = b"kvembed.language"
@@ -359,8 +354,35 @@ def _words_of(table: Table) -> dict[str, Any] | None:
     return next((part.index_details or {} for part in table.list_indices() if part.index_type == "FTS"), None)
 
 
-def _language_of(words: dict[str, Any] | None) -> str | None:
+def _language_in(words: dict[str, Any]) -> str:
     """The language that a full-text index was made for."""
-    if words is None:
-        return None
     return str(words["language"]) if words.get("stem") else "None"
+
+
+def _language_of(table: Table) -> str | None:
+    """A table's language: its full-text index's, or, where that was never made anew, the one that was noted for it."""
+    if words := _words_of(table):
+        return _language_in(words)
+    return (table.schema.metadata or {}).get(_LANGUAGE, b"").decode() or None
+
+
+def _index_words(table: Table, language: str) -> None:
+    """Full-text search over the texts: words as Unicode knows them in every script, stems of one language."""
+    # The stop words behind "icu" are those of many languages at once: "die" is an article, "c" a pronoun.
+    options = {"stem": False} if language == "None" else {"language": language}
+    try:
+        words = import_extra("lancedb.index", "search").FTS(
+            base_tokenizer="icu/split", remove_stop_words=False, max_token_length=None, **options
+        )
+        table.create_index("text", config=words, replace=True)
+    except ValueError as error:
+        raise InputError(lancedb_reason(error)) from None
+
+
+def check_language(language: str | None) -> None:
+    """Raises `InputError` for a language whose stems LanceDB does not know."""
+    if language is not None:
+        schema = import_extra("pyarrow", "search").schema({"text": "string"})
+        _index_words(
+            import_extra("lancedb", "search").connect("memory://").create_table("t", schema=schema), language.title()
+        )

@@ -45,11 +45,14 @@ Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers to re-route: 6-9 or 4,5,10 or none or all or auto.")
 ]
 Bias = Annotated[float | None, typer.Option("--bias", help="Bias of the slot's logit; the paper's is 1.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Of the weights. Auto: bfloat16, or float32 where the processor can't multiply it."),
+]
 RoleName = Annotated[Literal["document", "query"], typer.Option("--role", help="Which template.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Cut longer texts. Default: the model's limit.")]
 BatchTokens = Annotated[
-    int | None, typer.Option("--batch-tokens", help="Tokens in a batch. Default: 2048 on a CPU, 16384 on a GPU.")
+    int | None, typer.Option("--batch-tokens", min=1, help="Tokens in a batch. Default: 2048 on a CPU, 16384 on a GPU.")
 ]
 Precision = Annotated[
     Literal["float32", "int8", "binary"],
@@ -83,17 +86,16 @@ def loader(
     batch_tokens: int | None = None,
     dim: int | None = None,
     fitted: Path | None = None,
-    texts: list[str] | None = None,
     base: EmbedConfig | None = None,
-) -> Callable[[], Embedder]:
-    """What loads the model; a bad option is told at once, before seconds of imports.
+) -> Callable[..., Embedder]:
+    """What loads the model, given `Embedder.from_pretrained`'s `texts=` or nothing; a bad option is told at once.
 
     Args:
         layers: as `parse_layers` reads them.
         method: None: `auto`, or a saved folder's own.
         base: a config that options change, instead of a method's.
-        model, bias, dtype, max_tokens, batch_tokens, dim, fitted, texts: as `Embedder.from_pretrained` has
-            them; None: not said.
+        model, bias, dtype, max_tokens, batch_tokens, dim, fitted: as `Embedder.from_pretrained` has them; None: not
+            said.
 
     Raises:
         InputError: an option that is wrong, or that the method does nothing with; the model's own when it is loaded.
@@ -105,15 +107,25 @@ def loader(
     checked = preset(base or method or "auto", **options)
     if layers is not None and not checked.forward_passes:
         raise InputError(f"--layers: method {checked.method} runs no layer")
+    if fitted is not None:
+        import_models()
+        from .transform import Transform
 
-    def load() -> Embedder:
+        Transform.load(fitted)
+
+    def load(texts: list[str] | None = None) -> Embedder:
         import_models()
         from .embedder import Embedder
-        from .saved import default_method
+        from .saved import default_method, saved_config
 
-        embedder = Embedder.from_pretrained(
+        chosen = base or method or default_method(model)
+        if bias is not None:  # before a transform is fitted, for minutes
+            config = preset(chosen or saved_config(model) or "auto", **options)
+            if config.layers == () or config.attention != "reroute":
+                raise InputError(f"--bias has no effect: method {config.method} re-routes nothing")
+        return Embedder.from_pretrained(
             model,
-            method=base or method or default_method(model),
+            method=chosen,
             dtype=dtype,
             batch_tokens=batch_tokens,
             fitted=fitted,
@@ -121,9 +133,6 @@ def loader(
             progress=True,
             **options,
         )
-        if bias is not None and not (embedder.config.layers and embedder.config.attention == "reroute"):
-            raise InputError(f"--bias has no effect: method {embedder.config.method} re-routes nothing")
-        return embedder
 
     return load
 
@@ -138,7 +147,10 @@ def parse_layers(text: str) -> tuple[int, ...] | Literal["all"] | None:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            chosen += range(int(first), min(int(last or first), 9999) + 1)  # no model is as deep
+            stretch = range(int(first), min(int(last or first), 9999) + 1)  # no model is as deep
+            if not stretch:
+                raise ValueError
+            chosen += stretch
     except ValueError:
         chosen = []
     if not chosen:

@@ -90,6 +90,8 @@ def in_a_terminal() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if os.environ.get("KVEMBED_DEBUG") and not isinstance(error, BrokenPipeError):
+            raise
         _give_up_output(error)
     finally:
         try:

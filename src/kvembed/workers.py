@@ -31,7 +31,7 @@ from .process import quiet
 from .transform import Transform
 from .vectors import Encoded
 
-__all__ = ["Recipe", "check_devices", "encode_on", "move_to_cpu", "run_on"]
+__all__ = ["Recipe", "check_devices", "encode_on", "move_to_cpu", "named_devices", "run_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,13 @@ def move_to_cpu(embedder: Embedder) -> Embedder:
     embedder.model.to("cpu")
     empty_device_cache()
     return embedder
+
+
+def named_devices(listed: str) -> list[str]:
+    """The command line's `cuda:0,cuda:1` as a list. Raises `InputError` as `check_devices`."""
+    devices = [device.strip() for device in listed.split(",")]
+    check_devices(devices)
+    return devices
 
 
 def check_devices(devices: Sequence[str]) -> None:
