@@ -33,6 +33,7 @@ def numbered(lines):
 
 @given(lines=LINES, headings=st.booleans())
 def test_nothing_is_lost_but_white_space(lines, headings):
+    lines = ["first", *lines]  # or it might be front matter
     found = list(passages(numbered(lines), headings=headings))
     assert "".join("".join(text for _, text in found).split()) == "".join("".join(lines).split())
     for line, text in found:
@@ -48,6 +49,14 @@ def test_headings_begin_a_passage():
         (6, "### C\n\nthird\n\n```\n# comment\n\n## comment\n```\n\nfourth\n#no heading"),
     ]
     assert [line for line, _ in passages(numbered(text))] == [1]
+
+
+def test_front_matter_is_about_the_text():
+    text = ["---", "title: Ferry", "---", "first", "", "---", "second"]
+    assert list(passages(numbered(text), headings=True)) == [(4, "first\n\n---\nsecond")]
+    assert list(passages(numbered(text))) == [(1, "---\ntitle: Ferry\n---\nfirst\n\n---\nsecond")]
+    for open_or_late in (text[:2], ["a", *text]):
+        assert [line for line, _ in passages(numbered(open_or_late), headings=True)] == [1]
 
 
 def test_paragraphs_fill_a_passage():
@@ -78,6 +87,16 @@ def test_what_is_read_of_a_folder(tmp_path):
     assert Corpus([folder / "LICENSE", folder, folder / "b.txt"]).files == 5
     with pytest.raises(InputError, match=r"page\.html: its text has to be taken out first"):
         Corpus([folder / "page.html"])
+
+
+def test_lines_of_plain_text_as_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\nthree\n")
+    (tmp_path / "b.md").write_text("four\nfive\n")
+    corpus = Corpus([tmp_path], lines=True)
+    found = [(document.text, document.line) for document in corpus.read(corpus.documents)]
+    assert found == [("one", 1), ("two", 3), ("three", 4), ("four\nfive", 1)]
+    assert corpus.empty == 1
+    assert len(Corpus([tmp_path]).documents) == 2
 
 
 def test_fields_and_their_types(tmp_path):

@@ -90,6 +90,11 @@ def test_text_and_hybrid(index):
     fused = {key: sum(1 / (61 + ids.index(key)) for ids in (vector, words) if key in ids) for key in vector}
     assert [hit.score for hit in hybrid] == pytest.approx(sorted(fused.values(), reverse=True))
     assert all(hit.score == pytest.approx(fused[hit.id]) for hit in hybrid)
+    cosines = {hit.id: hit.score for hit in index.search(word, mode="vector", top=100)}
+    matches = {hit.id: hit.score for hit in index.search(word, mode="text", top=100)}
+    assert [hit.cosine for hit in hybrid] == pytest.approx([cosines[hit.id] for hit in hybrid])
+    assert [hit.bm25 for hit in hybrid] == [matches.get(hit.id) for hit in hybrid]
+    assert all(hit.bm25 is None and hit.cosine == hit.score for hit in index.search(word, mode="vector"))
     assert index.search("!!! \"( * ' --", mode="text") == []
 
 
@@ -331,7 +336,7 @@ def test_every_script(embedder, tmp_path):
     assert [hit.text for hit in index.search("Fähre", mode="text")] == [WORDS[0]]
     index.update(Corpus([tmp_path / "x.jsonl"]), language="none")
     assert index.search("Fähre", mode="text") == []
-    with pytest.raises(InputError, match="does not support the requested language: 'Klingon'"):
+    with pytest.raises(InputError, match="text search has no stems for language 'Klingon'; choose from Arabic, "):
         index.update(Corpus([tmp_path / "x.jsonl"]), language="Klingon")
 
 
@@ -890,7 +895,7 @@ def test_options_are_checked_before_the_corpus_is_read(folder, notes):
     for wrong, message in [
         (("--method", "kx"), "unknown method"),
         (("--max-tokens", "0"), "max_tokens must be"),
-        (("--language", "xx"), "does not support the requested language: 'Xx'"),
+        (("--language", "xx"), "has no stems for language 'xx'"),
         (("--fitted", "no.safetensors"), "no.safetensors: no such file"),
     ]:
         done = run("index", "bad.jsonl", "--db", "db", "--model", folder, *wrong)

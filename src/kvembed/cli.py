@@ -110,6 +110,7 @@ def embed(
 
         on = None if devices is None else named_devices(devices)
         embedder = load()
+        dim = embedder.dim
         if on is None:
             pieces = embedder.encode_stream(texts, role=role, total=count, progress=True)
         else:
@@ -117,7 +118,9 @@ def embed(
             del embedder
             pieces = encode_on(on, recipe, texts, role=role, total=count, progress=True)
         small = (dataclasses.replace(x, vectors=quantize(x.vectors, precision)) for x in pieces)
-        write_vectors(small, output, ids)
+        written = write_vectors(small, output, ids)
+        if output is not None and str(output) != "-":
+            print_line(f"{output}: {written:,} texts, {dim:,} dimensions")
 
 
 def similarity(
@@ -125,7 +128,7 @@ def similarity(
     query: Annotated[
         list[str] | None, typer.Option("--query", "-q", help="Rank the texts for this query; may be given again.")
     ] = None,
-    top: Annotated[int | None, typer.Option("--top", min=1, help="How many texts a query shows. Default: 5.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many texts a query shows, or pairs.")] = 5,
     as_json: Json = False,
     model: Model = "smollm2",
     method: Method = None,
@@ -138,16 +141,16 @@ def similarity(
     max_tokens: MaxTokens = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
-    """Cosine similarity of every text with every other, or the texts nearest to each query."""
+    """Cosine similarity of every text with every other (of more than ten, the nearest pairs); or the texts nearest to
+    each query.
+    """
     with one_line_errors():
         hint_at_files(texts or [], "kvembed similarity < FILE")
-        if top is not None and not query:
-            raise InputError("--top is of a --query; without one, every text is compared with every other")
         texts = texts or read_texts([])
         embedder = loader(model, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted)()
         vectors = embedder.encode(texts, role=role)
         scores = embedder.similarity(embedder.encode_query(query) if query else vectors, vectors).tolist()
-        print_similarity(texts, query, scores, top or 5, as_json=as_json)
+        print_similarity(texts, query, scores, top, as_json=as_json)
 
 
 def layers(

@@ -137,6 +137,10 @@ def index(
     id_field: Annotated[
         str | None, typer.Option("--id-field", help="Key or column that holds the id. Default: a hash of the content.")
     ] = None,
+    lines: Annotated[
+        bool,
+        typer.Option("--lines", help="In plain text each line is a document, not each passage of whole paragraphs."),
+    ] = False,
     language: Annotated[
         str | None,
         typer.Option("--language", help="Language of the word stems that text search uses, or none. Default: English."),
@@ -193,7 +197,7 @@ def index(
             method = method or default_method(name)
             config = base or (None if method is None else preset(method))
             load = loader(name, method, layers, bias, dtype, max_tokens, batch_tokens, dim, fitted, base)
-        corpus = Corpus(paths, field=field, id_field=id_field, may_be_gone=there, progress=True)
+        corpus = Corpus(paths, field=field, id_field=id_field, lines=lines, may_be_gone=there, progress=True)
         if not there:
             corpus.check_not_empty()
             if before:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import itertools
 import json
 import logging
 import os
@@ -42,6 +44,7 @@ __all__ = [
     "print_tuned",
 ]
 
+_SQUARE = 10  # texts; of no more, a table shows all pairs
 _WHOLE = 12  # characters; columns of no more are shown whole in a table
 
 
@@ -101,7 +104,7 @@ def print_results(rows: list[Result]) -> None:
     one = rows[0]
     limit = one.config.get("max_tokens")
     print_line(
-        f"{one.model}, {one.method}: mean {mean(rows).value:.2f} over {len(rows)} tasks, "
+        f"{one.model}, {one.method}: mean {mean(rows).value:.2f} over {_counted(len(rows), 'task')}, "
         f"{f'at most {limit:,} tokens, ' if limit else ''}config {one.config_hash}"
     )
 
@@ -139,7 +142,7 @@ def _counted(count: int, noun: str) -> str:
 
 def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Literal["table", "json", "trec"]) -> None:
     """Print what was found for each query (its id and its text): tables, JSON lines, or a run file of TREC."""
-    score = {"vector": "cosine", "text": "BM25", "hybrid": "rank fusion"}[mode]
+    names = {"vector": ["cosine"], "text": ["BM25"], "hybrid": ["rank fusion", "cosine", "BM25"]}[mode]
     if form == "trec":
         check_run_ids(hit.id for _, _, hits in found for hit in hits)
     for key, query, hits in found:
@@ -150,11 +153,16 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Li
             for hit in hits:
                 print_line(f"{key} Q0 {hit.id} {hit.rank} {hit.score:.6f} kvembed")
         elif hits:
-            print_table(
-                [score, "where", f"nearest to: {query}"], [[f"{x.score:.3f}", _where(x), _snippet(x)] for x in hits]
-            )
+            body = [[_number(x) for x in (hit.score, hit.cosine, hit.bm25)][: len(names)] for hit in hits]
+            places = [[_where(hit), _snippet(hit)] for hit in hits]
+            body = [[*numbers, *place] for numbers, place in zip(body, places, strict=True)]
+            print_table([*names, "where", f"nearest to: {query}"], body)
         else:
             print_line(f"nothing found for: {_shown(query)}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def check_run_ids(ids: Iterable[str]) -> None:
@@ -181,7 +189,9 @@ def _snippet(hit: Hit) -> str:
 def print_similarity(
     texts: Sequence[str], queries: Sequence[str] | None, scores: Sequence[Sequence[float]], top: int, *, as_json: bool
 ) -> None:
-    """Print cosines: of every text with every other, or the `top` texts nearest to each query."""
+    """Print cosines: the `top` texts nearest to each query; or of every text with every other, where people read it and
+    there are too many for that, of the `top` nearest pairs.
+    """
     if queries:
         found = []
         for query, row in zip(queries, scores, strict=True):
@@ -193,6 +203,11 @@ def print_similarity(
             print_json(found)
     elif as_json:
         print_json({"texts": texts, "similarity": scores})
+    elif len(texts) > _SQUARE:
+        pairs = itertools.combinations(range(len(texts)), 2)
+        best_pairs = heapq.nlargest(top, pairs, key=lambda pair: scores[pair[0]][pair[1]])
+        head = ["score", "nearest pairs", f"of {len(texts):,} texts"]
+        print_table(head, [[f"{scores[a][b]:.3f}", texts[a], texts[b]] for a, b in best_pairs])
     else:
         body = [[str(i), *(f"{x:.3f}" for x in row), texts[i]] for i, row in enumerate(scores)]
         print_table(["", *(str(i) for i in range(len(texts))), "text"], body)
@@ -252,10 +267,11 @@ def _print_readouts(config: EmbedConfig, fitted_on: Mapping[str, Any] | None) ->
     if fitted_on:
         size = f"the best {config.dim} dimensions, " if config.dim else ""
         joined = fitted_on.get("self_written", 0)
+        digest = f", digest {fitted_on['digest']}" if "digest" in fitted_on else ""
         more = f" (weight {fitted_on.get('weight_of_given', 1):.2f}) and {joined} self-written" if joined else ""
         print_line(
             f"transform {config.transform}: {size}fitted on {fitted_on['count'] - joined} {fitted_on['texts']} texts "
-            f"({fitted_on['texts_sha256'][:8]}){more}; what the read-outs agree on comes first"
+            f"({fitted_on['texts_sha256'][:8]}){more}{digest}; what the read-outs agree on comes first"
         )
 
 
@@ -279,13 +295,18 @@ def print_explanation(explanation: Explanation) -> None:
     cut = f", {explanation.tokens_cut} cut" if explanation.tokens_cut else ""
     chunks = f"; chunk 1 of {explanation.chunks}" if explanation.chunks > 1 else ""
     own = f"own {end - first} are underlined" if console.is_terminal else f"own are {first + 1} to {end}"
-    print_line(f"tokens    {len(explanation.tokens)}; the text's {own}{cut}{chunks}")
+    own = own if end > first else "own are none"
+    once = f"; the first {explanation.shared} are computed once for all texts" if explanation.shared else ""
+    print_line(f"tokens    {len(explanation.tokens)}; the text's {own}{once}{cut}{chunks}")
     print_line(f"method    {config.method}, config {config.hash()}")
     _print_readouts(config, explanation.fitted_on)
     if not beta:
-        print_line("layers    none re-routed")
+        why = ": read-outs that are whitened gain nothing by it (docs/method.md)" if config.transform != "none" else ""
+        print_line(f"layers    none re-routed{why}")
         return
-    print_line(f"layers    {', '.join(map(str, beta))} re-routed, bias {config.bias:g}")
+    print_line(
+        f"layers    {', '.join(map(str, beta))} re-routed, bias {config.bias:g}; `kvembed layers` shows the choice"
+    )
     print_line(
         f"beta      share of attention on the slot, mean {sum(mean) / len(mean):.3f}; the deeper the colour the more"
     )

@@ -104,6 +104,7 @@ class Corpus:
         *,
         field: str = "text",
         id_field: str | None = None,
+        lines: bool = False,
         may_be_gone: bool = False,
         progress: bool = False,
     ) -> None:
@@ -113,13 +114,14 @@ class Corpus:
             paths: files, and folders with all that is in them; hidden files and links out of a folder are passed over.
             field: the key or column that holds a row's text.
             id_field: the key or column that holds a row's id. Default: rows are known by their content.
+            lines: whether each line of a plain text file is a document, as in `kvembed embed`. Default: passages are.
             may_be_gone: whether a path may be missing, because its documents are to be removed from an index.
             progress: show a bar on a terminal.
 
         Raises:
             InputError: a path that is missing; a row that can't be used, with its file and line; one id for two rows.
         """
-        self._field, self._id_field = field, id_field
+        self._field, self._id_field, self._lines = field, id_field, lines
         self.roots = list(dict.fromkeys(os.path.abspath(user_path(path)) for path in paths))
         self._roots = frozenset(self.roots)
         if odd := [root for root in self.roots if not _is_unicode(root)]:
@@ -252,7 +254,8 @@ class Corpus:
         kind = path.suffix.lower()
         if kind not in ROW_ENDINGS:
             lines = ((row.line, row.text) for row in read_lines(path))
-            for line, text in passages(lines, headings=kind in MARKDOWN):
+            whole = self._lines and kind not in MARKDOWN
+            for line, text in lines if whole else passages(lines, headings=kind in MARKDOWN):
                 text = composed(text)
                 yield Document(_hash([text, []]), text, file, line, {})
             return

@@ -541,7 +541,8 @@ class Embedder:
             chunks=len(whole.chunks) or 1,
             config=self.config,
             beta={layer: tuple(betas[layer][0].mean(0).tolist()) for layer in sorted(betas)},
-            fitted_on=None if self.transform is None else self.transform.info,
+            fitted_on=None if self.transform is None else self.transform.info | {"digest": self.transform.digest()},
+            shared=whole.prefix_tokens,
         )
 
     def fingerprint(self, *, anew: bool = False) -> str:

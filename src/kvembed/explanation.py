@@ -26,8 +26,9 @@ class Explanation:
         tokens_cut: tokens of the text that were left out.
         config: the embedder's, layers spelled out.
         beta: layer -> for each token the share of its attention that goes to the slot, mean over heads, 0 to 1.
-        fitted_on: the transform's `info`, or None if the config has no transform.
+        fitted_on: the transform's `info` and `digest`, or None if the config has no transform.
         chunks: how many the text is read in; of several, the first is shown.
+        shared: tokens at the beginning that are the same for all texts, and computed once for them.
     """
 
     prompt: str
@@ -39,6 +40,7 @@ class Explanation:
     beta: dict[int, tuple[float, ...]]
     fitted_on: dict[str, Any] | None = None
     chunks: int = 1
+    shared: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -32,6 +32,8 @@ class Hit:
         line: in that file, from 1; in Parquet the row.
         text: the document.
         fields: what else it has.
+        cosine, bm25: hybrid: what the score comes from, each None if the document is not among the first of that
+            ranking. Else the one that is the score.
     """
 
     rank: int
@@ -41,6 +43,8 @@ class Hit:
     line: int
     text: str
     fields: dict[str, Any]
+    cosine: float | None = None
+    bm25: float | None = None
 
 
 def find(
@@ -54,27 +58,35 @@ def find(
         search = search if where is None else search.where(f"({where}\n)")  # or what follows a ; is not read
         return search.limit(depth).select([*names, score]).with_row_id(True).to_arrow()
 
+    cosines: dict[int, float] = {}
+    bm25s: dict[int, float] = {}
     try:
         if mode != "text":
             near: Any = table.search(vector, vector_column_name="vector")
-            rows, score = found(near.distance_type("dot").bypass_vector_index(), "_distance"), "_distance"
+            rows = found(near.distance_type("dot").bypass_vector_index(), "_distance")
+            cosines = {row: 1 - distance for row, distance in _pairs(rows, "_distance")}
         if mode != "vector":
             words = import_extra("lancedb.query", "search").MatchQuery(query, "text")
             matched = found(table.search(words, query_type="fts"), "_score")
+            bm25s = dict(_pairs(matched, "_score"))
             if mode == "text":
-                rows, score = matched, "_score"
+                rows = matched
             else:
-                fusion = import_extra("lancedb.rerankers", "search").RRFReranker()
-                rows, score = fusion.rerank_hybrid(query, rows, matched), "_relevance_score"
+                rows = import_extra("lancedb.rerankers", "search").RRFReranker().rerank_hybrid(query, rows, matched)
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(f"{'the index' if where is None else f'where {where!r}'}: {lancedb_reason(error)}") from None
     hits = []
     for rank, row in enumerate(rows.slice(0, top).to_pylist(), 1):
-        value = 1 - row[score] if score == "_distance" else row[score]
+        cosine, bm25 = cosines.get(row["_rowid"]), bm25s.get(row["_rowid"])
+        score = {"vector": cosine, "text": bm25, "hybrid": row.get("_relevance_score")}[mode]
         own = {name: row.pop(name) for name in ("id", "file", "line", "text")}
         fields = {name: row[name] for name in names if row.get(name) is not None}
-        hits.append(Hit(rank, value, **own, fields=fields))
+        hits.append(Hit(rank, score, **own, fields=fields, cosine=cosine, bm25=bm25))
     return hits
+
+
+def _pairs(rows: Any, score: str) -> zip[tuple[int, float]]:
+    return zip(rows["_rowid"].to_pylist(), rows[score].to_pylist(), strict=True)
 
 
 def lancedb_reason(error: Exception) -> str:

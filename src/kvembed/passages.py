@@ -6,6 +6,7 @@ lost but white space.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -19,7 +20,8 @@ def passages(lines: Iterable[tuple[int, str]], *, headings: bool = False) -> Ite
 
     Args:
         lines: number and text of each line, without its end.
-        headings: whether lines that begin with `#` are Markdown's headings, and a heading begins a passage.
+        headings: whether lines that begin with `#` are Markdown's headings, and a heading begins a passage. Front
+            matter (YAML between `---` at the top) is left out: it is about the text.
 
     Yields:
         The number of the first line, and the passage.
@@ -27,7 +29,7 @@ def passages(lines: Iterable[tuple[int, str]], *, headings: bool = False) -> Ite
     passage: list[str] = []
     first = size = 0
     titles = True  # the passage has but headings so far
-    for number, paragraph in _paragraphs(lines, headings):
+    for number, paragraph in _paragraphs(_without_front_matter(lines) if headings else lines, headings):
         for line, piece in _pieces(number, paragraph):
             title = headings and _HEADING.match(piece) is not None
             if passage and (size + len(piece) + 2 > PASSAGE or (title and not titles)):
@@ -44,6 +46,18 @@ def passages(lines: Iterable[tuple[int, str]], *, headings: bool = False) -> Ite
 
 _HEADING = re.compile(r"#{1,6}\s")
 _FENCE = re.compile(r"\s{0,3}(```|~~~)")
+
+
+def _without_front_matter(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    rest, held = iter(lines), list[tuple[int, str]]()
+    for number, line in rest:
+        held.append((number, line))
+        if len(held) == 1 and line.rstrip() != "---":
+            break
+        if len(held) > 1 and line.rstrip() in ("---", "..."):
+            held = []
+            break
+    return itertools.chain(held, rest)
 
 
 def _paragraphs(lines: Iterable[tuple[int, str]], headings: bool) -> Iterator[tuple[int, list[str]]]:

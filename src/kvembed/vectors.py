@@ -60,8 +60,8 @@ def check_output(path: Path | None, *, with_ids: bool = False) -> None:
     check_writable(path)
 
 
-def write_vectors(pieces: Iterable[Encoded], path: Path | None, ids: Iterator[str | int] | None = None) -> None:
-    """Write vectors in order, as they come; standard output, as .jsonl, if `path` is None or `-`.
+def write_vectors(pieces: Iterable[Encoded], path: Path | None, ids: Iterator[str | int] | None = None) -> int:
+    """Write vectors in order, as they come; standard output, as .jsonl, if `path` is None or `-`. Returns their number.
 
     `.npy` holds (n, dim) in the vectors' dtype; `.jsonl` and `.parquet` rows of `index` (from 0; or of `id`, if `ids`
     are given), `tokens`, `tokens_cut`, `embedding`.
@@ -70,25 +70,28 @@ def write_vectors(pieces: Iterable[Encoded], path: Path | None, ids: Iterator[st
         InputError: there are none, or the file can't be written; what was there before is still there.
     """
     name, keys = ("index", itertools.count()) if ids is None else ("id", ids)
+    counts: list[int] = []
+    some = _some(pieces, counts)
     with naming(path or "standard output"):
         if path is None or str(path) == "-":
-            _write_jsonl(_some(pieces), sys.stdout.buffer, name, keys)
+            _write_jsonl(some, sys.stdout.buffer, name, keys)
             sys.stdout.flush()
-            return
+            return sum(counts)
         check_output(path, with_ids=ids is not None)
         with atomic_write(path) as file:
             if path.suffix.lower() == ".npy":
-                _write_npy(_some(pieces), file)
+                _write_npy(some, file)
             else:
                 write = _write_jsonl if path.suffix.lower() == ".jsonl" else _write_parquet
-                write(_some(pieces), file, name, keys)
+                write(some, file, name, keys)
+    return sum(counts)
 
 
-def _some(pieces: Iterable[Encoded]) -> Iterator[Encoded]:
-    piece = None
+def _some(pieces: Iterable[Encoded], counts: list[int]) -> Iterator[Encoded]:
     for piece in pieces:
+        counts.append(len(piece.vectors))
         yield piece
-    if piece is None:
+    if not counts:
         raise InputError("no texts to write the vectors of")
 
 
