@@ -390,3 +390,4 @@ def test_an_input_changed_in_place_is_noticed(embedder, tmp_path):
     with pytest.raises(InputError, match=r"a\.jsonl changed while it was read"):
         bulk(embedder, source, tmp_path / "out", shard_rows=10, engine=engine)
     assert not json.loads((tmp_path / "out" / "_manifest.json").read_text())["finished"]
+    assert not list((tmp_path / "out").glob("*.parquet"))  # or, with the old texts back, they would be taken for theirs

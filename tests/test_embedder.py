@@ -193,6 +193,15 @@ def test_static_vectors_follow_the_model(tokenizer):
     after = embedder.encode(NOTICES)
     assert np.abs(after - before).max() > 1e-3
     np.testing.assert_allclose(after, Embedder(model, tokenizer, embedder.config).encode(NOTICES), atol=1e-6)
+    other = copy.deepcopy(model.get_input_embeddings())  # another table, the same in all that is looked at of it
+    looked_at = slice(None, None, other.weight.numel() // 64 | 1)
+    kept = other.weight.data.flatten()[looked_at].clone()
+    other.weight.data[100:200] = 0.5
+    other.weight.data.view(-1)[looked_at] = kept
+    model.set_input_embeddings(other)
+    fresh = Embedder(model, tokenizer, embedder.config).encode(NOTICES)
+    assert np.abs(fresh - after).max() > 1e-3
+    np.testing.assert_allclose(embedder.encode(NOTICES), fresh, atol=1e-6)
 
 
 def test_where_no_layer_is_run_the_models_limit_is_none(tokenizer):
@@ -315,6 +324,10 @@ def test_what_transformers_would_not_open_as_it_is_is_not_saved(tokenizer, tmp_p
     adapted._hf_peft_config_loaded = True  # as its add_adapter() leaves it
     with pytest.raises(InputError, match="saves an attached adapter alone"):
         Embedder.from_model(adapted, tokenizer, method="mean").save_pretrained(tmp_path)
+    injected = tiny()
+    injected.model.layers[1].disable_adapters = False  # as a layer of peft's has it
+    with pytest.raises(InputError, match="has an adapter in it"):
+        Embedder.from_model(injected, tokenizer, method="mean").save_pretrained(tmp_path)
     unknown = tiny()
     unknown.config = type("OtherConfig", (type(unknown.config),), {})(**unknown.config.to_dict())
     with pytest.raises(InputError, match="opens no LlamaForCausalLM as a language model by name"):
@@ -605,6 +618,9 @@ def test_what_cannot_be_saved_or_embedded_is_refused(tokenizer, llama, tmp_path)
     prompt_tuning = type("Config", (), {"is_prompt_learning": True})
     with pytest.raises(UnsupportedModel, match="virtual tokens would be lost"):
         Embedder.from_model(Wrapped(active_peft_config=prompt_tuning), tokenizer, layers=[1])
+    activated = type("Config", (), {"alora_invocation_tokens": [7]})
+    with pytest.raises(UnsupportedModel, match="an activated LoRA, which acts in peft's own forward alone"):
+        Embedder.from_model(Wrapped(active_peft_config=activated), tokenizer, layers=[1])
 
 
 def test_the_two_halves_of_encode(embedder, tokenizer):
@@ -668,7 +684,12 @@ def test_the_default_dtype_does_not_matter(llama, tokenizer, dtype):
     def vectors():
         static = Embedder.from_model(llama, tokenizer, method="static", texts=MANY)
         others = [
-            Embedder.from_model(llama, tokenizer, **one) for one in ({"method": "weighted-mean"}, {"layers": [1, 3]})
+            Embedder.from_model(llama, tokenizer, **one)
+            for one in (
+                {"method": "weighted-mean"},
+                {"layers": [1, 3]},
+                {"method": "token-prepending", "prepend_layers": [1, 2], "output_layer": -2},
+            )
         ]
         return np.concatenate([static.encode_views(texts).vectors[:, 0], *(one.encode(texts) for one in others)], 1)
 

@@ -797,6 +797,16 @@ def test_a_slow_model_commits_as_often_as_a_fast_one(embedder, tmp_path, monkeyp
     assert len(index) == 2 * len(rows)
 
 
+def test_an_id_that_the_output_cannot_hold(folder, notes, monkeypatch):
+    jsonl(notes / "a.jsonl", [{"id": "café", "text": "one two"}])
+    run("index", "a.jsonl", "--id-field", "id", "--db", "db", "--model", folder, "--method", "mean")
+    command = [sys.executable, "-m", "kvembed", "search", "one", "--db", "db", "--mode", "text", "--trec"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "kvembed: the output's encoding, ascii, can't hold the id 'café'\n".replace("é", "\\xe9")
+    assert run(*command[3:]).stdout.startswith("0 Q0 café 1 ")
+
+
 def test_what_did_not_change_needs_no_model(folder, notes):
     options = ("--db", "db", "--model", folder, "--dtype", "float32")
     (notes / "notes" / "latin.txt").unlink()
@@ -902,6 +912,26 @@ def test_options_are_checked_before_the_corpus_is_read(folder, notes):
         assert done.exit_code == 1
         assert message in done.stderr
         assert not (notes / "db").exists()
+
+
+def test_a_table_that_was_half_made_is_made_anew(embedder, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in NOTICES[:3]])
+    index = Index.create(tmp_path / "db", embedder, model="tiny")
+    (index.folder / f"{index.name}.lance" / "_transactions").mkdir(parents=True)
+    (index.folder / f"{index.name}.lance" / "_transactions" / "0.txn").write_bytes(b"x")
+    assert not Index.is_filled(index.folder)
+    assert index.update(Corpus([path])).documents == 3
+
+
+def test_a_search_that_a_refit_overtakes_says_so(llama, tokenizer, folder, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in NOTICES[:3]])
+    static = Embedder.from_model(llama, tokenizer, method="static", texts=MANY[:120])
+    made(static, tmp_path, path)
+    slow = Index.open(tmp_path / "db", model=str(folder))
+    mean = Index.create(tmp_path / "db", Embedder.from_model(llama, tokenizer, method="mean"), model="tiny", refit=True)
+    mean.update(Corpus([path]))
+    with pytest.raises(InputError, match="--refit has replaced this index; open it again"):
+        slow.search("ferry", mode="vector")
 
 
 def test_a_damaged_index_says_so(embedder, tmp_path):

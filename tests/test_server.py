@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gzip
 import http.client
 import json
 import logging
@@ -637,6 +638,15 @@ def test_a_text_that_no_queue_can_hold_is_not_even_tokenised(start, llama, token
     status, _, content = call(server, {"model": "tiny", "input": "a" * 5000})
     assert status == 400
     assert "the limit for any text is 1,600" in error_of(content)["message"]
+
+
+def test_a_packed_body_is_refused(start, embedder):
+    server = start(embedder)
+    packed = gzip.compress(b'{"model": "tiny", "input": "a"}')
+    status, _, content = call(server, raw=packed, headers={"Content-Encoding": "gzip"})
+    assert (status, error_of(content)["message"]) == (415, "A body is taken as it is: leave Content-Encoding out.")
+    plain = {"Content-Encoding": "identity"}
+    assert call(server, {"model": "tiny", "input": "a"}, headers=plain)[0] == 200
 
 
 def test_keys(start, embedder, log):

@@ -266,6 +266,13 @@ def test_few_given_texts_are_joined_by_self_written_ones(tmp_path, caplog, token
     assert "on 129 given texts alone, which is not as good: LlamaModel can't write" in caplog.text
 
 
+def test_a_cache_that_cannot_be_written_costs_no_fit(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("KVEMBED_CACHE", "/dev/null")
+    given_texts = [f"text {number}" for number in range(120)]
+    assert tuned(lambda texts, *_: views(len(texts), texts=len(texts)), tmp_path, texts=given_texts).dim
+    assert "could not be stored" in caplog.text
+
+
 def test_a_weight_is_how_often_a_text_counts():
     part = views(texts=300)
     counts = np.random.default_rng(1).integers(1, 4, len(part))

@@ -138,7 +138,7 @@ def _summary(mini: list[Result], apart: list[Result], ablation: list[Result]) ->
     ]
     lines += [
         "",
-        "The constants of `auto` were chosen with these tasks and models in view, which its intervals don't know of; "
+        "The constants of `auto` were chosen with these tasks and models in view, so its intervals may be too narrow; "
         "the other methods are as their papers have them. How it does on whole sets, most of whose items played no "
         "part in that: [docs/results.md](docs/results.md#on-the-full-sets).",
     ]
@@ -199,7 +199,7 @@ def _without_longest(presets: dict[tuple[str, str], list[Result]], models: Seque
             gaps = [difference(_of(presets[model, "auto"], rest), rest) for model in models]
             told.append(
                 f"{name if name != method else 'TF-IDF'} {', '.join(f'{gap.value:+.1f}' for gap in gaps)} "
-                f"(to {max((gap.high - gap.low) / 2 for gap in gaps):.1f} either way)"
+                f"(by {max((gap.high - gap.low) / 2 for gap in gaps):.1f} at most, either way)"
             )
     return (
         f" {LONGEST} alone, whose documents are the longest, decides much of that: on the other tasks `auto` stands "
@@ -274,8 +274,8 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "# Results",
         "Made by `make tables` from the files in `results/`; nothing here is typed by hand. A score is in percent, "
         "with its 95 % bootstrap interval over the task's items: it says nothing of other tasks, other models, other "
-        "training texts or another run. Where two methods are in truth alike, one difference in twenty is still in "
-        "**bold**. What each metric is: `src/kvembed/scoring.py`. `mini` is a fixed sample of eleven public tasks "
+        "training texts or another run. Even of methods that are equally good, one difference in twenty is **bold** by "
+        "chance. What each metric is: `src/kvembed/scoring.py`. `mini` is a fixed sample of eleven public tasks "
         "(`src/kvembed/tasks.py`), texts cut to 1,024 tokens (for all-MiniLM-L6-v2 to 256, for `echo` to 512, which it "
         "reads twice, for TF-IDF not at all). The models' weights are of 4 bits each, turned back into float32: others "
         "of the same name will score a little differently. Seconds are those of a busy shared machine; tokens tell the "
@@ -283,8 +283,8 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "computed once; the prefaces of `meta-eol`, now computed once too, still count in its).",
         _tasks(mini),
         "Of a retrieval task n is the queries; so few documents make its scores much higher than on the whole set (the "
-        "next table has SciFact's), and they can't be set beside others'. Queries that look for the same documents are "
-        "drawn together: QMSum's by meeting, of which there are fewer.",
+        "next table has SciFact's), so don't compare them with scores from elsewhere. Queries that look for the same "
+        "documents are drawn together: QMSum's by meeting, of which there are fewer.",
         "## Is the harness right?",
         "all-MiniLM-L6-v2 on the full sets, against its public scores:",
         _proof(results),
@@ -590,7 +590,7 @@ def _long(results: list[Result]) -> str:
         f"{rows[0].n} queries for {rows[0].texts - rows[0].n} documents, another sample of meetings than `mini`'s. Of "
         "`echo` a column's tokens hold both copies, so that it reads half as far."
     )
-    return "\n\n".join([title, *parts, "![](long.svg)"])
+    return "\n\n".join([title, *parts, "![Score against the number of tokens read of a meeting](long.svg)"])
 
 
 def _score_and_cut(result: Result) -> str:
@@ -613,7 +613,7 @@ def _ablation(results: list[Result]) -> str:
         controls.sort(key=_control_order)
         parts.append(_against(f"{model}: control", "kv", controls, base))
         if any(method.startswith("bias ") for method, _ in controls):
-            parts.append(f"![](bias-{model}.svg)")
+            parts.append(f"![Score against the bias, {model}](bias-{model}.svg)")
         if windows:
             parts.append(_windows(model, windows, base))
     if not parts:
@@ -645,7 +645,8 @@ def _windows(model: str, windows: list[tuple[str, list[Result]]], base: list[Res
         f"Of {len(ranked)} windows of {len(chosen)} layers in {model}, intrinsic dimension picks "
         f"{chosen[0]}-{chosen[-1]}, which is number {place} by score ({mean(base).value:.1f}). The best is "
         f"{best.removeprefix('window ')} ({mean(rows).value:.1f}, that is {_gap(gap)}), the worst "
-        f"{ranked[-1][0].removeprefix('window ')} ({mean(ranked[-1][1]).value:.1f}).\n\n![](windows-{model}.svg)"
+        f"{ranked[-1][0].removeprefix('window ')} ({mean(ranked[-1][1]).value:.1f})."
+        f"\n\n![Score by first re-routed layer, {model}](windows-{model}.svg)"
     )
 
 

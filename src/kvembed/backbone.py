@@ -108,9 +108,10 @@ class Backbone:
         step = max(1, weight.numel() // 64) | 1  # odd, or else it might fall on one column
         few = [] if weight.is_meta else weight.flatten()[::step].tolist()
         known = self._static
-        if known is None or known[0] != (weight.device, few):  # the model may have been moved, or an adapter merged
+        told = (embedding, weight.device, few)
+        if known is None or known[0] != told:  # the model may have been moved, or an adapter merged
             with torch.autocast(self.device.type, enabled=False):  # they are kept
-                known = (weight.device, few), StaticVectors(embedding, embedding.num_embeddings, self.device)
+                known = told, StaticVectors(embedding, embedding.num_embeddings, self.device)
             self._static = known
         return known[1]
 
@@ -306,7 +307,9 @@ class Backbone:
             states = (args[0] if args else kwargs["hidden_states"]).clone()  # (B,n,D)
             row, place, source = (tensor.to(states.device) for tensor in (rows, placeholders, last))
             if layer == 0:
-                random = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0), device="cpu")
+                random = torch.randn(
+                    states.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+                )
                 states[row, place] = random.to(states)
             else:
                 states[row, place] = states[row, source]

@@ -32,7 +32,7 @@ from .errors import InputError, KvembedError
 from .extras import import_extra
 from .files import atomic_write, exclusive_writer, json_hash, naming, sha256_of, user_path, why, write_json
 from .identity import first_difference, identity
-from .shards import FIT, MANIFEST, Plan, Shard, ShardReader, check_folders, make_plan
+from .shards import FIT, MANIFEST, InputChanged, Plan, Shard, ShardReader, check_folders, make_plan
 from .vectors import Encoded, as_table
 
 __all__ = ["Engine", "Job", "ShardMaker", "Summary", "Written", "bulk", "found_shard", "kept_fit", "run_here"]
@@ -161,14 +161,19 @@ def bulk(
         }
         todo = [shard for shard in plan.shards if shard.index not in done]
         rows_left = sum(shard.rows for shard in todo)
-        with _bar(plan.rows, plan.rows - rows_left, progress) as report:
-            for written in (engine or run_here)(job, embedder, todo, report) if todo else ():
-                done[written.index] = written
-        if len(done) < len(plan.shards):
-            raise KvembedError(f"{len(plan.shards) - len(done)} shards were not made; run the same command again")
-        listed = [_listed(job, shard, done[shard.index]) for shard in plan.shards]
-        if todo:
-            plan.check_unchanged()
+        try:
+            with _bar(plan.rows, plan.rows - rows_left, progress) as report:
+                for written in (engine or run_here)(job, embedder, todo, report) if todo else ():
+                    done[written.index] = written
+            if len(done) < len(plan.shards):
+                raise KvembedError(f"{len(plan.shards) - len(done)} shards were not made; run the same command again")
+            listed = [_listed(job, shard, done[shard.index]) for shard in plan.shards]
+            if todo:
+                plan.check_unchanged()
+        except InputChanged:
+            for shard in todo:  # of which texts they are cannot be told, should the old ones come back
+                (out / shard.name).unlink(missing_ok=True)
+            raise
         _write_manifest(out, manifest | {"finished": True, "shards": listed})
     return Summary(
         rows=plan.rows,

@@ -68,11 +68,12 @@ def print_line(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on one line, for pipes; a number too large for one is null."""
+    """Print JSON on one line, for pipes: a number too large for it is null, a letter that can't be shown is escaped."""
+    plain = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     try:
-        print_line(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        print_line(json.dumps(value, ensure_ascii=plain, allow_nan=False))
     except ValueError:
-        print_line(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False))
+        print_line(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=plain))
 
 
 def print_table(head: list[str], body: list[list[str]]) -> None:
@@ -170,6 +171,10 @@ def check_run_ids(ids: Iterable[str]) -> None:
     for one in ids:
         if one.split() != [one]:
             raise InputError(f"an id that is empty or has white space can't stand in a run file: {one!r}")
+        try:
+            one.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"the output's encoding, {error.encoding}, can't hold the id {one!r}") from None
 
 
 def _where(hit: Hit) -> str:
@@ -304,9 +309,7 @@ def print_explanation(explanation: Explanation) -> None:
         why = ": read-outs that are whitened gain nothing by it (docs/method.md)" if config.transform != "none" else ""
         print_line(f"layers    none re-routed{why}")
         return
-    print_line(
-        f"layers    {', '.join(map(str, beta))} re-routed, bias {config.bias:g}; `kvembed layers` shows the choice"
-    )
+    print_line(f"layers    {', '.join(map(str, beta))} re-routed, bias {config.bias:g}")
     print_line(
         f"beta      share of attention on the slot, mean {sum(mean) / len(mean):.3f}; the deeper the colour the more"
     )

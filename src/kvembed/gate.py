@@ -156,6 +156,9 @@ class Gate:
             if scheme.lower() != b"bearer" or not any(found):
                 message = "Incorrect API key." if given else "No API key: send the header Authorization: Bearer KEY."
                 raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        encoding = next((value for name, value in scope["headers"] if name == b"content-encoding"), b"identity")
+        if encoding.lower() != b"identity":
+            raise ApiError(415, "A body is taken as it is: leave Content-Encoding out.")
         if self._working >= self._max_requests and scope["method"] == "POST":
             raise ApiError(
                 429,

@@ -243,6 +243,8 @@ class Index:
             raise ModelNotFound(f"{error} (--model says where the index's model is now)") from None
         transform = None
         if stored["transform"] is not None:
+            if not self.transform_file.exists():
+                self.check_current()
             transform = Transform.load(self.transform_file)
         another = (
             f"{self.folder} was made with other weights, or another tokenizer, than those of {self.model}: name the "
@@ -285,7 +287,8 @@ class Index:
     @property
     def has_table(self) -> bool:
         """Whether anything has been written."""
-        return (self.folder / f"{self.name}.lance").is_dir()
+        table = self.folder / f"{self.name}.lance"  # a run that was stopped may leave a folder with neither
+        return any(table.glob("_versions/*.manifest")) or any(table.glob("data/*"))
 
     def __len__(self) -> int:
         """Number of documents."""

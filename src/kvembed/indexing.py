@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import logging
 import os
+import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -172,6 +173,9 @@ class _Writer:
         kinds = dict(wanted)
         before = _language_of(known.table) if known.has_table else None
         if not index.has_table:
+            shutil.rmtree(
+                index.folder / f"{index.name}.lance", ignore_errors=True
+            )  # half made, by a run that was stopped
             table = index.connection.create_table(index.name, schema=self._schema(kinds))
         else:
             table = index.table

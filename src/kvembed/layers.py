@@ -282,5 +282,5 @@ def _read(path: Path) -> list[Profile]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("ignoring the damaged profile %s: %s", path, error)
+        logger.warning("ignoring the profile %s, which can't be read: %s", path, error)
         return []

@@ -27,7 +27,7 @@ class MtebEncoder:
     Args:
         embedder: ours.
         name: the model's name in MTEB's results, which go by it, the model's fingerprint as it is now, the
-            config's hash, the dtype and the fit.
+            config's hash, the dtype and the fit. A model that has changed since needs a new encoder.
 
     Attributes:
         mteb_model_meta: mteb's `ModelMeta`.

@@ -50,8 +50,11 @@ def probe(model: PreTrainedModel) -> Probed:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder; kvembed takes decoder-only language models")
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
         raise UnsupportedModel(f"{config.model_type} has a prompt-tuning adapter, whose virtual tokens would be lost")
+    if getattr(adapter, "alora_invocation_tokens", None):
+        raise UnsupportedModel(f"{config.model_type} has an activated LoRA, which acts in peft's own forward alone")
     decoder = decoder_of(model)
     calls: dict[nn.Module, list[tuple[str, int]]] = defaultdict(list)
     place = [("", -1)]  # the stack of layers, and the layer in it, that the forward is in

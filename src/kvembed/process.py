@@ -8,11 +8,12 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["import_models", "keep_freed_memory", "quiet", "release_openmp_threads"]
+__all__ = ["import_models", "is_importing", "keep_freed_memory", "quiet", "release_openmp_threads"]
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _OWN_MAPPING = 32 << 20  # bytes; the most that every glibc takes
 _KEPT = 256 << 20  # bytes
+_importing = False
 
 
 def keep_freed_memory() -> None:
@@ -43,16 +44,24 @@ def import_models() -> None:
     looked at later, when the process ends for one: that makes a third of the time in which one sentence is embedded
     (docs/decisions.md).
     """
+    global _importing
     first = "torch" not in sys.modules and gc.isenabled()
     if first:
         gc.disable()
+    _importing = True
     try:
         quiet()
         from . import embedder  # noqa: F401
     finally:
+        _importing = False
         if first:
             gc.freeze()
             gc.enable()
+
+
+def is_importing() -> bool:
+    """Whether `import_models` is at work, in any thread."""
+    return _importing
 
 
 def release_openmp_threads() -> None:

@@ -120,6 +120,8 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError("transformers saves an attached adapter alone: load it with peft and merge_and_unload() first")
+    if any(isinstance(getattr(module, "disable_adapters", None), bool) for module in model.modules()):  # peft's layers
+        raise InputError("the model has an adapter in it, which transformers would not open again: merge it first")
     if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
             f"transformers opens no {type(model).__name__} as a language model by name, so it can't be saved: keep the "

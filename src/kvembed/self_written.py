@@ -94,7 +94,7 @@ def write_texts(
             if len(kept := list(json.loads(cache.read_text(encoding="utf-8")))) >= count:
                 return kept[:count]
         except (OSError, ValueError) as error:
-            logger.warning("ignoring the damaged texts in %s: %s", cache, error)
+            logger.warning("ignoring the texts in %s, which can't be read: %s", cache, error)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if model.get_output_embeddings() is None or start is None:
         raise InputError(
@@ -177,5 +177,5 @@ def _resume(part: Path, asked: str, texts: dict[str, None]) -> int:
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        logger.warning("ignoring the damaged texts in %s: %s", part, error)
+        logger.warning("ignoring the texts in %s, which can't be read: %s", part, error)
         return 0

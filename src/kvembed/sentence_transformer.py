@@ -136,6 +136,7 @@ class EmbedderModule(InputModule):  # type: ignore[misc]
         self.model.eval()
         return self
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of what is compiled in one piece
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
         """What `preprocess` gave -> `sentence_embedding` (n,dim) float32, `token_counts`, `tokens_cut` (n,) int64."""
         encoded = self.embedder.encode_prompts(features["prompts"], role=features["role"])

@@ -17,6 +17,7 @@ from .texts import ROW_ENDINGS, Mark, Row, place_of, read_rows
 
 __all__ = [
     "MANIFEST",
+    "InputChanged",
     "InputFile",
     "Plan",
     "Shard",
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 # Readers of folders of Parquet pass over names that begin with "_" or ".".
 MANIFEST, FIT = "_manifest.json", "_transform.safetensors"
+
+
+class InputChanged(InputError):
+    """An input is not what it was when the plan was made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +106,11 @@ class Plan:
         return sum(file.rows for file in self.inputs)
 
     def check_unchanged(self) -> None:
-        """Raises `InputError` if an input is not what it was when the plan was made."""
+        """Raises `InputChanged` if an input is not what it was when the plan was made."""
         for path, file in ((self.folder / file.path, file) for file in self.inputs):
             _check_size(path, file.size)
             if sha256_of(path) != file.sha256:
-                raise InputError(f"{path} changed while it was read; give the job another folder")
+                raise InputChanged(f"{path} changed while it was read; give the job another folder")
 
 
 def find_inputs(source: Path, *, tell: bool = True) -> tuple[Path, list[str]]:
@@ -197,7 +202,7 @@ def _size(path: Path) -> int:
 
 def _check_size(path: Path, before: int) -> None:
     if (size := _size(path)) != before:
-        raise InputError(f"{path} changed while it was read: it had {before:,} bytes, and has {size:,}")
+        raise InputChanged(f"{path} changed while it was read: it had {before:,} bytes, and has {size:,}")
 
 
 class ShardReader:
@@ -212,7 +217,7 @@ class ShardReader:
         """The rows of a shard, one by one.
 
         Raises:
-            InputError: the inputs are not what they were when the plan was made.
+            InputChanged: the inputs are not what they were when the plan was made.
         """
         if self._next != shard.first_row:
             self._rows = self._from(shard)
@@ -221,7 +226,7 @@ class ShardReader:
         for count, row in enumerate(itertools.islice(self._rows, shard.rows), 1):
             yield row if self._plan.id_field is not None else row._replace(id=shard.first_row + count - 1)
         if count < shard.rows:
-            raise InputError(f"{self._plan.folder}: a file changed while it was read")
+            raise InputChanged(f"{self._plan.folder}: a file changed while it was read")
         self._next = shard.first_row + shard.rows
 
     def _from(self, shard: Shard) -> Iterator[Row]:

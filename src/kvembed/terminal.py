@@ -18,15 +18,20 @@ import typer
 
 from .errors import KvembedError
 from .files import why
+from .process import is_importing
 
 __all__ = ["in_a_terminal", "one_line_errors", "stop"]
 
+_NAMES: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _asked_to_stop: list[int] = []  # the signals that came
 
 
 def stop(number: int, _frame: object) -> None:
     """What SIGINT and SIGTERM do; a scheduler's or a container host's SIGTERM is no less in good order than Ctrl-C."""
     _asked_to_stop.append(number)
+    if is_importing():  # nothing has begun, and an error in the middle of torch's own code ends in a crash
+        os.write(2, f"kvembed: {_NAMES[number]}\n".encode())
+        os._exit(128 + number)
     raise KeyboardInterrupt
 
 
@@ -56,12 +61,12 @@ def one_line_errors(kept: str = "") -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         # Imports turn an interrupt into errors of their own: once a signal has come, whatever ends the work is its.
         if _asked_to_stop or isinstance(error, KeyboardInterrupt):
-            what, code = ("terminated", 143) if signal.SIGTERM in _asked_to_stop else ("interrupted", 130)
-            logger.error(f"{what}; {kept}" if kept else what)
+            number = signal.SIGTERM if signal.SIGTERM in _asked_to_stop else signal.SIGINT
+            logger.error(f"{_NAMES[number]}; {kept}" if kept else _NAMES[number])
             # If the interrupt fell into an `exec` of a string (imports make dataclasses so), Python would end by the
             # signal whatever the exit code, unless another `exec` has run since.
             exec("")  # noqa: S102
-            raise typer.Exit(code) from None
+            raise typer.Exit(128 + number) from None
         if os.environ.get("KVEMBED_DEBUG"):
             raise
         text = " ".join(str(error).split())
@@ -81,6 +86,10 @@ def in_a_terminal() -> Iterator[None]:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what it runs in the background
             signal.signal(number, stop)
+    try:
+        os.getcwd()
+    except OSError:  # libraries look at it, whatever paths a command is given
+        sys.exit("kvembed: the working directory is gone")
     if os.environ.get("COLUMNS") == "0":  # not known, that is; tables would have no room at all
         del os.environ["COLUMNS"]
     if sys.stdout is None:  # closed by whoever started us

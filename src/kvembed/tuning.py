@@ -159,8 +159,9 @@ def choose_transform(
         transform.save(cached)
     except OSError as error:
         logger.warning("the transform could not be stored in %s: %s", cached.parent, error)
-    for piece in pieces:
-        piece.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of a cache that can't be written
+        for piece in pieces:
+            piece.unlink(missing_ok=True)
     return transform
 
 
