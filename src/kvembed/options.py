@@ -49,7 +49,9 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="Of the weights. Auto: bfloat16, or float32 where the processor can't multiply it."),
 ]
-RoleName = Annotated[Literal["document", "query"], typer.Option("--role", help="Which template.")]
+RoleName = Annotated[
+    Literal["document", "query"], typer.Option("--role", help="What the texts are: documents, or search queries.")
+]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Cut longer texts. Default: the model's limit.")]
 BatchTokens = Annotated[
     int | None, typer.Option("--batch-tokens", min=1, help="Tokens in a batch. Default: 2048 on a CPU, 16384 on a GPU.")
