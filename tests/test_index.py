@@ -797,16 +797,6 @@ def test_a_slow_model_commits_as_often_as_a_fast_one(embedder, tmp_path, monkeyp
     assert len(index) == 2 * len(rows)
 
 
-def test_an_id_that_the_output_cannot_hold(folder, notes, monkeypatch):
-    jsonl(notes / "a.jsonl", [{"id": "café", "text": "one two"}])
-    run("index", "a.jsonl", "--id-field", "id", "--db", "db", "--model", folder, "--method", "mean")
-    command = [sys.executable, "-m", "kvembed", "search", "one", "--db", "db", "--mode", "text", "--trec"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "kvembed: the output's encoding, ascii, can't hold the id 'café'\n".replace("é", "\\xe9")
-    assert run(*command[3:]).stdout.startswith("0 Q0 café 1 ")
-
-
 def test_what_did_not_change_needs_no_model(folder, notes):
     options = ("--db", "db", "--model", folder, "--dtype", "float32")
     (notes / "notes" / "latin.txt").unlink()
