@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from . import models
 from .backbone import Backbone
 from .bars import Bar
 from .batching import blocks, characters
-from .checks import is_whole
+from .checks import each_text, is_whole, list_texts
 from .config import EmbedConfig, Role
 from .errors import InputError, TextTooLong
 from .explanation import Explanation, token_texts
@@ -30,7 +30,7 @@ from .layers import choose_layers
 from .methods import preset
 from .prefix import can_share_prefix, shared_prefix
 from .prompts import UNLIMITED, Prompt, Prompter, check_texts
-from .quantize import unit
+from .quantize import as_vectors, unit
 from .reading import Reader, refuse_training
 from .saved import TRANSFORM_FILE, save_embedder, save_st_files, saved_config, saved_transform
 from .self_written import generated_texts
@@ -83,7 +83,7 @@ class Embedder:
             self.batch_tokens = batch_tokens
         _check_loaded(model, tokenizer)
         refuse_training(model)
-        texts = None if texts is None else _listed(texts)
+        texts = None if texts is None else list_texts(texts)
         check_texts(texts or ())
         if transform is not None and config.transform == "none":
             raise InputError(f"method {config.method} has no transform, so it can't take a fitted one")
@@ -349,7 +349,7 @@ class Embedder:
 
     def encode_with_report(self, texts: Iterable[str], *, role: Role = "document", progress: bool = False) -> Encoded:
         """`encode`, with the token counts (over all templates, if there are several) and what was cut."""
-        texts = _listed(texts)
+        texts = list_texts(texts)
         found = Encoded(np.zeros((len(texts), self.dim), np.float32), *np.zeros((2, len(texts)), np.int64))
         done = 0
         for piece in self.encode_stream(texts, role=role, total=len(texts), progress=progress):
@@ -374,7 +374,7 @@ class Embedder:
         Raises:
             InputError: as `encode`, when the text is reached.
         """
-        texts = _each(texts)
+        texts = each_text(texts)
         bar = Bar(total=total, desc="embedding", unit="text", progress=progress)
         seen = cut = 0
         with ThreadPoolExecutor(1, "kvembed-tokenizing") as tokenizing, bar:
@@ -396,7 +396,7 @@ class Embedder:
         Neither normalised nor transformed; `join` does the rest. For trying transforms without embedding anew.
         Arguments and errors as in `encode`.
         """
-        return self._reader(self._prompts(_listed(texts), role, self.max_tokens), self.batch_tokens)
+        return self._reader(self._prompts(list_texts(texts), role, self.max_tokens), self.batch_tokens)
 
     def prompts(
         self,
@@ -418,7 +418,7 @@ class Embedder:
             InputError: as `encode`; or ids that are not text.
             TextTooLong: a text that must not be cut.
         """
-        whole = [self._decoded(text, index) for index, text in enumerate(_listed(texts), first)]
+        whole = [self._decoded(text, index) for index, text in enumerate(list_texts(texts), first)]
         by_template = self._prompts(whole, role, self.max_tokens, first, cut=truncate)
         for template, rendered in zip(self.config.templates(role), by_template, strict=True):
             most = self._most(template, self.max_tokens, self.config.chunk_tokens)
@@ -518,7 +518,7 @@ class Embedder:
         Raises:
             InputError: rows of unlike lengths, or what is no vectors.
         """
-        unit_a, unit_b = (unit(_vectors(each)) for each in (a, b))
+        unit_a, unit_b = (unit(as_vectors(each)) for each in (a, b))
         if unit_a.shape[1] != unit_b.shape[1]:
             raise InputError(f"vectors of {unit_a.shape[1]} and of {unit_b.shape[1]} dimensions can't be compared")
         cosine: NDArray[np.float32] = (unit_a @ unit_b.T).clip(-1, 1).astype(np.float32)
@@ -614,41 +614,6 @@ def _check_loaded(model: Any, tokenizer: Any) -> None:
         raise InputError(f"the model is a {type(model).__name__}, not one of transformers; from_pretrained takes names")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"the tokenizer is a {type(tokenizer).__name__}, not one of transformers")
-
-
-def _each(texts: Any) -> Iterable[Any]:
-    """The texts one by one. Raises `InputError` for what is no list of them, also for what can be gone through, but
-    not text by text: a table gives its columns' names, a dict its keys.
-    """
-    if isinstance(texts, str | bytes):
-        raise InputError(f"texts must be strings in a list, not one {type(texts).__name__}")
-    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
-        raise InputError(f"texts must be strings in a list, not a {type(texts).__name__}; of a table, give one column")
-    try:
-        iter(texts)
-    except TypeError:
-        raise InputError(f"texts must be strings in a list, not a {type(texts).__name__}") from None
-    listed: Iterable[Any] = texts.to_pylist() if hasattr(texts, "to_pylist") else texts  # pyarrow's are no strings
-    return listed
-
-
-def _listed(texts: Iterable[Any]) -> list[Any]:
-    return list(_each(texts))
-
-
-def _vectors(given: Any) -> NDArray[np.float32]:
-    """(n, dim) float32. Raises `InputError` for what is no vectors, or those whose bits are packed."""
-    try:
-        found = np.atleast_2d(np.asarray(given))
-        kind = found.dtype
-        found = found.astype(np.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"vectors (n, dim) are compared, as `encode` gives them: {error}") from None
-    if found.ndim != 2:
-        raise InputError(f"vectors (n, dim) are compared, not an array of shape {found.shape}")
-    if kind == np.uint8:
-        raise InputError("binary vectors are compared by Hamming distance, bit by bit; cosine needs `dequantize` first")
-    return found
 
 
 def _loaded(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .config import Precision
 from .errors import InputError
 
-__all__ = ["dequantize", "quantize", "unit"]
+__all__ = ["as_vectors", "dequantize", "quantize", "unit"]
 
 
 def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -51,3 +51,18 @@ def dequantize(codes: NDArray[Any], precision: Precision, dim: int) -> NDArray[n
     bits = precision == "binary"
     found = np.unpackbits(codes, axis=-1, count=dim).astype(np.float32) * 2 - 1 if bits else codes.astype(np.float32)
     return unit(found)
+
+
+def as_vectors(given: Any) -> NDArray[np.float32]:
+    """(n, dim) float32. Raises `InputError` for what is no vectors, or those whose bits are packed."""
+    try:
+        found = np.atleast_2d(np.asarray(given))
+        kind = found.dtype
+        found = found.astype(np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"vectors (n, dim) are compared, as `encode` gives them: {error}") from None
+    if found.ndim != 2:
+        raise InputError(f"vectors (n, dim) are compared, not an array of shape {found.shape}")
+    if kind == np.uint8:
+        raise InputError("binary vectors are compared by Hamming distance, bit by bit; cosine needs `dequantize` first")
+    return found
