@@ -184,6 +184,8 @@ def test_report_tells_apart_what_only_the_dtype_does():
     page = report_html([*both, result("mean")])
     assert row(page, "kv, cpu, float32")[1] == row(page, "kv, cpu, bfloat16")[1]
     assert row(page, "mean")
+    both = [result("kv", device="cpu", identity=identity) for identity in ("0123456789", "abcdefghij")]
+    assert row(report_html(both), "kv, cpu, 01234567")[1] == row(report_html(both), "kv, cpu, abcdefgh")[1]
 
 
 def test_report_takes_other_data_for_another_task():
@@ -226,8 +228,12 @@ def test_report_colours_by_rank_within_the_column():
 
 def test_report_sorts_the_sweep_by_bias_and_names_what_it_leaves_out():
     biases = (2.0, -1.0, 0.0)
-    sweep = [result(config={"method": "kv", "bias": bias}, task=task) for bias in biases for task in ("a", "b")]
-    page = report_html([], sweep=[*sweep, result(config={"method": "kv", "bias": 9.0}, task="a")])
+    sweep = [
+        result(f"bias {bias:g}", config={"method": "kv", "bias": bias}, task=task)
+        for bias in biases
+        for task in ("a", "b")
+    ]
+    page = report_html([], sweep=[*sweep, result("bias 9", config={"method": "kv", "bias": 9.0}, task="a")])
     points = re.search(r'<polyline class="l0" points="([^"]*)"', page)[1].split()
     xs = [float(point.split(",")[0]) for point in points]
     assert xs == sorted(xs)

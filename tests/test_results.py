@@ -131,6 +131,14 @@ def test_how_far_auto_is_ahead(tables):
     assert told in tables._summary(rows, [], [])
 
 
+def test_how_low_a_mean_can_be():
+    one, other = result("a", -19.0, 30, kind="sts"), result("b", 2.0, 1, kind="clustering")
+    drawn = np.percentile(np.mean([one.replicates, other.replicates], axis=0), 2.5)
+    assert -50 < mean([one, other]).low == pytest.approx(drawn)
+    with pytest.raises(InputError, match="no results"):
+        mean([])
+
+
 def test_a_method_that_lacks_tasks_is_not_in_the_summary(tables):
     rows = [result("a"), result("b"), result("a", method="mean")]
     assert "`mean`" not in tables._summary(rows, [], [])

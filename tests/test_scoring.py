@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import pytrec_eval
+from sklearn.cluster import KMeans
 from sklearn.metrics import v_measure_score
 
 from kvembed.scoring import REPLICATES, score
@@ -143,6 +144,23 @@ def test_queries_for_the_same_documents_are_drawn_together():
     assert half_of(wanted[::5], queries[::5]) == pytest.approx(1.96 * 50 / 40**0.5, rel=0.2)
     one_document = half_of(np.zeros(100), np.eye(40, dtype=np.float32)[np.arange(100) % 2])
     assert one_document == pytest.approx(1.96 * 50 / 100**0.5, rel=0.2)  # of one group nothing could be drawn
+
+
+def test_partitions_that_come_by_chance_widen_a_clusterings_interval():
+    """Three heaps for two labels: which two go together is the start's whim."""
+    heaps = np.repeat(np.eye(3), 30, axis=0)
+    vectors = (heaps + np.random.default_rng(0).normal(0, 0.05, heaps.shape)).astype(np.float32)
+    task = Task("t", "clustering", ("",) * 90, gold=("a",) * 60 + ("b",) * 30)
+    found = score(task, vectors, NONE)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    runs = [KMeans(2, n_init=1, random_state=seed).fit_predict(unit) for seed in range(10)]
+    values = [100 * v_measure_score(task.gold, run) for run in runs]
+    assert found.value == pytest.approx(np.mean(values))
+    assert np.std(values) > 20
+    assert np.std(found.replicates) == pytest.approx(np.std(values) / 10**0.5, rel=0.3)
+    assert found == score(task, vectors, NONE)
+    other = score(task, vectors + np.float32(1e-7), NONE)  # another method's chance is another
+    assert np.corrcoef(found.replicates, other.replicates)[0, 1] < 0.7
 
 
 def test_equal_texts_tie_whatever_the_rounding():

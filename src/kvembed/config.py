@@ -117,6 +117,8 @@ class EmbedConfig:
     chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise InputError(f"method must be a name, not {self.method!r}")
         object.__setattr__(self, "prepend_layers", _indices("prepend_layers", self.prepend_layers, least=1))
         if self.layers is not None and not (isinstance(self.layers, str) and self.layers == "all"):
             object.__setattr__(self, "layers", _indices("layers", self.layers, least=0, others=_OTHER_LAYERS))
@@ -196,6 +198,8 @@ class EmbedConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> EmbedConfig:
         """The inverse of `to_dict`. Raises `InputError` for an unknown field or a bad value."""
+        if not isinstance(fields, Mapping):
+            raise InputError(f"a config's fields are named, not {fields!r}")
         _check_names(fields)
         return cls(**fields)
 

@@ -62,13 +62,15 @@ def evaluate(
         progress: show a bar with the time left on a terminal.
 
     Raises:
-        InputError: a folder can't be written to, or holds a result for other data under the same names; or a name
+        InputError: a task of one item; a folder can't be written to, or holds a result for other data under the same names; or a name
             can't be a folder's.
 
     Yields:
         A result for each task.
     """
     todo = []
+    if alone := [task.name for task in tasks if task.n < 2]:
+        raise InputError(f"{alone[0]} has one item, of which no interval can be told: give more")
     for folder in filter(None, (results, vectors)):
         _check_folder(folder)
     for task in tasks:

@@ -150,6 +150,6 @@ def preset(method: str | EmbedConfig, **options: Any) -> EmbedConfig:
     """
     if isinstance(method, EmbedConfig):
         return method.replace(**options)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     return METHODS[method].replace(**options)

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
@@ -87,8 +86,8 @@ class _Row:
 
     @property
     def tokens(self) -> float:
-        """Read for a text, mean over the tasks."""
-        return float(np.mean([cell.tokens / max(1, cell.texts) for cell in self.done]))
+        """Read for a text, over all tasks."""
+        return sum(cell.tokens for cell in self.done) / max(1, sum(cell.texts for cell in self.done))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +123,10 @@ def _rows(results: Sequence[Result], columns: Sequence[Column]) -> list[_Row]:
     labels = _labels([(one.model if one.method in REFERENCES else one.method, one.config) for one in first])
     alike = Counter(labels)
     labels = [f"{label}, {one.device}" if alike[label] > 1 else label for label, one in zip(labels, first, strict=True)]
+    alike = Counter(labels)  # two models of one name, then
+    labels = [
+        f"{label}, {one.identity[:8]}" if alike[label] > 1 else label for label, one in zip(labels, first, strict=True)
+    ]
     rows = []
     for label, cells in zip(labels, found.values(), strict=True):
         row = tuple(map(cells.get, columns))
@@ -205,7 +208,7 @@ def _cost_cells(row: _Row) -> list[str]:
     if len(row.done) < len(row.cells):
         return [nothing := coloured(_NOTHING, "not all tasks are there"), passes, nothing]
     unit = "words" if row.done[0].method == "tf-idf" else "tokens"
-    tokens = f"{sum(cell.tokens for cell in row.done):,} {unit} in all; shown: the mean over tasks"
+    tokens = f"{sum(cell.tokens for cell in row.done):,} {unit} in all"
     devices = ", ".join(sorted({f"{cell.device} ({cell.hardware})" for cell in row.done}))
     seconds = f"{sum(cell.seconds for cell in row.done):,.1f}"
     return [coloured(f"{row.tokens:,.0f}", tokens, plain=True), passes, coloured(seconds, devices, plain=True)]
@@ -272,7 +275,7 @@ def _sweep_chart(sweep: Sequence[Result]) -> str:
     for result in sweep:
         if isinstance(result.config.get("bias"), int | float):
             rest = {key: value for key, value in result.config.items() if key != "bias"}
-            name = f"{result.model}, {result.method}, suite {result.suite}"
+            name = f"{result.model}, {result.config.get('method', result.method)}, suite {result.suite}"
             lines[name, json.dumps(rest, sort_keys=True)].append(result)
     keys = sorted(lines)
     drawn, keyed = [], []

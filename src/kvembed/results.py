@@ -141,12 +141,14 @@ def mean(results: Iterable[Result]) -> Estimate:
     """The mean score over tasks; its interval is within what the metrics can be, and holds it.
 
     Raises:
-        InputError: more than one result of a task.
+        InputError: none, or more than one result of a task.
     """
     results = list(results)
+    if not results:
+        raise InputError("no results to take the mean of")
     _check_once(results)
     found = _estimate([r.score for r in results], [r.replicates for r in results])
-    least = -100.0 if all(r.kind == "sts" for r in results) else 0.0
+    least = float(np.mean([-100.0 if r.kind == "sts" else 0.0 for r in results]))
     low, high = np.clip([found.low, found.high], least, 100).tolist()
     return Estimate(found.value, min(low, found.value), max(high, found.value))
 

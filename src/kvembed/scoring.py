@@ -49,7 +49,8 @@ _SEED = 42  # MTEB's
 _EXPERIMENTS, _SAMPLES_PER_LABEL = 10, 8
 
 Vectors = NDArray[np.float64]
-Value = Callable[[NDArray[np.int64]], float]  # indices of items -> score of just these, in percent
+Chance = np.random.Generator | None  # of a replicate; None: the score itself
+Value = Callable[[NDArray[np.int64], Chance], float]  # indices of items -> score of just these, in percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Score:
         metric: a value of `METRICS`.
         value: in percent.
         low, high: 95 % bootstrap interval over items (percentiles), within what the metric can be. Queries that look
-            for the same documents are drawn together.
+            for the same documents are drawn together; in clustering the partitions are drawn, too.
         replicates: the bootstrap scores behind it, `REPLICATES` of them, their mean moved to `value`. For a task the
             same items are drawn for every method, so the difference of two methods' replicates is a paired bootstrap of
             their difference.
@@ -82,8 +83,9 @@ def score(task: Task, documents: NDArray[np.float32], queries: NDArray[np.float3
         queries: (number of queries, dim), likewise; may be empty.
     """
     value = _SCORERS[task.kind](task, _unit(documents), _unit(queries))
-    whole = value(np.arange(task.n))
-    drawn = np.array([value(items) for items in _samples(task)])
+    whole = value(np.arange(task.n), None)
+    chance = np.random.default_rng(zlib.crc32(documents.tobytes()))  # of a method's own: see `_clustering`
+    drawn = np.array([value(items, chance) for items in _samples(task)])
     # Duplicates in a sample raise the V-measure; only the replicates' spread is wanted, so they are centred.
     replicates = drawn - drawn.mean() + whole
     least = -100 if task.kind == "sts" else 0
@@ -119,7 +121,7 @@ def _sts(task: Task, documents: Vectors, _: Vectors) -> Value:
     spearmanr = import_extra("scipy.stats", "eval").spearmanr
     gold, cosine = np.array(task.gold), _cosines(documents)
 
-    def value(items: NDArray[np.int64]) -> float:
+    def value(items: NDArray[np.int64], _: Chance) -> float:
         if len({*gold[items].tolist()}) < 2 or np.ptp(cosine[items]) == 0:
             return 0.0  # no correlation can be told
         return 100 * float(spearmanr(cosine[items], gold[items]).statistic)
@@ -131,7 +133,7 @@ def _pairs(task: Task, documents: Vectors, _: Vectors) -> Value:
     average_precision = import_extra("sklearn.metrics", "eval").average_precision_score
     gold, cosine = np.array(task.gold), _cosines(documents)
 
-    def value(items: NDArray[np.int64]) -> float:
+    def value(items: NDArray[np.int64], _: Chance) -> float:
         return 100 * float(average_precision(gold[items], cosine[items])) if gold[items].any() else 0.0
 
     return value
@@ -163,10 +165,13 @@ def _classification(task: Task, documents: NDArray[Any], _: Vectors) -> Value:
             model.fit(train[chosen], gold[chosen])
         correct += model.predict(test) == gold[task.train :]
     correct *= 100 / _EXPERIMENTS
-    return lambda items: float(correct[items].mean())
+    return lambda items, _: float(correct[items].mean())
 
 
 def _clustering(task: Task, documents: Vectors, _: Vectors) -> Value:
+    """The mean over partitions from several starts. Replicates draw the partitions too, for each method apart: another
+    start may be worth more than other texts, and is as good for one method as bad for the next.
+    """
     cluster, metrics = import_extra("sklearn.cluster", "eval"), import_extra("sklearn.metrics", "eval")
     names, gold = np.unique(np.array(task.gold), return_inverse=True)
     with warnings.catch_warnings():  # that there are fewer different vectors than clusters
@@ -176,8 +181,9 @@ def _clustering(task: Task, documents: Vectors, _: Vectors) -> Value:
             for seed in range(_EXPERIMENTS)
         ]
 
-    def value(items: NDArray[np.int64]) -> float:
-        return 100 * float(np.mean([metrics.v_measure_score(gold[items], run[items]) for run in runs]))
+    def value(items: NDArray[np.int64], chance: Chance) -> float:
+        drawn = range(len(runs)) if chance is None else chance.integers(0, len(runs), len(runs))
+        return 100 * float(np.mean([metrics.v_measure_score(gold[items], runs[at][items]) for at in drawn]))
 
     return value
 
@@ -198,7 +204,7 @@ def _ranking(measure: str) -> Callable[[Task, Vectors, Vectors], Value]:
         results = pytrec_eval.RelevanceEvaluator(judged, {measure}).evaluate(run)
         name = measure.replace(".", "_")
         values = np.array([100 * results[str(index)][name] for index in range(len(queries))])
-        return lambda items: float(values[items].mean())
+        return lambda items, _: float(values[items].mean())
 
     return scorer
 
