@@ -30,8 +30,11 @@ from kvembed.workers import Recipe
 
 @pytest.fixture
 def gguf_file(tmp_path, tokenizer):
+    return write_gguf(tmp_path / "tiny.gguf", tokenizer)
+
+
+def write_gguf(path, tokenizer, pre="gpt-2", **flags):
     """A tiny random llama in a GGUF file, with the test tokenizer's vocabulary."""
-    path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(32)
@@ -44,7 +47,9 @@ def gguf_file(tmp_path, tokenizer):
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     writer.add_vocab_size(len(vocabulary))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
+    for name, value in flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if index < 3 else 1 for _, index in vocabulary])
     writer.add_token_merges([" ".join(pair) for pair in merges(tokenizer)])
@@ -90,6 +95,19 @@ def merges(tokenizer):
 def cached():
     folder = cache_folder() / "models"
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
+
+
+def test_a_gguf_of_llama_3_begins_with_bos_unless_it_says_otherwise(tokenizer, tmp_path):
+    """As llama.cpp has it."""
+    for name, pre, flags, begins in (
+        ("a", "llama-bpe", {}, True),
+        ("b", "llama-bpe", {"add_bos_token": False}, False),
+        ("c", "gpt-2", {}, False),
+        ("d", "gpt-2", {"add_bos_token": True}, True),
+    ):
+        _, opened = models.load(str(write_gguf(tmp_path / f"{name}.gguf", tokenizer, pre, **flags)))
+        assert (opened("the ferry").input_ids[0] == 0) == begins, name
+        assert opened.backend_tokenizer.model.ignore_merges == (pre == "llama-bpe")
 
 
 def test_a_gguf_file_is_converted_once(gguf_file, monkeypatch):
@@ -242,6 +260,8 @@ def test_a_model_without_a_head_is_whole(llama, tokenizer, tmp_path):
     llama.model.save_pretrained(tmp_path)
     opened = Embedder.from_pretrained(tmp_path, dtype="float32")
     assert np.array_equal(opened.encode("a"), Embedder.from_model(llama, tokenizer, method="mean").encode("a"))
+    with pytest.raises(InputError, match="can't write calibration texts itself"):  # with a head drawn at random
+        Embedder.from_pretrained(tmp_path, dtype="float32", method="static")
 
 
 def test_folders_and_files_that_are_not_models(tmp_path):

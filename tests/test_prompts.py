@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from kvembed import InputError, UnsupportedModel
 from kvembed.prompts import Prompter
@@ -264,3 +268,57 @@ def test_ids_that_are_no_text(tokenizer):
     ]:
         with pytest.raises(InputError, match=message):
             prompter.decode(ids)
+
+
+def byte_level(trim_offsets=False, normalizer=None, texts=("mot tiếng nói", "return x of it")):
+    rules = Tokenizer(models.BPE())
+    rules.normalizer = normalizer
+    rules.pre_tokenizer, rules.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    rules.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    rules.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=rules)
+
+
+def test_white_space_that_begins_a_text_is_its_own():
+    prompts = [Prompter(byte_level(trim))(["    return x"], "Text: {text}!", 99)[0] for trim in (False, True)]
+    assert prompts[0] == prompts[1]
+    first, end = prompts[0].span
+    assert prompts[0].text[prompts[0].offsets[first][0] : prompts[0].offsets[end - 1][1]].endswith("    return x")
+    tokenizer = byte_level(True)
+    Prompter(tokenizer)
+    assert tokenizer.backend_tokenizer.post_processor.trim_offsets  # the user's stays as it is
+
+
+def test_a_cut_within_a_letter_in_two_parts_is_counted_and_loses_no_accent():
+    prompter = Prompter(byte_level(normalizer=normalizers.NFC()))
+    text = unicodedata.normalize("NFD", "mot tiế")
+    (whole,) = prompter([text], "{text}", 99)
+    for most in range(1, whole.tokens):
+        (cut,) = prompter([text], "{text}", most)
+        assert cut.tokens <= most
+        assert cut.tokens_cut > 0
+        kept = unicodedata.normalize("NFC", cut.text)
+        assert unicodedata.normalize("NFC", text).startswith(kept), (most, kept)
+
+
+def test_ids_of_a_text_that_begins_with_spaces():
+    """Llama 2's tokenizer puts a space in front where there is none, and its decoder takes one off in any case."""
+    alphabet = {piece: number for number, piece in enumerate(["▁", *"-item", "<unk>"])}
+    rules = Tokenizer(models.BPE(vocab=alphabet, merges=[], unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    rules.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+    )
+    prompter = Prompter(PreTrainedTokenizerFast(tokenizer_object=rules))
+    for text in ("item", " item", "  - item", "   "):
+        ids = rules.encode(text, add_special_tokens=False).ids
+        assert rules.encode(prompter.decode(ids), add_special_tokens=False).ids == ids, text
+
+
+def test_ids_where_the_vocabulary_has_no_small_letters():
+    rules = Tokenizer(models.BPE(vocab={"A": 0, "C": 1, "<s>": 2}, merges=[]))
+    rules.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    prompter = Prompter(PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>"))
+    assert prompter.decode([2, 0, 1]) == prompter.decode([0, 1])

@@ -278,10 +278,10 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "chance; of clustering alone (V measure) half of them: the results here were made when its intervals held "
         "k-means' ten starts fixed, and are two to three times too narrow. What each metric is: "
         "`src/kvembed/scoring.py`. `mini` is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut "
-        "to 1,024 tokens (for all-MiniLM-L6-v2 to 256, for `echo` to 512, which it reads twice, for TF-IDF not at all). "
-        "The models' weights are of 4 bits each, turned back into float32: others of the same name will score a little "
-        "differently. Seconds are those of a busy shared machine; tokens tell the cost better (without the examples of "
-        "`auto`, computed once; the prefaces of `meta-eol`, now computed once too, still count in its).",
+        "to 1,024 tokens (for all-MiniLM-L6-v2 to 256, for `echo` to 512, which it reads twice, for TF-IDF not at "
+        "all). The models' weights are of 4 bits each, turned back into float32: others of the same name will score a "
+        "little differently. Seconds are those of a busy shared machine; tokens tell the cost better (without the "
+        "examples of `auto`, computed once; the prefaces of `meta-eol`, now computed once too, still count in its).",
         _tasks(mini),
         "Of a retrieval task n is the queries; so few documents make its scores much higher than on the whole set (the "
         "next table has SciFact's), so don't compare them with scores from elsewhere. Queries that look for the same "

@@ -62,8 +62,8 @@ def evaluate(
         progress: show a bar with the time left on a terminal.
 
     Raises:
-        InputError: a task of one item; a folder can't be written to, or holds a result for other data under the same names; or a name
-            can't be a folder's.
+        InputError: a task of one item; a folder can't be written to, or holds a result for other data under the same
+            names; or a name can't be a folder's.
 
     Yields:
         A result for each task.

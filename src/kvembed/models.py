@@ -113,6 +113,8 @@ def _whole(name: str, *source: Any, **options: Any) -> PreTrainedModel:
         if lacking:
             more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
             raise ModelNotFound(f"can't load {name}: its files have {what} {lacking[0]}{more}, which config.json wants")
+        if names & {key if isinstance(key, str) else key[0] for key in keys}:
+            model.kvembed_head_is_random = True  # for `write_texts`; vectors are as good without
     return model
 
 
@@ -255,6 +257,22 @@ def _convert_once(key: str, gguf: Callable[[Path], Path]) -> Path:
     return target
 
 
+# Tokenizers that llama.cpp reads as Llama 3's, whatever else the file says of them.
+_LLAMA_3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+
+
+def _as_llama_3(tokenizer: Any, source: Path) -> None:
+    """Such a tokenizer takes words whole that its vocabulary holds, and adds BOS unless the file says otherwise."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(source).fields
+    kind = fields.get("tokenizer.ggml.pre")
+    if kind is not None and kind.contents() in _LLAMA_3:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+        if "tokenizer.ggml.add_bos_token" not in fields:
+            tokenizer.add_bos_token = True
+
+
 def _convert(source: Path, folder: Path) -> None:
     """GGUF -> safetensors in float32, which holds every dequantised value exactly."""
     logger.info("converting %s, once (about half a minute)", source.name)
@@ -263,6 +281,7 @@ def _convert(source: Path, folder: Path) -> None:
     with _readable_errors(f"{source} (is the file whole?)"), bar:
         place: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
         tokenizer = AutoTokenizer.from_pretrained(**place)
+        _as_llama_3(tokenizer, source)
         # Left to itself, transformers 5.23 marks the model as quantised, and then can't save it.
         whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _HAS_GGUF_CONFIG else {}
         model = _whole(source.name, **place, **whole, dtype=torch.float32)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import itertools
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -92,6 +94,7 @@ class Prompter:
         self._rules.no_padding()
         self._rules.no_truncation()
         self._rules.encode_special_tokens = True  # as plain text, that is
+        _keep_white_space(self._rules)
         added = tokenizer.added_tokens_decoder
         named = {*tokenizer.all_special_ids}
         if tokenizer.pad_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -169,16 +172,21 @@ class Prompter:
             if token in self._special:
                 raise InputError(f"token {token} is a special token, {self._rules.id_to_token(token)}, not text")
         text: str = self._rules.decode(own, skip_special_tokens=False)
-        if "\ufffd" in text and self._rules.encode(text, add_special_tokens=False).ids != own:
+        again = self._rules.encode(text, add_special_tokens=False).ids
+        if "\ufffd" in text and again != own:
             raise InputError("the tokens do not make whole characters: the array was cut inside one")
-        return text
+        # Some decoders take a space off the front, whether the tokenizer had put it there or the text.
+        spaced = again != own and self._rules.encode(f" {text}", add_special_tokens=False).ids == own
+        return f" {text}" if spaced else text
 
     @functools.cached_property
     def _around(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer adds before and after any text."""
-        encoded = self._rules.encode("a")
-        own = [place for place, special in enumerate(encoded.special_tokens_mask) if not special]
-        return encoded.ids[: own[0]], encoded.ids[own[-1] + 1 :]
+        for text in ("a", "A", "1", "."):  # a vocabulary need not have them all
+            encoded = self._rules.encode(text)
+            if own := [place for place, special in enumerate(encoded.special_tokens_mask) if not special]:
+                return encoded.ids[: own[0]], encoded.ids[own[-1] + 1 :]
+        return [], []
 
     @functools.cached_property
     def _rules_with_placeholder(self) -> Tokenizer:
@@ -234,11 +242,13 @@ class Prompter:
         keep = min((max_tokens - around) // copies, end - start)
         while keep > 0:
             last = min(prompt.offsets[start + keep - 1][1], past)
+            while last < past and unicodedata.combining(prompt.text[last]):
+                last += 1  # where the tokenizer composes letters, a token's place is that of the first part alone
             (shorter,) = self._tokenize([prompt.text[own:last]], template, prompt.prefix_tokens)
             excess = shorter.tokens - max_tokens
             if excess <= 0:
                 lost = sum(offset > last for _, offset in prompt.offsets[start:end])
-                return dataclasses.replace(shorter, tokens_cut=lost)
+                return dataclasses.replace(shorter, tokens_cut=max(lost, 1))
             keep -= -(-excess // copies)  # cutting can split a merge in two, so a shorter text may still be too long
         (empty,) = self._tokenize([""], template, prompt.prefix_tokens)
         if max_tokens > empty.tokens:  # room, but not for the first character, which takes several tokens
@@ -274,6 +284,16 @@ class Prompter:
         return InputError(
             f"the model takes {most + prefix_tokens} tokens, but the template alone takes {around + prefix_tokens}"
         )
+
+
+def _keep_white_space(rules: Tokenizer) -> None:
+    """Let tokens be where they are: a post-processor may leave the white space that begins a token out of its place."""
+    if (processor := rules.post_processor) is not None:
+        told = processor.__getstate__().decode()
+        kept = re.sub(r'"trim_offsets":\s*true', '"trim_offsets":false', told)
+        if kept != told:
+            processor.__setstate__(kept.encode())
+            rules.post_processor = processor
 
 
 def check_texts(texts: Sequence[Any], first: int = 0) -> None:

@@ -96,7 +96,8 @@ def write_texts(
         except (OSError, ValueError) as error:
             logger.warning("ignoring the texts in %s, which can't be read: %s", cache, error)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if model.get_output_embeddings() is None or start is None:
+    headless = model.get_output_embeddings() is None or getattr(model, "kvembed_head_is_random", False)
+    if headless or start is None:
         raise InputError(
             f"{type(model).__name__} can't write calibration texts itself (no language-modelling head or no BOS "
             "token): give calibration texts, or layers=... and no method with a transform"
