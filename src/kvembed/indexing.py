@@ -173,9 +173,8 @@ class _Writer:
         kinds = dict(wanted)
         before = _language_of(known.table) if known.has_table else None
         if not index.has_table:
-            shutil.rmtree(
-                index.folder / f"{index.name}.lance", ignore_errors=True
-            )  # half made, by a run that was stopped
+            half_made = index.folder / f"{index.name}.lance"  # by a run that was stopped
+            shutil.rmtree(half_made, ignore_errors=True)
             table = index.connection.create_table(index.name, schema=self._schema(kinds))
         else:
             table = index.table
@@ -329,9 +328,9 @@ class _Writer:
         replaced = [content for file in done for content in self._stale.pop(file, ())]
         merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         if replaced:
-            at_once, later = replaced[:_COMMIT_DOCUMENTS], replaced[_COMMIT_DOCUMENTS:]  # a condition takes memory
-            merge = merge.when_not_matched_by_source_delete(f"_content IN ({_quoted(at_once)})")
-            self._stale[""] += later
+            some = replaced[:_COMMIT_DOCUMENTS]  # a longer condition takes memory; the rest goes at the end
+            merge = merge.when_not_matched_by_source_delete(f"_content IN ({_quoted(some)})")
+            self._stale[""] += replaced[_COMMIT_DOCUMENTS:]
         merge.execute(arrow.table(columns, schema=self._schema(self._kinds)))
         self._texts.update(columns["_text"])
 
