@@ -154,9 +154,8 @@ def print_hits(found: Sequence[tuple[str, str, list[Hit]]], mode: Mode, form: Li
             for hit in hits:
                 print_line(f"{key} Q0 {hit.id} {hit.rank} {hit.score:.6f} kvembed")
         elif hits:
-            body = [[_number(x) for x in (hit.score, hit.cosine, hit.bm25)][: len(names)] for hit in hits]
-            places = [[_where(hit), _snippet(hit)] for hit in hits]
-            body = [[*numbers, *place] for numbers, place in zip(body, places, strict=True)]
+            scores = [(hit.score, hit.cosine, hit.bm25)[: len(names)] for hit in hits]
+            body = [[*map(_number, row), _where(x), _snippet(x)] for row, x in zip(scores, hits, strict=True)]
             print_table([*names, "where", f"nearest to: {query}"], body)
         else:
             print_line(f"nothing found for: {_shown(query)}")

@@ -109,11 +109,12 @@ def _whole(name: str, *source: Any, **options: Any) -> PreTrainedModel:
     spared = {id(weight) for weight in head.parameters()} - inside if head is not None else set()
     names = {key for key, weight in model.named_parameters() if id(weight) in spared}
     for what, keys in (("no", report["missing_keys"]), ("another shape of", report["mismatched_keys"])):
-        lacking = sorted({key if isinstance(key, str) else key[0] for key in keys} - names)
+        found = {key if isinstance(key, str) else key[0] for key in keys}
+        lacking = sorted(found - names)
         if lacking:
             more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
             raise ModelNotFound(f"can't load {name}: its files have {what} {lacking[0]}{more}, which config.json wants")
-        if names & {key if isinstance(key, str) else key[0] for key in keys}:
+        if names & found:
             model.kvembed_head_is_random = True  # for `write_texts`; vectors are as good without
     return model
 

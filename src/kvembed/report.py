@@ -121,12 +121,9 @@ def _rows(results: Sequence[Result], columns: Sequence[Column]) -> list[_Row]:
             found[result.model, result.method, result.identity + result.config_hash][result.task, result.data] = result
     first = [next(iter(row.values())) for row in found.values()]
     labels = _labels([(one.model if one.method in REFERENCES else one.method, one.config) for one in first])
-    alike = Counter(labels)
-    labels = [f"{label}, {one.device}" if alike[label] > 1 else label for label, one in zip(labels, first, strict=True)]
-    alike = Counter(labels)  # two models of one name, then
-    labels = [
-        f"{label}, {one.identity[:8]}" if alike[label] > 1 else label for label, one in zip(labels, first, strict=True)
-    ]
+    for more in ([one.device for one in first], [one.identity[:8] for one in first]):  # or two models of one name
+        alike = Counter(labels)
+        labels = [f"{label}, {what}" if alike[label] > 1 else label for label, what in zip(labels, more, strict=True)]
     rows = []
     for label, cells in zip(labels, found.values(), strict=True):
         row = tuple(map(cells.get, columns))

@@ -21,6 +21,7 @@ Letters: N texts, V views, D the model's width, K directions of a view that are 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -102,6 +103,10 @@ class Transform:
 
     def digest(self) -> str:
         """16 hex digits of the SHA-256 of its numbers."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for part in (*self.means.values(), self.whiten, self.rotate):
             digest.update(part.numpy().tobytes())
