@@ -85,6 +85,25 @@ def test_json_round_trip_and_hash(config):
     assert len(config.hash()) == 16
 
 
+def test_a_config_from_a_file(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"document": "Notice: {text}", "pooling": "last"}')
+    assert preset(str(path), bias=2) == EmbedConfig(method="mine", document="Notice: {text}", pooling="last", bias=2)
+    path.write_text(json.dumps(METHODS["auto"].to_dict()))
+    assert EmbedConfig.read(path) == METHODS["auto"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"{", b"\xff", b'{"pooling": "max"}', b'{"text": 1}', b'{"layers": 3}']
+)
+def test_a_file_that_is_no_config(tmp_path, content):
+    (tmp_path / "mine.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"mine\.json is not a kvembed config: "):
+        preset(str(tmp_path / "mine.json"))
+    with pytest.raises(InputError, match=r"gone\.json: no such file"):
+        preset(str(tmp_path / "gone.json"))
+
+
 def test_the_hash_is_stable_and_tells_configs_apart():
     # A change of this number makes every stored result and index of the old version a stranger: make it on purpose.
     assert EmbedConfig().hash() == "44136fa355b3678a"

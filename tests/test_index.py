@@ -904,6 +904,19 @@ def test_options_are_checked_before_the_corpus_is_read(folder, notes):
         assert not (notes / "db").exists()
 
 
+def test_an_index_by_a_config_file(folder, notes):
+    mine = notes / "mine.json"
+    mine.write_text('{"document": "Notice: {text}", "pooling": "last"}')
+    made = ("index", ".", "--db", "db", "--model", folder, "--method", "mine.json")
+    assert run(*made).exit_code == 0
+    assert Index.open(notes / "db").config.method == "mine"
+    assert run(*made).exit_code == 0
+    mine.write_text('{"document": "Notes: {text}", "pooling": "last"}')
+    done = run(*made)
+    assert done.exit_code == 1
+    assert "was made with" in done.stderr
+
+
 def test_a_table_that_was_half_made_is_made_anew(embedder, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in NOTICES[:3]])
     index = Index.create(tmp_path / "db", embedder, model="tiny")

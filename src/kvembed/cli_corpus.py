@@ -14,6 +14,7 @@ from .errors import InputError
 from .extras import import_extra
 from .methods import METHODS, preset
 from .options import (
+    METHOD_HELP,
     BatchTokens,
     Bias,
     Devices,
@@ -95,7 +96,7 @@ def bulk(
         from .workers import move_to_cpu, named_devices
 
         def load_for_job() -> Embedder:
-            has_transform = method is None or METHODS[method].transform != "none"
+            has_transform = method is None or preset(method).transform != "none"
             if fitted is not None or not has_transform or (kept := kept_fit(out)) is None:
                 return load()
             try:
@@ -153,7 +154,7 @@ def index(
         typer.Option("--model", help="smollm2, a hub id, a folder or a .gguf file. Default: the index's own."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the index's own, or auto.")
+        str | None, typer.Option("--method", help=f"{METHOD_HELP} Default: the index's own, or auto.")
     ] = None,
     layers: Layers = None,
     bias: Bias = None,
@@ -185,8 +186,11 @@ def index(
         name = model or "smollm2"
         if there:
             index = Index.open(db, model=model, batch_tokens=batch_tokens)
-            said = {"method": method, "bias": bias, "dim": dim, "max_tokens": max_tokens}
-            options: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+            options: dict[str, Any] = {}
+            if method is not None:  # a file may have been changed since, in any field
+                options = {"method": method} if method in METHODS else preset(method).to_dict()
+            said = {"bias": bias, "dim": dim, "max_tokens": max_tokens}
+            options |= {name: value for name, value in said.items() if value is not None}
             if layers is not None:
                 options["layers"] = parse_layers(layers)
             index.check_options(dtype=None if dtype == "auto" else dtype, fitted=fitted, **options)

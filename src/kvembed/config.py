@@ -7,11 +7,14 @@ import hashlib
 import json
 import math
 import numbers
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .checks import check_unicode, is_whole
 from .errors import InputError
+from .files import naming, user_path
 
 __all__ = [
     "EmbedConfig",
@@ -202,6 +205,20 @@ class EmbedConfig:
             raise InputError(f"a config's fields are named, not {fields!r}")
         _check_names(fields)
         return cls(**fields)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> EmbedConfig:
+        """A config from a JSON file with its fields; those left out are at their defaults, `method` is the file's name.
+
+        Raises `InputError` for a file that can't be read, or whose content is not a config.
+        """
+        with naming(path):
+            content = user_path(path).read_bytes()
+        try:
+            fields = json.loads(content)
+            return cls.from_dict({"method": Path(path).stem, **fields} if isinstance(fields, dict) else fields)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not a kvembed config: {error}") from None
 
     def hash(self) -> str:
         """16 hex digits of the SHA-256 of the sorted JSON; the same config gives the same hash anywhere.

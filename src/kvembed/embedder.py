@@ -167,8 +167,8 @@ class Embedder:
         Args:
             name: a bundled name (`"smollm2"`), a hub id, `id@revision`, a folder or a `.gguf` file. What
                 `save_pretrained` wrote is opened as it was saved, also from a hub.
-            method: a preset, see `kvembed.METHODS`, or a config of your own. Default: the one saved with the model, or
-                else `"kv"`.
+            method: a preset, see `kvembed.METHODS`, or a config of your own (or the name of a `.json` file of one, see
+                `EmbedConfig.read`). Default: the one saved with the model, or else `"kv"`.
             dtype: `"float32"`, `"bfloat16"`, `"float16"` (or torch's own), or `"auto"`: bfloat16, or float32 where the
                 CPU or GPU can't multiply it. Pooling and all after it are in float32.
             device: a torch device, or `"auto"`.

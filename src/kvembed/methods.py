@@ -139,17 +139,20 @@ METHODS: dict[str, EmbedConfig] = {
 
 
 def preset(method: str | EmbedConfig, **options: Any) -> EmbedConfig:
-    """The config of a named method, with some fields changed.
+    """A config, with some fields changed.
 
     Args:
-        method: a key of `METHODS`, or a config of your own.
+        method: a key of `METHODS`, or a config of your own: an `EmbedConfig`, or the name of a `.json` file of one.
         options: fields of `EmbedConfig` to change, for example `layers=(4, 5), bias=2.0`.
 
     Raises:
-        InputError: unknown method, unknown option or bad value.
+        InputError: unknown method, unknown option or bad value; or the file can't be read.
     """
     if isinstance(method, EmbedConfig):
         return method.replace(**options)
-    if not isinstance(method, str) or method not in METHODS:
-        raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    return METHODS[method].replace(**options)
+    if isinstance(method, str):
+        if method in METHODS:
+            return METHODS[method].replace(**options)
+        if method.endswith(".json"):
+            return EmbedConfig.read(method).replace(**options)
+    raise InputError(f"unknown method {method!r}; choose from {', '.join(METHODS)}, or name a config's .json file")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .embedder import Embedder
 
 __all__ = [
+    "METHOD_HELP",
     "BatchTokens",
     "Bias",
     "Devices",
@@ -36,10 +37,11 @@ __all__ = [
     "parse_layers",
 ]
 
+METHOD_HELP = f"{', '.join(METHODS)}, or a config's .json file."
 Model = Annotated[str, typer.Option("--model", help="smollm2, a hub id, a folder or a .gguf file.")]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help=f"{', '.join(METHODS)}. Default: the one saved with the model, or auto."),
+    typer.Option("--method", help=f"{METHOD_HELP} Default: the one saved with the model, or auto."),
 ]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers to re-route: 6-9 or 4,5,10 or none or all or auto.")

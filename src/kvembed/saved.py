@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -70,14 +69,7 @@ def saved_config(model: str) -> EmbedConfig | None:
         ModelNotFound: no such model.
     """
     path = _beside(model, CONFIG_FILE)
-    if path is None:
-        return None
-    with naming(path):
-        content = path.read_bytes()
-    try:
-        return EmbedConfig.from_dict(json.loads(content))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a kvembed config: {error}") from None
+    return None if path is None else EmbedConfig.read(path)
 
 
 def saved_transform(model: str) -> Transform | None:
