@@ -22,11 +22,11 @@ from transformers.masking_utils import eager_mask
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kvembed.attention import Reroute
 from kvembed.attention_interface import attending, stock_attention
 from kvembed.backbone import Backbone
 from kvembed.config import EmbedConfig
 from kvembed.prefix import Prefix
+from kvembed.reroute import Reroute
 
 FAMILIES = tuple(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 

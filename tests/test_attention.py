@@ -13,10 +13,11 @@ from reference import fast_attention, rerouted_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvembed import EmbedConfig, UnsupportedModel
-from kvembed.attention import Reroute, closed, delegated, prepended, unrotate
+from kvembed.attention import closed, delegated, prepended, unrotate
 from kvembed.attention_interface import attending, stock_attention
 from kvembed.backbone import Backbone
 from kvembed.hooks import keeping_rotations
+from kvembed.reroute import Reroute
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -126,7 +126,7 @@ def test_half_precision_stays_close(llama, dtype):
 
 def test_a_compressed_attention_that_shows_itself_late_is_refused_then(llama):
     """A probe of 16 tokens can't see an attention that compresses keys from 128 on."""
-    from kvembed.attention import Reroute
+    from kvembed.reroute import Reroute
 
     backbone = Backbone(llama)
     module = backbone.layers[1].self_attn

@@ -11,8 +11,8 @@ import torch
 import transformers
 from families import build, verify
 
-from kvembed.attention import Reroute
 from kvembed.errors import UnsupportedModel
+from kvembed.reroute import Reroute
 
 TOOL = pathlib.Path(__file__).parent.parent / "tools" / "families.py"
 

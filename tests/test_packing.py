@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvembed import EmbedConfig
-from kvembed.attention import Reroute
 from kvembed.backbone import Backbone
 from kvembed.packing import pack
+from kvembed.reroute import Reroute
 
 CONFIGS = {
     "plain": EmbedConfig(),

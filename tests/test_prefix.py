@@ -12,7 +12,7 @@ from families import build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvembed import EmbedConfig, Embedder, InputError, OutOfMemory, attention
+from kvembed import EmbedConfig, Embedder, InputError, OutOfMemory, reroute
 from kvembed import backbone as backbones
 from kvembed.backbone import Backbone
 from kvembed.config import Readout
@@ -73,7 +73,7 @@ def test_the_trial_notices_another_beginning(dtype, monkeypatch):
 )
 def test_bfloat16_is_as_near_to_float32_as_without(family, changes, monkeypatch):
     """In tiles, and in windows as with other kernels."""
-    for module in (attention, backbones):
+    for module in (reroute, backbones):
         monkeypatch.setattr(module, "prefers_tiles", lambda device, dtype: dtype == torch.bfloat16)
     half = Backbone(tiny(family, **changes).to(torch.bfloat16))
     exact = Backbone(tiny(family, **changes))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import rerouted_attention
 
-from kvembed import EmbedConfig, attention, backbone
+from kvembed import EmbedConfig, backbone, reroute
 from kvembed.backbone import Backbone
 from kvembed.tiles import TILES, Tiles, prefers_tiles
 
@@ -133,11 +133,11 @@ def test_states_are_as_near_to_float32s_as_the_fused_kernels(family, changes, co
     used = []
     attend = Tiles.attend
     monkeypatch.setattr(Tiles, "attend", lambda self, *args: used.append(1) or attend(self, *args))
-    monkeypatch.setattr(attention, "prefers_tiles", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(reroute, "prefers_tiles", lambda device, dtype: dtype == torch.bfloat16)
     ours = half.states(ids, lengths, config)[real].float()
     assert used
     used.clear()
-    for module in (attention, backbone):
+    for module in (reroute, backbone):
         monkeypatch.setattr(module, "prefers_tiles", lambda device, dtype: False)
     fused = half.states(ids, lengths, config)[real].float()
     assert not used
@@ -154,8 +154,8 @@ def test_texts_that_would_leave_a_third_of_small_tiles_empty_share_larger_ones()
 
 def test_a_mask_is_taken_for_a_window_only_if_it_is_one():
     def is_window(mask, window):
-        reroute = attention.Reroute(frozenset(), {}, torch.tensor([0]), packed=(6, 2))
-        return reroute._is_window(mask, window)
+        one = reroute.Reroute(frozenset(), {}, torch.tensor([0]), packed=(6, 2))
+        return one._is_window(mask, window)
 
     place = torch.arange(6)
     apart = place[:, None] - place

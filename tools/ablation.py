@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from kvembed import Embedder
-from kvembed.attention import Reroute
 from kvembed.evaluate import evaluate
 from kvembed.models import label
+from kvembed.reroute import Reroute
 from kvembed.results import mean
 from kvembed.subjects import Subject, embedder_subject, marked
 from kvembed.tasks import MINI_TOKENS, load_tasks, mini

@@ -45,12 +45,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from kvembed import EmbedConfig, Embedder, models
-from kvembed.attention import Reroute
 from kvembed.backbone import Backbone
 from kvembed.batching import token_batches
 from kvembed.device import best_device, best_dtype
 from kvembed.evaluate import hardware
 from kvembed.process import keep_freed_memory
+from kvembed.reroute import Reroute
 from kvembed.tasks import load_tasks
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import flash
-from .attention import Reroute
 from .attention_interface import attending, stock_attention, unfit
 from .config import EmbedConfig
 from .errors import InputError, UnsupportedModel
@@ -21,6 +20,7 @@ from .longrope import alone, rope_border
 from .packing import Packed, pack
 from .prefix import Prefix
 from .probe import input_device, probe, refuse
+from .reroute import Reroute
 from .static import StaticVectors
 from .tiles import prefers_tiles
 from .trials import packs_as_padded, rotary_layers, shares_prefixes

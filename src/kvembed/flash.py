@@ -2,7 +2,7 @@
 
 Both are torch's own, and private to it: one for CPUs; and for NVIDIA GPUs of 2020 or later, in half precision, flash
 attention for texts of many lengths, which is used once a trial on the GPU has agreed with the definition. Where there
-is none, `kvembed.attention` uses the prepended form. The GPU's has not been run on a GPU yet: its logic is tested with
+is none, `kvembed.reroute` uses the prepended form. The GPU's has not been run on a GPU yet: its logic is tested with
 a stand-in.
 
 Letters as there; packed texts (`kvembed.packing`) have T tokens together.
