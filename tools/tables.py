@@ -280,8 +280,9 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "`src/kvembed/scoring.py`. `mini` is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut "
         "to 1,024 tokens (for all-MiniLM-L6-v2 to 256, for `echo` to 512, which it reads twice, for TF-IDF not at "
         "all). The models' weights are of 4 bits each, turned back into float32: others of the same name will score a "
-        "little differently. Seconds are those of a busy shared machine; tokens tell the cost better (without the "
-        "examples of `auto`, computed once; the prefaces of `meta-eol`, now computed once too, still count in its).",
+        "little differently. Tokens tell what a text costs (without the examples of `auto`, computed once; the prefaces "
+        "of `meta-eol`, now computed once too, still count in all of its tasks but stackoverflow); pace is measured in "
+        "[Speed](speed.md).",
         _tasks(mini),
         "Of a retrieval task n is the queries; so few documents make its scores much higher than on the whole set (the "
         "next table has SciFact's), so don't compare them with scores from elsewhere. Queries that look for the same "
@@ -432,12 +433,12 @@ def _scores(groups: dict[str, list[Result]]) -> str:
     for method, rows in groups.items():
         scores = {result.task: f"{result.score:.1f} ± {(result.high - result.low) / 2:.1f}" for result in rows}
         whole = _interval(mean(rows)) if len(rows) == len(tasks) else f"{len(rows)} of {len(tasks)} tasks"
-        costs = [str(rows[0].passes), f"{_tokens(rows):.0f}", f"{sum(r.seconds for r in rows):.0f}"]
+        costs = [str(rows[0].passes), f"{_tokens(rows):.0f}"]
         body.append([method, whole, *costs, *(scores.get(task, "") for task in tasks)])
-    head = ["method", "mean", "passes", "tokens a text", "seconds", *tasks]
+    head = ["method", "mean", "passes", "tokens a text", *tasks]
     cut = sum(result.truncated for result in next(iter(groups.values())))
     note = f"± is half the interval's width. Texts cut: {cut} with the first method of the table."
-    return f"{table(head, 'lrrrr' + 'r' * len(tasks), body)}\n\n{note}"
+    return f"{table(head, 'lrrr' + 'r' * len(tasks), body)}\n\n{note}"
 
 
 def _differences(groups: dict[str, list[Result]]) -> str:
