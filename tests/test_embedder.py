@@ -397,6 +397,36 @@ def test_no_forward_of_a_longrope_model_overlaps_another(tokenizer, monkeypatch)
     assert not alone(model.model).locked()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"layers": [3, 4], "output_layer": 2},
+            "layers 3, 4 would change nothing: only the states of layer 2 are read",
+        ),
+        ({"layers": [4], "output_layer": -2, "attention": "bidirectional"}, "layers 4 would change nothing"),
+        (
+            {"method": "token-prepending", "output_layer": 0, "prepend_layers": [1, 2]},
+            "prepend_layers 1, 2 would change",
+        ),
+    ],
+)
+def test_changes_above_what_is_read_are_refused(llama, tokenizer, options, message):
+    with pytest.raises(InputError, match=message):
+        Embedder.from_model(llama, tokenizer, **options)
+
+
+def test_what_is_explained_ends_with_what_is_read(llama, tokenizer):
+    embedder = Embedder.from_model(llama, tokenizer, layers="all", output_layer=2)
+    assert [*embedder.explain("a").beta] == [0, 1, 2]
+
+
+def test_a_slot_that_can_not_be_turned_is_refused_at_once(tokenizer, monkeypatch):
+    monkeypatch.setattr("kvembed.embedder.choose_transform", None)
+    with pytest.raises(UnsupportedModel, match="not plainly rotated; slot_position=first needs that"):
+        Embedder.from_model(tiny("gpt2"), tokenizer, method="auto", layers=[1], slot_position="first")
+
+
 def test_dropout_that_joined_later_counts_as_training(tokenizer):
     """An adapter's, added after `eval`; other parts that came then do no harm."""
     model = tiny()

@@ -54,6 +54,12 @@ def test_retrieval_is_ndcg_at_10():
     assert score(task, documents, at(0)).value == pytest.approx(100 * gained / ideal, abs=1e-4)
 
 
+def test_reranking_of_thousands_has_no_end():
+    task = Task("t", "reranking", ("",) * 1500, ("",), relevant=({n: int(n in (0, 1400)) for n in range(1500)},))
+    expected = (1 + 2 / 1401) / 2
+    assert score(task, at(*np.arange(1500) / 10), at(0)).value == pytest.approx(100 * expected, abs=1e-4)
+
+
 def test_reranking_is_map_over_a_querys_own_candidates():
     task = Task("t", "reranking", ("",) * 4, ("", ""), relevant=({0: 0, 1: 1, 2: 1}, {3: 1, 0: 0}))
     documents = at(1, 2, 50, 3)

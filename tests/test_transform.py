@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -180,6 +181,20 @@ def test_some_of_the_texts_are_read_as_queries_too(tmp_path, monkeypatch, tokeni
     asked.clear()
     choose_transform("x", TWO_VIEWS, read, lambda _: write_texts(cant, tokenizer), texts=given[1:])
     assert [one for one in asked if one[0] == "query"] == [("query", given[1], 60)]
+
+
+def test_a_fit_depends_on_whether_the_model_can_write_and_not_on_what_the_cache_has(tokenizer, monkeypatch):
+    """A model without its head has the weights, and so the name, of the whole one."""
+    whole, texts = tiny(), [f"{one} {n}" for n in range(3) for one in NOTICES]
+
+    def fits(models):
+        embedders = [Embedder.from_model(model, tokenizer, method="static", texts=texts) for model in models]
+        return [(one.transform.info["self_written"], one.transform.digest()) for one in embedders]
+
+    both = fits([whole, whole.model])
+    assert both[0][0] > 0 == both[1][0]
+    monkeypatch.setenv("KVEMBED_CACHE", f"{os.environ['KVEMBED_CACHE']}-other")
+    assert fits([whole.model, whole]) == both[::-1]
 
 
 def test_what_was_read_for_another_formula_is_read_again(tmp_path, monkeypatch):

@@ -249,7 +249,6 @@ class Backbone:
             packed: the same texts behind one another; None: padded, as they are.
             by_definition: attention by the prepended form, whatever is faster.
         """
-        kept: list[Tensor] = []
 
         def unpacked(reader: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
             return reader if packed is None else lambda states: reader(packed.unpack(states))
@@ -273,12 +272,10 @@ class Backbone:
                 stack.enter_context(self._prepending(rows, *places, config.prepend_layers))
             stack.enter_context(self.observing({layer: unpacked(reader) for layer, reader in (readers or {}).items()}))
             if config.output_layer is not None:
-                stop = _stop if betas is None else kept.append
-                stack.enter_context(self.observing({config.output_layer: stop}))
+                stack.enter_context(self.observing({config.output_layer: _stop}))
             stack.enter_context(alone(self.decoder))
             try:
-                output = self.decoder(**inputs, use_cache=False)
-                states = kept[0] if kept else output[0]
+                states = self.decoder(**inputs, use_cache=False)[0]
             except _Reached as reached:
                 states = reached.states
         return states if packed is None else packed.unpack(states)
@@ -340,7 +337,7 @@ class Backbone:
             bias=config.bias,
             slot_self=config.slot_self,
             bidirectional=config.attention == "bidirectional",
-            turned=self._turned(config),
+            turned=self.turned_layers(config),
             rotations=rotations,
             betas=betas,
             packed=packed.lengths if packed else (),
@@ -353,8 +350,11 @@ class Backbone:
             stack.enter_context(attending(self.decoder, reroute, reroute.make_mask))
             yield
 
-    def _turned(self, config: EmbedConfig) -> frozenset[int]:
-        """Layers whose slot is to be turned back to position 0; refused where that would not be exact."""
+    def turned_layers(self, config: EmbedConfig) -> frozenset[int]:
+        """Layers whose slot is to be turned back to position 0.
+
+        Raises `UnsupportedModel` where that would not be exact.
+        """
         if config.slot_position == "last" or config.attention != "reroute":
             return frozenset()
         rotary, unsure = self._rotary_layers

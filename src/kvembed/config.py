@@ -75,8 +75,9 @@ class EmbedConfig:
         slot_position: `"last"`: the slot's key keeps the rotation of the last position (default); `"first"`: its rotary
             embedding is turned back to position 0. The paper's available text leaves this open.
         slot_self: whether the last token, too, sees the slot, that is its own copy (default). Left open likewise.
-        pooling: `"last"`; `"mean"`; `"weighted-mean"` (weights 1..n, SGPT); `"hybrid"`: (last + mean) / 2; `"static"`:
-            no state is read, but the input embeddings of the text's own tokens (see `kvembed.static`).
+        pooling: `"last"`; `"mean"`; `"weighted-mean"` (SGPT: weights 1..n, by place in the prompt); `"hybrid"`:
+            (last + mean) / 2; `"static"`: no state is read, but the input embeddings of the text's own tokens (see
+            `kvembed.static`).
         mean_tokens: tokens that enter the mean: `"all"`, or `"content"`: the text's own, without template and BOS.
             A text with no token of its own falls back on all.
         output_layer: `None`: the last layer's states after the final norm; `k`: the output of decoder layer `k`, before
@@ -279,7 +280,7 @@ def _indices(name: str, value: Any, least: int, others: str = "") -> tuple[int, 
 def _finite(value: object) -> float:
     try:
         if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+            return float(value) + 0.0  # -0.0 is 0.0
     except OverflowError:
         pass
     raise InputError(f"bias must be a finite number, not {value!r}")

@@ -33,7 +33,7 @@ from .prompts import UNLIMITED, Prompt, Prompter, check_texts
 from .quantize import as_vectors, unit
 from .reading import Reader, refuse_training
 from .saved import TRANSFORM_FILE, save_embedder, save_st_files, saved_config, saved_transform
-from .self_written import generated_texts
+from .self_written import can_write, generated_texts
 from .transform import Transform, most_columns
 from .tuning import FIT_TOKENS, choose_transform, fitted_for, warn_of_refit
 from .vectors import Encoded
@@ -124,6 +124,7 @@ class Embedder:
                 mosts = (self._most(each, self._max_tokens, config.chunk_tokens) for each in config.templates(role))
                 self._max_tokens = min(mosts)
         _check_dim(config, most_columns(len(config.views), self.backbone.dim))
+        self._check_changes()
         self._texts = texts
         if config.layers is None:
             profile = choose_layers(
@@ -138,6 +139,7 @@ class Embedder:
                 progress=progress,
             )
             self._config = config = config.replace(layers=profile.layers)
+            self._check_changes()
         self._reader = Reader(self.backbone, config, self._prompter.size)
         self.transform: Transform | None = None
         if config.transform != "none":
@@ -145,6 +147,17 @@ class Embedder:
                 transform = transform.bound_to(self.fingerprint())
             self.transform = self._fitted(transform, refit, progress)
             _check_dim(config, self.transform.dim)
+
+    def _check_changes(self) -> None:
+        """Raises `InputError` if changed layers are above all that is read, `UnsupportedModel` for keys that stay."""
+        read = [one.output_layer for one in self._config.readouts if one.pooling != "static"]
+        top = max((len(self.backbone.layers) if layer is None else layer for layer in read), default=-1)
+        for name in ("layers", "prepend_layers"):
+            layers = getattr(self._config, name)
+            if layers and read and min(layers) > top:
+                told = ", ".join(map(str, layers))
+                raise InputError(f"{name} {told} would change nothing: only the states of layer {top} are read")
+        self.backbone.turned_layers(self._config)
 
     @classmethod
     def from_pretrained(
@@ -505,6 +518,7 @@ class Embedder:
                 read,
                 lambda count: self._own_texts(count, progress),
                 texts=self._texts,
+                can_write=can_write(self.model, self.tokenizer),
                 report=report,
                 progress=progress,
             )

@@ -61,7 +61,8 @@ class Score:
         metric: a value of `METRICS`.
         value: in percent.
         low, high: 95 % bootstrap interval over items (percentiles), within what the metric can be. Queries that look
-            for the same documents are drawn together; in clustering the partitions are drawn, too.
+            for the same documents are drawn together. In clustering the partitions are drawn, too, but each is of all
+            items, so what a partition owes to them is left out: such intervals are about a third too narrow.
         replicates: the bootstrap scores behind it, `REPLICATES` of them, their mean moved to `value`. For a task the
             same items are drawn for every method, so the difference of two methods' replicates is a paired bootstrap of
             their difference.
@@ -195,7 +196,7 @@ def _ranking(measure: str) -> Callable[[Task, Vectors, Vectors], Value]:
         for index, (row, gains) in enumerate(zip(queries, task.relevant, strict=True)):
             candidates = np.array(sorted(gains)) if task.kind == "reranking" else np.arange(len(documents))
             similarity = (documents[candidates] @ row).round(6)
-            if len(candidates) > 1000:  # what trec_eval's measures can see
+            if task.kind == "retrieval" and len(candidates) > 1000:  # more than nDCG@10 can see
                 least = np.partition(similarity, -1000)[-1000]
                 best = np.flatnonzero(similarity >= least)  # with all that tie, whose order is trec_eval's
                 candidates, similarity = candidates[best], similarity[best]

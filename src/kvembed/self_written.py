@@ -22,7 +22,7 @@ from .files import cache_folder, store
 from .longrope import alone
 from .probe import decoder_of
 
-__all__ = ["SEED", "SELF_WRITTEN", "generated_texts", "texts_digest", "write_texts"]
+__all__ = ["SEED", "SELF_WRITTEN", "can_write", "generated_texts", "texts_digest", "write_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,17 @@ def texts_digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def can_write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model can write: it has a head, which was not drawn at random, and a token to begin with."""
+    has_head = model.get_output_embeddings() is not None and not getattr(model, "kvembed_head_is_random", False)
+    return has_head and _start(tokenizer) is not None
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    token: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return token
+
+
 def write_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,19 +100,18 @@ def write_texts(
         InputError: the model has no head, or writes too few distinct texts.
         KvembedError: its states are not finite.
     """
+    start = _start(tokenizer)
+    if start is None or not can_write(model, tokenizer):  # whatever another with the same layers wrote
+        raise InputError(
+            f"{type(model).__name__} can't write calibration texts itself (no language-modelling head or no BOS "
+            "token): give calibration texts, or layers=... and no method with a transform"
+        )
     if cache is not None and os.path.isfile(cache):  # Path.is_file raises for a folder that can't be entered
         try:
             if len(kept := list(json.loads(cache.read_text(encoding="utf-8")))) >= count:
                 return kept[:count]
         except (OSError, ValueError) as error:
             logger.warning("ignoring the texts in %s, which can't be read: %s", cache, error)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    headless = model.get_output_embeddings() is None or getattr(model, "kvembed_head_is_random", False)
-    if headless or start is None:
-        raise InputError(
-            f"{type(model).__name__} can't write calibration texts itself (no language-modelling head or no BOS "
-            "token): give calibration texts, or layers=... and no method with a transform"
-        )
     # Where no bar is shown, minutes without a word would be a riddle.
     level = logging.INFO if progress else logging.WARNING
     logger.log(level, "%s writes %s short texts, once; on a CPU that takes minutes", type(model).__name__, f"{count:,}")

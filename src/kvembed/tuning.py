@@ -64,6 +64,7 @@ def choose_transform(
     write: Callable[[int], list[str]],
     *,
     texts: Sequence[str] | None = None,
+    can_write: bool = True,
     report: Callable[[int, int], None] = lambda done, total: None,
     progress: bool = False,
 ) -> Transform:
@@ -81,6 +82,7 @@ def choose_transform(
             vectors that is the same in all of them after a fit without them (`Transform.common`): little in ordinary
             text, of which self-written text says more; half in another language than the model's. Queries, which given
             texts are none of, keep the mean of the self-written ones.
+        can_write: whether the model can; a fit on given texts alone is kept apart from one beside self-written texts.
         report: called with prompts done and prompts in all.
         progress: whether that is shown; or else a warning says that minutes will go by.
 
@@ -90,7 +92,7 @@ def choose_transform(
     bound = fitted_for(fingerprint, config)
     source = SELF_WRITTEN if texts is None else "given"
     corpus = None if texts is None else json_hash([*texts])
-    rule = [FIT_TEXTS, QUERY_TEXTS] if texts is None else [_GIVEN_RULE]
+    rule = [FIT_TEXTS, QUERY_TEXTS] if texts is None else [_GIVEN_RULE, *([] if can_write else ["alone"])]
     cached = cache_folder() / "transforms" / f"{json_hash([bound, source, corpus, *rule])}.safetensors"
     if os.path.isfile(cached):  # Path.exists raises for a folder that can't be entered
         try:
