@@ -328,6 +328,10 @@ def test_what_transformers_would_not_open_as_it_is_is_not_saved(tokenizer, tmp_p
     injected.model.layers[1].disable_adapters = False  # as a layer of peft's has it
     with pytest.raises(InputError, match="has an adapter in it"):
         Embedder.from_model(injected, tokenizer, method="mean").save_pretrained(tmp_path)
+    compiled = tiny()
+    compiled.model.layers[1] = torch.compile(compiled.model.layers[1], backend="eager")
+    with pytest.raises(InputError, match="layers of the model are compiled"):
+        Embedder.from_model(compiled, tokenizer, method="mean").save_pretrained(tmp_path)
     unknown = tiny()
     unknown.config = type("OtherConfig", (type(unknown.config),), {})(**unknown.config.to_dict())
     with pytest.raises(InputError, match="opens no LlamaForCausalLM as a language model by name"):

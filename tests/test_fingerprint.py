@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import ClassVar
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import normalizers
 
 from kvembed import Embedder, InputError
 from kvembed.backbone import Backbone
-from kvembed.fingerprint import fingerprint
+from kvembed.fingerprint import fingerprint, staying_packed
 from kvembed.prompts import Prompter
 
 
@@ -113,6 +114,44 @@ def test_it_knows_which_adapter_is_used_and_how_much(llama, told):
     adapted.disable_adapters = True
     seen.append(told(model))
     assert len({*seen}) == len(seen)
+
+
+def test_an_attentions_own_scaling_is_no_adapters(llama, told):
+    model = copy.deepcopy(llama)
+    adapted = Adapted(model.model.layers[1].mlp.up_proj)
+    adapted.scaling = 0.25  # of the module in it, which peft's wrapper hands on
+    model.model.layers[1].mlp.up_proj = adapted
+    told(model)
+
+
+def test_names_that_compiling_changes_do_not_matter(llama, told):
+    model = copy.deepcopy(llama)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    assert told(model) == told(llama)
+
+
+class Packed4Bit(torch.nn.Linear):
+    """As bitsandbytes on a CPU: packed at the first forward, and unpacked, where it is, by `state_dict`."""
+
+    def pack(self):
+        self.weight.quant_state = types.SimpleNamespace(packing_format_for_cpu=True)
+        self.weight.data = self.weight.data + 1
+
+    def state_dict(self, *args, **kwargs):
+        if self.weight.quant_state.packing_format_for_cpu:
+            self.weight.quant_state.packing_format_for_cpu = False
+            self.weight.data = self.weight.data - 1
+        return super().state_dict(*args, **kwargs)
+
+
+def test_what_is_packed_stays_so():
+    model = torch.nn.Sequential(Packed4Bit(3, 2))
+    plain = model[0].weight.data.clone()
+    model[0].pack()
+    with staying_packed(model):
+        assert torch.allclose(model.state_dict()["0.weight"], plain, atol=1e-6)
+    assert torch.allclose(model[0].weight.data, plain + 1)
+    assert model[0].weight.quant_state.packing_format_for_cpu
 
 
 def test_it_knows_the_tokenizer(tokenizer, llama, told):

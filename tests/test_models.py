@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -262,6 +263,19 @@ def test_a_model_without_a_head_is_whole(llama, tokenizer, tmp_path):
     assert np.array_equal(opened.encode("a"), Embedder.from_model(llama, tokenizer, method="mean").encode("a"))
     with pytest.raises(InputError, match="can't write calibration texts itself"):  # with a head drawn at random
         Embedder.from_pretrained(tmp_path, dtype="float32", method="static")
+
+
+def test_an_adapter_is_not_left_out(llama, tokenizer, tmp_path, monkeypatch):
+    """transformers reads one beside the weights only where peft is installed."""
+    Embedder.from_model(llama, tokenizer, method="mean").save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: (name != "peft" and find(name, *args)) or None)
+    with pytest.raises(ModelNotFound, match=r"there is an adapter \(adapter_config\.json\), which needs peft"):
+        models.load(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelNotFound, match="so it is an adapter alone: load it with peft"):
+        models.load(str(tmp_path))
 
 
 def test_folders_and_files_that_are_not_models(tmp_path):

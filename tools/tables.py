@@ -274,15 +274,16 @@ def _document(mini: list[Result], results: list[Result]) -> str:
         "# Results",
         "Made by `make tables` from the files in `results/`; nothing here is typed by hand. A score is in percent, "
         "with its 95 % bootstrap interval over the task's items: it says nothing of other tasks, other models, other "
-        "training texts or another run. Even of methods that are equally good, one difference in twenty is **bold** by "
-        "chance; of clustering alone (V measure) half of them: the results here were made when its intervals held "
-        "k-means' ten starts fixed, and are two to three times too narrow. What each metric is: "
-        "`src/kvembed/scoring.py`. `mini` is a fixed sample of eleven public tasks (`src/kvembed/tasks.py`), texts cut "
-        "to 1,024 tokens (for all-MiniLM-L6-v2 to 256, for `echo` to 512, which it reads twice, for TF-IDF not at "
-        "all). The models' weights are of 4 bits each, turned back into float32: others of the same name will score a "
-        "little differently. Tokens tell what a text costs (without the examples of `auto`, computed once; the prefaces "
-        "of `meta-eol`, now computed once too, still count in all of its tasks but stackoverflow); pace is measured in "
-        "[Speed](speed.md).",
+        "training texts or another run. Even of methods that are equally good, one difference in twenty is **bold** "
+        "by chance; of clustering alone (V measure) one in seven, since its intervals are about a third too narrow "
+        "([Evaluation](evaluation.md#how-to-read-the-numbers)); of clustering in the tables on `auto`, part by part, "
+        "on its sizes and on precision half of them: those were made when k-means' ten starts were held fixed. What "
+        "each metric is: `src/kvembed/scoring.py`. `mini` is a fixed sample of eleven public tasks "
+        "(`src/kvembed/tasks.py`), texts cut to 1,024 tokens (for all-MiniLM-L6-v2 to 256, for `echo` to 512, which "
+        "it reads twice, for TF-IDF not at all). The models' weights are of 4 bits each, turned back into float32: "
+        "others of the same name will score a little differently. Tokens tell what a text costs (without the examples"
+        " of `auto`, computed once; the prefaces of `meta-eol`, now computed once too, still count in all of its "
+        "tasks but stackoverflow); pace is measured in [Speed](speed.md).",
         _tasks(mini),
         "Of a retrieval task n is the queries; so few documents make its scores much higher than on the whole set (the "
         "next table has SciFact's), so don't compare them with scores from elsewhere. Queries that look for the same "

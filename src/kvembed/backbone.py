@@ -19,7 +19,7 @@ from .hooks import in_this_thread, keeping_rotations, read_output
 from .longrope import alone, rope_border
 from .packing import Packed, pack
 from .prefix import Prefix
-from .probe import input_device, probe, refuse
+from .probe import has_adapter, input_device, probe, refuse
 from .reroute import Reroute
 from .static import StaticVectors
 from .tiles import prefers_tiles
@@ -92,6 +92,11 @@ class Backbone:
     def check_static(self) -> nn.Embedding:
         """The input embeddings. Raises `UnsupportedModel` where they are no table of vectors for `static`."""
         embedding = self.decoder.get_input_embeddings()
+        if has_adapter(embedding):
+            raise UnsupportedModel(
+                f"{self.model_type} can't give static vectors, which auto is made of too, while an adapter is on its "
+                "input embeddings: merge_and_unload() first"
+            )
         if not isinstance(embedding, nn.Embedding) or embedding.embedding_dim != self.dim:
             raise UnsupportedModel(
                 f"{self.model_type} can't give static vectors, which auto is made of too: its input embeddings are not "

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .backbone import Backbone
 from .errors import InputError
+from .probe import has_adapter
 from .prompts import UNLIMITED, Prompter
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "staying_packed", "tokenizer_told"]
 
 # Cased, accented and composed letters, white space, digits, code, scripts: a rule changed for any shows in the ids.
 _PROBE = (
@@ -23,6 +26,7 @@ _PROBE = (
     "# TODO\r\n  Größe, façade, İstanbul; Привет, мир! Γειά σου 你好世界 こんにちは 안녕하세요 مرحبا שלום नमस्ते "
     "ﬁne ① Ａ \u200b👩\u200d🔬 unbelievably antidisestablishmentarianism zzxqj https://example.org/a_b?c=d&e=%20"
 )
+_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's weights
 _PIECE = 2**20  # values that are rounded at a time
 
 
@@ -40,30 +44,52 @@ def fingerprint(backbone: Backbone, prompter: Prompter) -> str:
         InputError: weights that are offloaded can't be read.
     """
     digest = hashlib.sha256(backbone.model_type.encode())
-    tensors = dict(backbone.decoder.named_parameters())
-    kept = {id(parameter) for parameter in tensors.values()}
-    for name, value in backbone.decoder.state_dict(keep_vars=True).items():
-        tensors |= {f"{name}{place}": part for place, part in _tensors(value) if id(part) not in kept}
-    rotations = {name: tensor for name, tensor in backbone.decoder.named_buffers() if name.endswith("inv_freq")}
-    for name in rotations:
-        if (first := name.removesuffix("inv_freq") + "original_inv_freq") in rotations:
-            tensors[first] = rotations[first]  # the other may change with a long text
-        else:
-            tensors[name] = rotations[name]
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise InputError(
-                "the model's weights are offloaded, so nothing can be chosen or fitted for them: give layers=..., "
-                "and no method with a transform"
+    with staying_packed(backbone.decoder):
+        tensors = dict(backbone.decoder.named_parameters())
+        kept = {id(parameter) for parameter in tensors.values()}
+        for name, value in backbone.decoder.state_dict(keep_vars=True).items():
+            tensors |= {f"{name}{place}": part for place, part in _tensors(value) if id(part) not in kept}
+        rotations = {name: tensor for name, tensor in backbone.decoder.named_buffers() if name.endswith("inv_freq")}
+        for name in rotations:
+            if (first := name.removesuffix("inv_freq") + "original_inv_freq") in rotations:
+                tensors[first] = rotations[first]  # the other may change with a long text
+            else:
+                tensors[name] = rotations[name]
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise InputError(
+                    "the model's weights are offloaded, so nothing can be chosen or fitted for them: give layers=..., "
+                    "and no method with a transform"
+                )
+            digest.update(
+                f"{name.replace(_COMPILED, '')}{tuple(tensor.shape)}".encode() + _sums(tensor).numpy().tobytes()
             )
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + _sums(tensor).numpy().tobytes())
     for name, module in backbone.decoder.named_modules():
-        if isinstance(getattr(module, "disable_adapters", None), bool):  # a layer of peft's; models have a method
-            scales = getattr(module, "scaling", {})
+        if has_adapter(module):
+            scales = getattr(module, "scaling", None)
+            scales = scales if isinstance(scales, dict) else {}  # the attention's own factor, behind a wrapper
             active = [] if module.disable_adapters else [(one, scales.get(one)) for one in module.active_adapters]
             digest.update(f"{name}{active}".encode())
     digest.update(tokenizer_told(prompter).encode())
     return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def staying_packed(model: nn.Module) -> Iterator[None]:
+    """Weights of 4 bits stay as bitsandbytes packs them for a CPU at their first forward: its `state_dict` unpacks them
+    where they are, and the next forward would pack them wrongly.
+    """
+    kept = []
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            kept.append((weight, weight.data, copy.copy(state)))
+    try:
+        yield
+    finally:
+        for weight, data, state in kept:
+            weight.data, weight.quant_state = data, state
 
 
 def tokenizer_told(prompter: Prompter) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -51,6 +52,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _HAS_GGUF_CONFIG = hasattr(transformers, "GgufConfig")  # not in the first releases of transformers 5
+_ADAPTER = "adapter_config.json"
+_MERGE = "load it with peft, and give from_model what comes of merge_and_unload()"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -93,10 +96,19 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTr
     torch_dtype = DTYPES[best_dtype(where) if dtype == "auto" else dtype]
     folder = _local_folder(name)
     source, revision = (folder, None) if folder else _on_hub(name)
+    _check_adapter(name, folder)
     with _readable_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = _whole(name, source, revision=revision, dtype=torch_dtype)
     return model.eval().requires_grad_(False).to(where), tokenizer
+
+
+def _check_adapter(name: str, folder: Path | None) -> None:
+    """Raises `ModelNotFound` for an adapter beside the weights that transformers would leave out without a word."""
+    if importlib.util.find_spec("peft") is None:
+        there = (folder / _ADAPTER).is_file() if folder else hub_file(name, _ADAPTER)
+        if there:
+            raise ModelNotFound(f"{name}: there is an adapter ({_ADAPTER}), which needs peft: pip install peft")
 
 
 def _whole(name: str, *source: Any, **options: Any) -> PreTrainedModel:
@@ -165,7 +177,8 @@ def _local_folder(name: str) -> Path | None:
         return None
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelNotFound(f"{name}: the folder holds no config.json, so it is not a model")
+            merged = f"an adapter alone: {_MERGE}" if (path / _ADAPTER).is_file() else "not a model"
+            raise ModelNotFound(f"{name}: the folder holds no config.json, so it is {merged}")
         return path
     if path.suffix.lower() == ".gguf":
         return _convert_once(f"gguf-{sha256_of(path)[:24]}", lambda folder: path)
@@ -191,7 +204,11 @@ def _on_hub(name: str) -> tuple[str, str | None]:
     if not isinstance(cached, str):
         try:
             get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        except EntryNotFoundError:
+            raise ModelNotFound(
+                f"{whole}: the hub has no config.json of it, so it is not a model; if it is an adapter, {_MERGE}"
+            ) from None
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise ModelNotFound(
                 f"{whole}: the hub has no such model, or it is private ({_first_line(error)})"
             ) from None

@@ -17,7 +17,7 @@ from .errors import UnsupportedModel
 from .hooks import in_this_thread, read_output
 from .longrope import alone
 
-__all__ = ["Probed", "decoder_of", "input_device", "probe", "refuse", "vocabulary"]
+__all__ = ["Probed", "decoder_of", "has_adapter", "input_device", "probe", "refuse", "vocabulary"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,11 @@ def refuse(model: PreTrainedModel, reason: str) -> NoReturn:
     """Raises `UnsupportedModel` that names the model."""
     kind = model.config.get_text_config(decoder=True).model_type
     raise UnsupportedModel(f"{kind} ({type(model).__name__}) can't be re-routed: {reason}")
+
+
+def has_adapter(module: nn.Module | None) -> bool:
+    """Whether a module is a layer of peft's around the model's own; models have a method of that name."""
+    return isinstance(getattr(module, "disable_adapters", None), bool)
 
 
 def vocabulary(model: PreTrainedModel) -> int:

@@ -15,8 +15,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedM
 from .config import EmbedConfig
 from .errors import InputError
 from .files import default_file_mode, naming, user_path, write_json
-from .fingerprint import tokenizer_told
+from .fingerprint import staying_packed, tokenizer_told
 from .models import BUNDLED, bars_off, hub_file, local_path
+from .probe import has_adapter
 from .prompts import Prompter
 from .transform import Transform
 
@@ -112,8 +113,12 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError("transformers saves an attached adapter alone: load it with peft and merge_and_unload() first")
-    if any(isinstance(getattr(module, "disable_adapters", None), bool) for module in model.modules()):  # peft's layers
+    if any(map(has_adapter, model.modules())):
         raise InputError("the model has an adapter in it, which transformers would not open again: merge it first")
+    if any("_orig_mod." in name for name, _ in model.named_parameters()):  # torch.compile's
+        raise InputError(
+            "layers of the model are compiled, so transformers would not open it again: save the plain one"
+        )
     if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
             f"transformers opens no {type(model).__name__} as a language model by name, so it can't be saved: keep the "
@@ -126,7 +131,7 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
         # Inside, since the parent may be another file system, or not ours to write to.
         with tempfile.TemporaryDirectory(prefix=".tmp", dir=target) as scratch:
             try:
-                with bars_off():
+                with bars_off(), staying_packed(model):
                     model.save_pretrained(scratch)
             except (AttributeError, NotImplementedError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
                 raise InputError(f"transformers can't save this model: {error}") from error

@@ -177,7 +177,7 @@ def run_on(
                 for task in tasks:
                     if task.worker is worker and (task.open or task.lost):
                         task.start()
-            if not tasks[0].open:
+            if not (tasks[0].open or tasks[0].lost):  # it may have been lost since, to another death
                 yield tasks.popleft().future.result()
     finally:
         for worker in workers:
