@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 
 from kvembed import Embedder, InputError
 from kvembed.bulk import bulk, run_here
+from kvembed.bulk_ray import _Actor, _written
 from kvembed.cli import app
 
 TEXTS = [f"{i} {NOTICES[i % len(NOTICES)]}" for i in range(40)]
@@ -391,3 +393,19 @@ def test_an_input_changed_in_place_is_noticed(embedder, tmp_path):
         bulk(embedder, source, tmp_path / "out", shard_rows=10, engine=engine)
     assert not json.loads((tmp_path / "out" / "_manifest.json").read_text())["finished"]
     assert not list((tmp_path / "out").glob("*.parquet"))  # or, with the old texts back, they would be taken for theirs
+
+
+def test_an_actor_on_ray_tells_of_a_changed_input(embedder, tmp_path):
+    source = tmp_path / "a.txt"
+    source.write_text("".join(f"Notice number {i:03}.\n" for i in range(40)))
+
+    def engine(job, _, shards, __):
+        actor = _Actor(job, SimpleNamespace(load=lambda: embedder))
+        for shard in shards:
+            if shard.index == 2:
+                source.write_text("other\n" * 60)
+            yield _written({name: value for name, (value,) in actor({"index": np.array([shard.index])}).items()})
+
+    with pytest.raises(InputError, match=r"a\.txt changed while it was read"):
+        bulk(embedder, source, tmp_path / "out", shard_rows=10, engine=engine)
+    assert not list((tmp_path / "out").glob("*.parquet"))

@@ -19,7 +19,7 @@ from .bulk import Engine, Job, Report, ShardMaker, Written, found_shard
 from .embedder import Embedder
 from .errors import InputError, KvembedError
 from .extras import import_extra
-from .shards import Shard
+from .shards import InputChanged, Shard
 from .workers import Recipe
 
 __all__ = ["ray_engine"]
@@ -31,11 +31,11 @@ class _Actor:
     def __init__(self, job: Job, recipe: Recipe) -> None:
         self._job = job
         self._make: ShardMaker | None = None
-        self._error = ""
+        self._error: KvembedError | None = None
         try:
             self._make = ShardMaker(job, recipe.load())
         except KvembedError as error:
-            self._error = str(error)
+            self._error = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         (index,) = batch["index"].tolist()
@@ -46,9 +46,19 @@ class _Actor:
                 shard = self._job.plan.shards[index]
                 written = found_shard(self._job, shard) or self._make(shard)
         except KvembedError as error:
-            self._error = str(error)
-        row = dataclasses.asdict(written) | {"error": self._error}
+            self._error = error
+        told = {"error": str(self._error or ""), "changed": isinstance(self._error, InputChanged)}
+        row = dataclasses.asdict(written) | told
         return {name: [value] for name, value in row.items()}
+
+
+def _written(row: dict[str, Any]) -> Written:
+    """What an actor made, by its row. Raises `InputError`, or `InputChanged`, for what it met instead."""
+    told = dict(row)
+    error, changed = told.pop("error"), told.pop("changed")
+    if error:
+        raise (InputChanged if changed else InputError)(error)
+    return Written(**told)
 
 
 def ray_engine(model: str, *, address: str | None = None, workers: int | None = None) -> Engine:
@@ -86,10 +96,9 @@ def ray_engine(model: str, *, address: str | None = None, workers: int | None = 
             )
             try:
                 for row in made.iter_rows():
-                    if error := row.pop("error"):
-                        raise InputError(error)
-                    report(job.plan.shards[row["index"]].rows, row["tokens"])
-                    yield Written(**row)
+                    written = _written(row)
+                    report(job.plan.shards[written.index].rows, written.tokens)
+                    yield written
             except ray.exceptions.RayError as error:
                 raise KvembedError(f"Ray: {str(error).strip().splitlines()[-1]}; run again to go on") from error
 
