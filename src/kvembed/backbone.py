@@ -92,16 +92,12 @@ class Backbone:
     def check_static(self) -> nn.Embedding:
         """The input embeddings. Raises `UnsupportedModel` where they are no table of vectors for `static`."""
         embedding = self.decoder.get_input_embeddings()
-        if has_adapter(embedding):
-            raise UnsupportedModel(
-                f"{self.model_type} can't give static vectors, which auto is made of too, while an adapter is on its "
-                "input embeddings: merge_and_unload() first"
-            )
-        if not isinstance(embedding, nn.Embedding) or embedding.embedding_dim != self.dim:
-            raise UnsupportedModel(
-                f"{self.model_type} can't give static vectors, which auto is made of too: its input embeddings are not "
-                "one table of the width of its states"
-            )
+        adapted = has_adapter(embedding)
+        if adapted or not isinstance(embedding, nn.Embedding) or embedding.embedding_dim != self.dim:
+            reason = "its input embeddings are not one table of the width of its states"
+            if adapted:
+                reason = "an adapter is on its input embeddings; merge_and_unload() first"
+            raise UnsupportedModel(f"{self.model_type} can't give static vectors, which auto is made of too: {reason}")
         return embedding
 
     @property

@@ -18,7 +18,7 @@ from .errors import InputError
 from .probe import has_adapter
 from .prompts import UNLIMITED, Prompter
 
-__all__ = ["fingerprint", "staying_packed", "tokenizer_told"]
+__all__ = ["COMPILED", "fingerprint", "staying_packed", "tokenizer_told"]
 
 # Cased, accented and composed letters, white space, digits, code, scripts: a rule changed for any shows in the ids.
 _PROBE = (
@@ -26,7 +26,7 @@ _PROBE = (
     "# TODO\r\n  Größe, façade, İstanbul; Привет, мир! Γειά σου 你好世界 こんにちは 안녕하세요 مرحبا שלום नमस्ते "
     "ﬁne ① Ａ \u200b👩\u200d🔬 unbelievably antidisestablishmentarianism zzxqj https://example.org/a_b?c=d&e=%20"
 )
-_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's weights
+COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's weights
 _PIECE = 2**20  # values that are rounded at a time
 
 
@@ -62,7 +62,7 @@ def fingerprint(backbone: Backbone, prompter: Prompter) -> str:
                     "and no method with a transform"
                 )
             digest.update(
-                f"{name.replace(_COMPILED, '')}{tuple(tensor.shape)}".encode() + _sums(tensor).numpy().tobytes()
+                f"{name.replace(COMPILED, '')}{tuple(tensor.shape)}".encode() + _sums(tensor).numpy().tobytes()
             )
     for name, module in backbone.decoder.named_modules():
         if has_adapter(module):

@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedM
 from .config import EmbedConfig
 from .errors import InputError
 from .files import default_file_mode, naming, user_path, write_json
-from .fingerprint import staying_packed, tokenizer_told
+from .fingerprint import COMPILED, staying_packed, tokenizer_told
 from .models import BUNDLED, bars_off, hub_file, local_path
 from .probe import has_adapter
 from .prompts import Prompter
@@ -115,7 +115,7 @@ def save_embedder(folder: str | os.PathLike[str], embedder: Embedder) -> None:
         raise InputError("transformers saves an attached adapter alone: load it with peft and merge_and_unload() first")
     if any(map(has_adapter, model.modules())):
         raise InputError("the model has an adapter in it, which transformers would not open again: merge it first")
-    if any("_orig_mod." in name for name, _ in model.named_parameters()):  # torch.compile's
+    if any(COMPILED in name for name, _ in model.named_parameters()):
         raise InputError(
             "layers of the model are compiled, so transformers would not open it again: save the plain one"
         )
